@@ -1,0 +1,1 @@
+"""Callbacks and the profiler, for Lightning, Keras and plain loops."""

@@ -1,0 +1,41 @@
+"""Kernels: functions of tensors, without state, module or parameter.
+
+Each has one eager definition, its specification; :func:`use_backend` chooses how it runs.
+
+=================================  ================================================
+``reductions``                     sums of squares of columns and channels
+``scaling``                        second moments to scale factors, moving averages
+``update``                         the optimizer's pass over a weight
+=================================  ================================================
+"""
+
+from neurms.compiled.backends import (
+    BACKENDS,
+    Kernel,
+    compilations,
+    current_backend,
+    kernel,
+    use_backend,
+    validate_backend,
+)
+from neurms.compiled.reductions import channel_square_sum, column_square_sum
+from neurms.compiled.scaling import ema_, relative_scale_factors, scale_factors
+from neurms.compiled.update import scale_gradient_, scaled_momentum_update_, scaled_update_
+
+__all__ = [
+    "BACKENDS",
+    "Kernel",
+    "channel_square_sum",
+    "column_square_sum",
+    "compilations",
+    "current_backend",
+    "ema_",
+    "kernel",
+    "relative_scale_factors",
+    "scale_factors",
+    "scale_gradient_",
+    "scaled_momentum_update_",
+    "scaled_update_",
+    "use_backend",
+    "validate_backend",
+]

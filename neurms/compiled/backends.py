@@ -1,0 +1,286 @@
+"""How a kernel runs: eager, TorchInductor or TorchScript, behind one call.
+
+A kernel has one definition, a plain function of tensors, and that definition is its specification.
+The other forms are derived from it: ``inductor`` is ``torch.compile`` of it, ``torchscript`` is
+``torch.jit.script`` of it. Nothing here holds state, modules or parameters.
+
+What this file promises:
+
+* a learning rate, a step count or a schedule never recompiles: they enter as 0-d tensors;
+* sizes are symbolic from the first compilation, so a new batch size recompiles at most once;
+* there is one silent-proof fallback: ``inductor`` without a C++ compiler warns once, naming the
+  cure, and runs the eager definition. Every other failure is raised;
+* kernels may be called from any thread. A context variable does not follow into the threads of
+  autograd, so code in a backward hook fixes its choice with :meth:`Kernel.on`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+BACKENDS = ("auto", "eager", "inductor", "torchscript")
+
+_logger = logging.getLogger("neurms.compiled")
+_backend: ContextVar[str] = ContextVar("neurms_backend", default="auto")
+_warned_no_compiler = threading.Event()
+
+
+def validate_backend(name: str) -> str:
+    """Check a backend's name where it enters.
+
+    Args:
+        name: One of ``BACKENDS``.
+
+    Returns:
+        The same name.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name not in BACKENDS:
+        choices = ", ".join(repr(choice) for choice in BACKENDS)
+        raise ValueError(f"backend={name!r} is unknown; choose one of {choices}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every kernel called inside the ``with`` block, in this thread, on one backend.
+
+    Args:
+        name: ``"auto"`` (the default outside any block), ``"eager"``, ``"inductor"`` or
+            ``"torchscript"``. ``"auto"`` is the eager definition: it needs no warm-up, and eager's
+            row tiles already keep its temporaries in cache.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If the name is unknown.
+
+    Example:
+        >>> import torch
+        >>> from neurms.compiled import column_square_sum, use_backend
+        >>> with use_backend("torchscript"):
+        ...     column_square_sum(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([10., 20.])
+    """
+    token = _backend.set(validate_backend(name))
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def current_backend() -> str:
+    """Name of the backend that a kernel called here and now runs on."""
+    return _backend.get()
+
+
+@contextmanager
+def _jit_deprecation_silenced() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+        yield
+
+
+@functools.cache
+def has_cpp_compiler() -> bool:
+    """Whether TorchInductor finds a C++ compiler (``CXX``, else its own search); asked once."""
+    with _jit_deprecation_silenced():  # raised by torch's own modules, on import
+        import torch._inductor.compile_fx
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+def _warn_no_compiler() -> None:
+    if _warned_no_compiler.is_set():
+        return
+    _warned_no_compiler.set()
+    warnings.warn(
+        "backend='inductor' needs a C++ compiler and none was found, so the eager definitions run "
+        "instead. Install one (for example `apt install g++`), or name it in the environment "
+        "variable CXX, or choose backend='eager'.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+class _InductorForm:
+    """``torch.compile`` of one eager definition, with one cache per kind of call.
+
+    TorchDynamo bounds the compilations per code object and then refuses. The number of axes, the
+    dtypes and which optional arguments are present are legitimate reasons to compile again, so
+    each such combination gets a copy of the code object, and with it a bound of its own.
+    """
+
+    def __init__(self, eager: Callable[..., Any]) -> None:
+        self.compilations = 0
+        self._eager = eager
+        self._variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        if not has_cpp_compiler():
+            _warn_no_compiler()
+            return self._eager(*args)
+        key = tuple(
+            (arg.dim(), arg.dtype, arg.device) if isinstance(arg, Tensor) else type(arg)
+            for arg in args
+        )
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._add_variant(key)
+        # Detached, because TorchDynamo would fix the sizes of an nn.Parameter to each layer's own.
+        return variant(*[arg.detach() if isinstance(arg, Tensor) else arg for arg in args])
+
+    def _add_variant(self, key: tuple[Any, ...]) -> Callable[..., Any]:
+        with self._lock:
+            if key not in self._variants:
+                self._variants[key] = torch.compile(
+                    _copy_function(self._eager), backend=self._compile, fullgraph=True, dynamic=True
+                )
+            return self._variants[key]
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        with self._lock:
+            self.compilations += 1
+        name = self._eager.__name__
+        _logger.info("compiling %s (kept on disk for later runs)", name)
+        start = time.perf_counter()
+        compiled = compile_fx(graph, inputs)
+        _logger.info("compiled %s in %.1f s", name, time.perf_counter() - start)
+        return compiled
+
+
+def _copy_function(fn: Callable[..., Any]) -> Callable[..., Any]:
+    source = cast(types.FunctionType, fn)
+    copy = types.FunctionType(
+        source.__code__.replace(), source.__globals__, source.__name__, source.__defaults__
+    )
+    return functools.update_wrapper(copy, source)
+
+
+def _script(fn: Callable[..., Any]) -> Callable[..., Any]:
+    # Deprecated since torch 2.13, kept as the form that needs neither compiler nor warm-up.
+    with _jit_deprecation_silenced():
+        return cast(Callable[..., Any], torch.jit.script(fn))
+
+
+class Kernel(Generic[P, R]):
+    """A function of tensors with interchangeable backends; made by :func:`kernel`.
+
+    Calling it runs the current backend (:func:`use_backend`). Gradients are never recorded:
+    kernels serve statistics and updates, which nobody differentiates, and a fixed grad mode keeps
+    a double backward from triggering a compilation.
+
+    Attributes:
+        eager: The plain definition.
+    """
+
+    def __init__(self, fn: Callable[P, R]) -> None:
+        self.eager = fn
+        self._inductor = _InductorForm(fn)
+        self._torchscript: Callable[P, R] | None = None
+        self._lock = threading.Lock()
+        self._forms: dict[str, Callable[P, R]] = {}
+        functools.update_wrapper(self, fn)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run on the current backend."""
+        if torch.compiler.is_compiling():
+            return self.eager(*args, **kwargs)
+        return self.on(_backend.get())(*args, **kwargs)
+
+    def on(self, backend: str) -> Callable[P, R]:
+        """The form that runs on one backend, whatever the context and the thread.
+
+        Args:
+            backend: One of ``BACKENDS``.
+
+        Returns:
+            A callable with the kernel's signature.
+
+        Raises:
+            ValueError: If the backend is unknown.
+        """
+        form = self._forms.get(backend)
+        if form is None:
+            validate_backend(backend)
+            with self._lock:
+                form = self._forms.setdefault(backend, self._make(backend))
+        return form
+
+    def _make(self, backend: str) -> Callable[P, R]:
+        if backend == "torchscript":
+            return torch.no_grad()(_script(self.eager))
+        if backend == "inductor":
+            return torch.no_grad()(self._positional(self._inductor))
+        return torch.no_grad()(self.eager)
+
+    def _positional(self, form: Callable[..., R]) -> Callable[P, R]:
+        import inspect
+
+        signature = inspect.signature(self.eager)
+
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return form(*bound.args)
+
+        return run
+
+    def __reduce__(self) -> str:
+        """Pickle and deep-copy by name: a model whose hooks hold a kernel stays copyable."""
+        return self.__name__  # type: ignore[attr-defined,no-any-return]
+
+    def __repr__(self) -> str:
+        """The kernel's name and signature home."""
+        return f"<kernel {self.__module__}.{self.__name__}>"  # type: ignore[attr-defined]
+
+
+def kernel(fn: Callable[P, R]) -> Kernel[P, R]:
+    """Make a kernel of its eager definition.
+
+    Args:
+        fn: A module-level function of tensors, optional tensors and numbers, annotated, within
+            the subset of Python that ``torch.jit.script`` accepts.
+
+    Returns:
+        The kernel, callable like the function.
+    """
+    return Kernel(fn)
+
+
+def compilations(kernel: Kernel[..., Any]) -> int:
+    """How many graphs TorchInductor has been handed for a kernel in this process.
+
+    Args:
+        kernel: Any kernel.
+
+    Returns:
+        The count; 0 as long as the kernel has not run on ``"inductor"``.
+    """
+    return kernel._inductor.compilations

@@ -1,0 +1,92 @@
+"""Sums of squares over rows: the raw material of every second moment.
+
+Eager squares and sums, instead of taking ``linalg.vector_norm`` (5 to 10 times slower on a CPU,
+and its running sum loses a factor of 20 in accuracy over 10^4 rows) or a matrix-vector product
+with ones (the same loss). ``sum`` adds pairwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neurms.compiled._tiles import accumulator, is_tiled, tile_length
+from neurms.compiled.backends import kernel
+
+
+def _squared(x: Tensor, scale: Tensor | None) -> Tensor:
+    dtype = accumulator(x.dtype)
+    if scale is not None:
+        wide = x.to(dtype) / scale.to(x.device, dtype)
+        return wide.square_()
+    if x.dtype == dtype:
+        return x * x
+    return x.to(dtype).square_()
+
+
+@kernel
+def column_square_sum(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Sum of squares of every column.
+
+    ``out_j = sum_rows (x_j / scale)^2``, cast and divided before squaring, so that half-precision
+    errors and loss-scaled errors neither overflow nor vanish on the way.
+
+    Args:
+        x: Shape (rows, k) or (..., k), any floating dtype, any strides; every axis but the last
+            counts as rows. No rows give zeros.
+        scale: 0-d tensor to divide by (a loss scale), or None.
+
+    Returns:
+        Shape (k,), float64 for a float64 ``x``, else float32.
+
+    Reference:
+        NeuRMS, statistics of H and D. Settled: a loss scale divides in float32 *before* squaring,
+        because its square does not fit what the sum is kept in.
+
+    Example:
+        >>> import torch
+        >>> column_square_sum(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([10., 20.])
+    """
+    rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    if not is_tiled(rows):
+        return _squared(rows, scale).sum(0)
+    total = torch.zeros(rows.size(1), dtype=accumulator(x.dtype), device=x.device)
+    for tile in rows.split(tile_length(rows, 0)):
+        total += _squared(tile, scale).sum(0)
+    return total
+
+
+@kernel
+def channel_square_sum(x: Tensor, axis: int = 1, scale: Tensor | None = None) -> Tensor:
+    """Sum of squares of every channel, over all the other axes, without copying ``x``.
+
+    ``out_c = sum over batch and positions of (x[:, c, ...] / scale)^2``.
+
+    Args:
+        x: Shape (N, C, spatial...), or (C, spatial...) with ``axis=0``; any floating dtype, any
+            memory format. An empty batch gives zeros.
+        axis: The channel axis; negative counts from the end.
+        scale: 0-d tensor to divide by before squaring (a loss scale), or None.
+
+    Returns:
+        Shape (C,), float64 for a float64 ``x``, else float32.
+
+    Reference:
+        NeuRMS on convolutions. Settled: v over output channels, u over input channels.
+
+    Example:
+        >>> import torch
+        >>> channel_square_sum(torch.ones(2, 3, 4, 4))
+        tensor([32., 32., 32.])
+    """
+    channel = axis + x.dim() if axis < 0 else axis
+    batched = x.unsqueeze(0) if channel == 0 else x.movedim(channel, 1)
+    if batched.dim() == 2:
+        batched = batched.unsqueeze(2)
+    if not is_tiled(batched):
+        return _squared(batched, scale).flatten(2).sum(2).sum(0)
+    total = torch.zeros(batched.size(1), dtype=accumulator(x.dtype), device=x.device)
+    for tile in batched.split(tile_length(batched, 0)):
+        total += _squared(tile, scale).flatten(2).sum(2).sum(0)
+    return total

@@ -1,0 +1,1 @@
+"""The methods: layouts, taps, statistics, structures, safeguards, routing and optimizers."""

@@ -1,0 +1,109 @@
+"""Typed errors of the library and the checks that raise them.
+
+Every message names the argument, the value it had and the cure, so that nobody has to read our
+source to get on. The classes derive from the built-in error a user would have caught anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = [
+    "CheckpointError",
+    "NeurmsError",
+    "NonFiniteError",
+    "UnsupportedTrainingError",
+    "check_choice",
+    "check_fraction",
+    "check_interval",
+    "check_positive_int",
+    "check_real",
+]
+
+
+class NeurmsError(Exception):
+    """Base class of the errors that only this library raises."""
+
+
+class NonFiniteError(NeurmsError, ArithmeticError):
+    """A NaN or an infinity reached the optimizer and ``nonfinite="raise"`` was in force."""
+
+
+class UnsupportedTrainingError(NeurmsError, RuntimeError):
+    """The training loop asks for something the chosen mode cannot do correctly."""
+
+
+class CheckpointError(NeurmsError, ValueError):
+    """A state dict does not belong to this optimizer or this model."""
+
+
+def check_real(
+    name: str, value: Any, *, low: float = 0.0, strict: bool = False, cure: str = ""
+) -> float:
+    """Return ``value`` if it is a finite real number of at least ``low``, else raise.
+
+    A 0-d tensor passes too (torch schedulers may hold lr in one). ``strict`` excludes ``low`` itself.
+    """
+    number = _number(name, value)
+    too_low = number <= low if strict else number < low
+    if too_low or math.isinf(number):
+        bound = f"greater than {low:g}" if strict else f"at least {low:g}"
+        raise ValueError(f"{name}={value!r} must be finite and {bound}{_cured(cure)}")
+    return number
+
+
+def check_fraction(name: str, value: Any, *, closed: bool = False, cure: str = "") -> float:
+    """Return ``value`` if it lies in [0, 1) (or [0, 1] when ``closed``), else raise."""
+    number = _number(name, value)
+    if not (0.0 <= number < 1.0 or (closed and number == 1.0)):
+        interval = "[0, 1]" if closed else "[0, 1)"
+        raise ValueError(f"{name}={value!r} must lie in {interval}{_cured(cure)}")
+    return number
+
+
+def check_positive_int(name: str, value: Any, *, low: int = 1, cure: str = "") -> int:
+    """Return ``value`` if it is an integer of at least ``low``, else raise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name}={value!r} must be at least {low}{_cured(cure)}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
+    """Return ``value`` if it is one of ``choices``, else raise."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {list(choices)}")
+    return value
+
+
+def check_interval(low_name: str, low: Any, high_name: str, high: Any) -> None:
+    """Raise unless 0 <= low <= high and high > 0."""
+    check_real(low_name, low)
+    check_real(high_name, high, strict=True)
+    if low > high:
+        raise ValueError(
+            f"{low_name}={low!r} is greater than {high_name}={high!r}; "
+            f"lower {low_name} or raise {high_name}"
+        )
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or isinstance(value, (str, bytes)) or value is None:
+        raise TypeError(f"{name}={value!r} must be a real number, not {type(value).__name__}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name}={value!r} must be a real number, not {type(value).__name__}"
+        ) from None
+    if math.isnan(number):
+        raise ValueError(f"{name}={value!r} is not a number; give a finite value")
+    return number
+
+
+def _cured(cure: str) -> str:
+    return f"; {cure}" if cure else ""

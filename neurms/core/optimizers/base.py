@@ -1,0 +1,333 @@
+"""The optimizer behind every recipe: routing, state, fallback, checks and checkpoints.
+
+A subclass says which settings it has and which :class:`Recipe` they make; everything that a training
+loop expects of a ``torch.optim.Optimizer`` is done here once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from neurms.compiled.backends import use_backend
+from neurms.core.errors import NonFiniteError, check_real
+from neurms.core.optimizers.checkpoint import restore, verified
+from neurms.core.optimizers.fallback import adamw_state, adamw_update_
+from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
+from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.settings import GROUP_SETTINGS, check_common, check_group
+from neurms.core.optimizers.work import Item, batches, updates_of, gathered, nonfinite_names
+from neurms.core.precision import compute_dtype, write_
+from neurms.core.routing import FALLBACK, Head, Route, excluded, route_model, route_tensors
+
+__all__ = ["Params", "PreconditionedOptimizer"]
+
+Params: TypeAlias = "nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]"
+
+
+class PreconditionedOptimizer(torch.optim.Optimizer):
+    """Base class: a recipe for matrices and AdamW for the rest, in one optimizer object.
+
+    Subclasses set :attr:`rule` and implement :meth:`recipe`; their ``__init__`` passes its own
+    settings (which become parameter-group entries that schedulers and users may change) and the
+    common ones on to this class.
+
+    Args:
+        params: A model (routed by module kind), parameters, named parameters or parameter groups.
+            A group may name another rule of the library under ``"rule"``, or ``"fallback"``.
+        settings: The rule's own settings, ``lr`` among them.
+        common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
+
+    Raises:
+        TypeError: Unknown setting, complex or integer parameter, a value of the wrong type.
+        ValueError: A setting out of its range, a pattern of ``exclude`` that matches nothing.
+    """
+
+    rule: ClassVar[str]
+    default_head: ClassVar[Head] = FALLBACK
+
+    def __init__(
+        self, params: Params, settings: Mapping[str, Any], common: Mapping[str, Any]
+    ) -> None:
+        chosen = check_common(self.rule, common)
+        self.backend = chosen["backend"]
+        self.nonfinite = chosen["nonfinite"]
+        self.low_precision = chosen["low_precision"]
+        self.skipped_steps = 0
+        self._routes: dict[Tensor, Route] = {}
+        self._exclude = chosen["exclude"]
+        self._recipes: dict[Any, Recipe] = {}
+        defaults = {"rule": self.rule, **settings, **{k: chosen[k] for k in GROUP_SETTINGS}}  # type: ignore[literal-required]
+        if isinstance(params, nn.Module):
+            for route in self._route(params, chosen["head"] or self.default_head):
+                self._routes[route.parameter] = route
+            params = [(route.name, p) for p, route in self._routes.items()]
+        super().__init__(params, defaults)  # type: ignore[arg-type]
+
+    @classmethod
+    @abstractmethod
+    def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a parameter group's settings make; raises on a bad setting."""
+
+    # ---------------------------------------------------------------- parameters and groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, with settings of its own and possibly another rule.
+
+        Args:
+            param_group: As in ``torch.optim``; ``"rule"`` may name another rule of the library or
+                ``"fallback"``.
+
+        Raises:
+            ValueError: A setting is out of its range; nothing was added.
+            TypeError: A parameter is neither float nor double nor half nor bfloat16.
+        """
+        group = self._completed(param_group)
+        check_real("lr", group["lr"])
+        check_group(group)
+        if group["rule"] != FALLBACK:
+            self._recipe(group)
+        routes = self._routes_of(group)
+        for route in routes:
+            if not route.parameter.is_floating_point():
+                raise TypeError(
+                    f"parameter {route.name!r} has dtype {route.parameter.dtype}; only real floating "
+                    "dtypes can be preconditioned, give complex or integer ones to another optimizer"
+                )
+        super().add_param_group(group)
+        self._routes.update({route.parameter: route for route in routes})
+
+    def _completed(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        group = dict(param_group)
+        if isinstance(group["params"], Tensor):
+            group["params"] = [group["params"]]
+        elif not isinstance(group["params"], set):
+            group["params"] = list(group["params"])
+        group.setdefault("rule", self.rule)
+        if group["rule"] not in (self.rule, FALLBACK):
+            from neurms.core.optimizers.registry import optimizer_class
+
+            for key, value in optimizer_class(group["rule"]).default_settings().items():
+                group.setdefault(key, value)
+        for key, value in self.defaults.items():
+            group.setdefault(key, value)
+        group.setdefault("base_lr", float(group["lr"]))
+        return group
+
+    def _route(self, model: nn.Module, head: Head) -> list[Route]:
+        return route_model(model, self.rule, head=head, exclude=self._exclude)
+
+    def _routes_of(self, group: dict[str, Any]) -> list[Route]:
+        named = [p if isinstance(p, tuple) else (None, p) for p in group["params"]]
+        known = [self._routes[p] for _, p in named if isinstance(p, Tensor) and p in self._routes]
+        if len(known) == len(named):
+            return known
+        if self._exclude and any(name is None for name, _ in named):
+            raise ValueError(
+                f"exclude={self._exclude!r} needs names; pass the model or model.named_parameters()"
+            )
+        start = len(self._routes)
+        routes = route_tensors(
+            ((name or f"param_{start + i}", p) for i, (name, p) in enumerate(named)), group["rule"]
+        )
+        return excluded(routes, self._exclude)
+
+    @classmethod
+    def default_settings(cls) -> dict[str, Any]:
+        """Return the defaults of the rule's own settings, from its constructor's signature."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def _recipe(self, group: Mapping[str, Any]) -> Recipe:
+        """Return the group's recipe, made anew only when a setting has changed."""
+        settings = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr")}
+        key = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in settings.items())
+        if key not in self._recipes:
+            self._recipes.clear() if len(self._recipes) > 64 else None
+            self._recipes[key] = self._maker(group["rule"]).recipe(group)
+        return self._recipes[key]
+
+    def _maker(self, rule: str) -> type[PreconditionedOptimizer]:
+        if rule == self.rule:
+            return type(self)
+        from neurms.core.optimizers.registry import optimizer_class
+
+        return optimizer_class(rule)
+
+    # ---------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss; called first, with gradients on.
+
+        Returns:
+            What ``closure`` returned, else None.
+
+        Raises:
+            NonFiniteError: A gradient or statistic is NaN or infinite and ``nonfinite="raise"``.
+                Parameters and state are as they were before the call.
+            TypeError: A gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        items = gathered(self.param_groups, self._routes)
+        if bad := self._bad_names(items):
+            self._on_nonfinite(bad)
+            return loss
+        with use_backend(self.backend):
+            self._update(items)
+        return loss
+
+    def _bad_names(self, items: Sequence[Item]) -> list[str]:
+        return nonfinite_names(items)
+
+    def _on_nonfinite(self, names: Sequence[str]) -> None:
+        if self.nonfinite == "skip":
+            self.skipped_steps += 1
+            return
+        raise NonFiniteError(
+            f"the gradient of {', '.join(map(repr, names[:5]))} is NaN or infinite; nothing was "
+            'changed. Lower lr, clip gradients, or pass nonfinite="skip" to leave such steps out'
+        )
+
+    def _update(self, items: Sequence[Item]) -> None:
+        for item in items:
+            if not self.state[item.parameter]:
+                self.state[item.parameter].update(self._new_state(item.parameter, item.group))
+        fallback = [item for item in items if item.rule == FALLBACK]
+        self._update_fallback(fallback)
+        self._update_rule([item for item in items if item.rule != FALLBACK])
+
+    def _update_rule(self, items: Sequence[Item]) -> None:
+        recipes = [self._recipe(item.group) for item in items]
+        for recipe, batch in batches(items, recipes, self.state):
+            states = [self.state[item.parameter] for item in batch]
+            for state in states:
+                state["step"] += 1
+            gradients = [self._matrix(item, item.gradient) for item in batch]
+            for item, update in zip(batch, updates_of(recipe, batch, gradients, states), strict=True):
+                self._apply(item, recipe, update)
+
+    def _update_fallback(self, items: Sequence[Item]) -> None:
+        for group in {id(item.group): item.group for item in items}.values():
+            own = [item for item in items if item.group is group]
+            targets = [self._target(item) for item in own]
+            adamw_update_(
+                targets,
+                [item.gradient.to(target.dtype) for item, target in zip(own, targets, strict=True)],
+                [self.state[item.parameter] for item in own],
+                lr=self.fallback_lr(group),
+                betas=tuple(group["fallback_betas"]),
+                weight_decay=group["fallback_weight_decay"],
+            )
+            for item, target in zip(own, targets, strict=True):
+                self._written(item, target)
+
+    @staticmethod
+    def fallback_lr(group: Mapping[str, Any]) -> float:
+        """Return AdamW's current rate: ``fallback_lr`` scaled as ``lr`` has been since it was set."""
+        base = group["base_lr"]
+        return float(group["fallback_lr"] * (float(group["lr"]) / base if base else 1.0))
+
+    # ---------------------------------------------------------------- one parameter
+
+    def _new_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all of a parameter's state; runs on meta tensors to predict memory."""
+        return self.state_for(parameter, self._routes[parameter], group)
+
+    def state_for(
+        self, like: Tensor, route: Route, group: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return fresh state for a parameter like ``like`` (which may be on the meta device)."""
+        if route.is_fallback:
+            state = adamw_state(like)
+        else:
+            dtype = compute_dtype(like)
+            matrix = torch.empty(route.layout.matrix_shape, dtype=dtype, device=like.device)
+            state = {"step": 0, **self._recipe(group).init(matrix)}
+        if self.low_precision == "master" and compute_dtype(like) != like.dtype:
+            state["master"] = like.detach().to(compute_dtype(like), copy=True)
+        return state
+
+    def expected_state(
+        self, like: Tensor, parameter: Tensor, group: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the keys and shapes that a checkpoint must hold for ``parameter``."""
+        return self.state_for(like, self._routes[parameter], group)
+
+    def _matrix(self, item: Item, tensor: Tensor) -> Tensor:
+        return item.route.layout.matrix(tensor.to(compute_dtype(item.parameter)))
+
+    def _target(self, item: Item) -> Tensor:
+        """Return the tensor to update: the parameter, its master copy, or a float32 copy."""
+        parameter = item.parameter
+        if parameter.dtype == compute_dtype(parameter):
+            return parameter
+        master = self.state[parameter].get("master")
+        return master if master is not None else parameter.to(compute_dtype(parameter))
+
+    def _written(self, item: Item, target: Tensor) -> None:
+        """Bring the parameter up to date after its :meth:`_target` was changed."""
+        if target is not item.parameter:
+            step = self.state[item.parameter]["step"]
+            generator = torch.Generator().manual_seed((item.seed * 1_000_003 + step) % 2**63)
+            write_(item.parameter, target, self.low_precision, generator)
+
+    def _apply(self, item: Item, recipe: Recipe, update: Tensor) -> None:
+        lr, decay = float(item.group["lr"]), item.group["weight_decay"]
+        target = self._target(item)
+        if decay and recipe.decay == "before":
+            target.mul_(1.0 - lr * decay)
+        target.add_(item.route.layout.from_matrix(update), alpha=-lr)
+        if decay and recipe.decay == "after":
+            target.mul_(1.0 - lr * decay)
+        self._written(item, target)
+
+    # ---------------------------------------------------------------- tables and checkpoints
+
+    def plan(self) -> Plan:
+        """Return the table of what happens to each parameter, with predicted state bytes."""
+        rows = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                route = self._routes[parameter]
+                state = self.state_for(meta_like(parameter), route, group)
+                rows.append(
+                    PlanRow(
+                        route.name,
+                        route.kind,
+                        route.rule,
+                        route.reason,
+                        tuple(parameter.shape),
+                        tensor_bytes(state),
+                    )
+                )
+        return Plan(rows)
+
+    def state_bytes(self) -> int:
+        """Return the measured bytes of all optimizer state held right now."""
+        return sum(tensor_bytes(state) for state in self.state.values())
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore settings and state exactly as saved, matching parameters by name where known.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned, on any device, its groups in any order.
+
+        Raises:
+            CheckpointError: It belongs to another optimizer or model; nothing was changed.
+        """
+        state_dict = verified(self, state_dict)
+        super().load_state_dict(state_dict)
+        restore(self, state_dict)

@@ -1,0 +1,95 @@
+"""The plan: a table of what an optimizer does to every parameter, and what it will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+__all__ = ["Plan", "PlanRow", "tensor_bytes"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One parameter's line of the plan; ``state_bytes`` counts optimizer state only."""
+
+    name: str
+    kind: str
+    rule: str
+    reason: str
+    shape: tuple[int, ...]
+    state_bytes: int
+
+
+class Plan(Sequence[PlanRow]):
+    """A printable, iterable table with one :class:`PlanRow` for each parameter.
+
+    Example:
+        >>> import torch, neurms
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> for row in neurms.RACS(model).plan():
+        ...     print(row.name, row.rule, row.state_bytes)
+        0.weight racs 52
+        0.bias fallback 64
+        1.weight fallback 128
+        1.bias fallback 16
+    """
+
+    def __init__(self, rows: Sequence[PlanRow]) -> None:
+        self._rows = tuple(rows)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state over all parameters."""
+        return sum(row.state_bytes for row in self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> PlanRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Plan: ...
+    def __getitem__(self, index: int | slice) -> PlanRow | Plan:
+        return Plan(self._rows[index]) if isinstance(index, slice) else self._rows[index]
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        return iter(self._rows)
+
+    def __str__(self) -> str:
+        header = ("parameter", "module", "rule", "reason", "shape", "state bytes")
+        body = [
+            (r.name, r.kind, r.rule, r.reason, "x".join(map(str, r.shape)) or "()", f"{r.state_bytes:,}")
+            for r in self._rows
+        ]
+        body.append(("total", "", "", "", "", f"{self.state_bytes:,}"))
+        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+        lines = [_line(header, widths), "  ".join("-" * width for width in widths)]
+        return "\n".join(lines + [_line(line, widths) for line in body])
+
+    __repr__ = __str__
+
+
+def tensor_bytes(state: object) -> int:
+    """Return the bytes of all tensors in a (nested) state; plain numbers count nothing."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(tensor_bytes(value) for value in state.values())
+    if isinstance(state, (list, tuple)):
+        return sum(tensor_bytes(value) for value in state)
+    return 0
+
+
+def meta_like(parameter: Tensor) -> Tensor:
+    """Return a tensor like ``parameter`` without storage, to predict state on."""
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    *text, number = cells
+    padded = [cell.ljust(width) for cell, width in zip(text, widths, strict=False)]
+    return "  ".join([*padded, number.rjust(widths[-1])]).rstrip()

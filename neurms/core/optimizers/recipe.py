@@ -1,0 +1,68 @@
+"""A recipe: which transforms, in which order, make an optimizer's update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from neurms.core.structures.base import Context, State, Transform
+
+__all__ = ["Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Transforms applied in turn to a gradient, and how the result reaches the weight.
+
+    With update U = scale * T_k(...T_1(G)), the weight moves by W <- (1 - lr wd) W - lr U
+    (``decay="before"``), by W <- (1 - lr wd) (W - lr U) (``"after"``, as GaLore, Fira and SOAP do) or
+    by W <- W - lr U where a transform of the recipe already took care of the decay (``"none"``).
+
+    Args:
+        transforms: Structure and safeguards, in order.
+        scale: Constant factor of the update.
+        decay: Where decoupled weight decay enters.
+        batched: Whether small matrices of the same shape are stacked and processed together.
+    """
+
+    transforms: tuple[Transform, ...]
+    scale: float = 1.0
+    decay: Literal["before", "after", "none"] = "before"
+    batched: bool = True
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether a transform reads the weight."""
+        return any(transform.needs_weight for transform in self.transforms)
+
+    def init(self, matrix: Tensor) -> State:
+        """Return the joint state of all transforms for matrices like ``matrix``."""
+        state: State = {}
+        for transform in self.transforms:
+            own = transform.init(matrix)
+            if clash := own.keys() & state.keys():
+                raise ValueError(f"two transforms of a recipe both keep {sorted(clash)}")
+            state.update(own)
+        return state
+
+    def update(self, gradient: Tensor, state: State, context: Context) -> Tensor:
+        """Return U of shape (..., m, n) for a gradient, without touching it."""
+        update = gradient
+        for transform in self.transforms:
+            update = transform(update, state, context)
+        return update if self.scale == 1.0 else update * self.scale
+
+
+def chain(*transforms: Transform, **settings: object) -> Recipe:
+    """Return ``Recipe(transforms, **settings)``; reads better where transforms are listed."""
+    return Recipe(tuple(transforms), **settings)  # type: ignore[arg-type]
+
+
+def stack_states(states: Sequence[State]) -> State:
+    """Return one state whose tensors are the given ones stacked along a new first axis."""
+    import torch
+
+    return {key: torch.stack([state[key] for state in states]) for key in states[0]}

@@ -1,0 +1,72 @@
+"""Optimizers by name: the one table that a new method is added to."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from neurms.core.optimizers.base import Params, PreconditionedOptimizer
+
+__all__ = ["available", "create", "optimizer_class"]
+
+_OURS = {
+    "racs": "RACS",
+}
+"""snake_case name -> class in the module ``neurms.core.optimizers.<name>``."""
+
+_TORCH = {
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adafactor": torch.optim.Adafactor,
+}
+
+
+def available() -> list[str]:
+    """Return the names that :func:`create` knows: this library's rules, then torch's own."""
+    return [*_OURS, *_TORCH]
+
+
+def optimizer_class(name: str) -> type[PreconditionedOptimizer]:
+    """Return this library's optimizer class for a snake_case name.
+
+    Raises:
+        ValueError: No rule of this library has that name.
+    """
+    if name not in _OURS:
+        raise ValueError(f"rule={name!r} is not known; choose one of {list(_OURS)}")
+    module = importlib.import_module(f"neurms.core.optimizers.{name}")
+    found: type[PreconditionedOptimizer] = getattr(module, _OURS[name])
+    return found
+
+
+def create(name: str, params: Params, **settings: Any) -> torch.optim.Optimizer:
+    """Make an optimizer by its name.
+
+    Args:
+        name: One of :func:`available`; torch's own optimizers go by ``sgd``, ``adamw``, ...
+        params: A model, parameters, named parameters or parameter groups.
+        **settings: The optimizer's keyword arguments.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: No optimizer has that name, or a setting is out of its range.
+        TypeError: The optimizer has no such setting.
+
+    Example:
+        >>> import torch, neurms
+        >>> type(neurms.create("racs", torch.nn.Linear(3, 2), lr=0.01)).__name__
+        'RACS'
+    """
+    if name in _TORCH:
+        parameters = params.parameters() if isinstance(params, nn.Module) else params
+        return _TORCH[name](parameters, **settings)  # type: ignore[arg-type]
+    if name not in _OURS:
+        raise ValueError(f"name={name!r} is not known; choose one of {available()}")
+    return optimizer_class(name)(params, **settings)  # type: ignore[call-arg, arg-type]

@@ -1,0 +1,90 @@
+"""Settings that every optimizer of the library shares, with their defaults and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from neurms.compiled.backends import validate_backend
+from neurms.core.errors import check_choice, check_fraction, check_real
+from neurms.core.precision import LowPrecision
+from neurms.core.routing import Head
+
+__all__ = ["COMMON_DEFAULTS", "CommonSettings", "NonFinite", "check_common"]
+
+NonFinite = Literal["raise", "skip"]
+
+
+class CommonSettings(TypedDict, total=False):
+    """Keyword arguments that every optimizer takes.
+
+    weight_decay: Decoupled weight decay of the matrices under the rule (0).
+    exclude: Name patterns (fnmatch; a module's name covers it whole) sent to the fallback (none).
+    head: What the last linear layer gets: ``"rule"`` or ``"fallback"`` (the optimizer's own default).
+    fallback_lr: AdamW's learning rate; it follows ``lr``'s schedule in proportion (1e-3).
+    fallback_betas: AdamW's betas (.9, .999).
+    fallback_weight_decay: AdamW's weight decay (0).
+    backend: How kernels run: ``"auto"``, ``"eager"``, ``"inductor"`` or ``"torchscript"``.
+    nonfinite: What a NaN or infinity does: ``"raise"`` or ``"skip"``; both leave all state as it was.
+    low_precision: For bfloat16/float16 parameters: round ``"nearest"``, ``"stochastic"``, or keep a
+        float32 ``"master"`` copy in the state.
+    """
+
+    weight_decay: float
+    exclude: Sequence[str]
+    head: Head | None
+    fallback_lr: float
+    fallback_betas: tuple[float, float]
+    fallback_weight_decay: float
+    backend: str
+    nonfinite: NonFinite
+    low_precision: LowPrecision
+
+
+COMMON_DEFAULTS: CommonSettings = {
+    "weight_decay": 0.0,
+    "exclude": (),
+    "head": None,
+    "fallback_lr": 1e-3,
+    "fallback_betas": (0.9, 0.999),
+    "fallback_weight_decay": 0.0,
+    "backend": "auto",
+    "nonfinite": "raise",
+    "low_precision": "nearest",
+}
+
+GROUP_SETTINGS = ("weight_decay", "fallback_lr", "fallback_betas", "fallback_weight_decay")
+"""Common settings that live in parameter groups; the others belong to the optimizer as a whole."""
+
+
+def check_common(rule: str, common: Mapping[str, Any]) -> CommonSettings:
+    """Return the common settings completed by defaults, or raise for an unknown or a bad one."""
+    unknown = sorted(set(common) - set(COMMON_DEFAULTS))
+    if unknown:
+        raise TypeError(
+            f"{rule} has no setting {unknown[0]!r}; the settings that every optimizer takes are "
+            f"{list(COMMON_DEFAULTS)}"
+        )
+    settings: CommonSettings = {**COMMON_DEFAULTS, **common}  # type: ignore[typeddict-item]
+    check_choice("head", settings["head"], (None, "rule", "fallback"))
+    check_choice("nonfinite", settings["nonfinite"], ("raise", "skip"))
+    check_choice("low_precision", settings["low_precision"], ("nearest", "stochastic", "master"))
+    validate_backend(settings["backend"])
+    check_group(settings)
+    return settings
+
+
+def check_group(settings: Mapping[str, Any]) -> None:
+    """Raise unless the common settings of a parameter group make sense."""
+    check_real("weight_decay", settings["weight_decay"])
+    check_real("fallback_lr", settings["fallback_lr"])
+    check_real("fallback_weight_decay", settings["fallback_weight_decay"])
+    check_betas("fallback_betas", settings["fallback_betas"], 2)
+
+
+def check_betas(name: str, betas: Any, count: int) -> None:
+    """Raise unless ``betas`` holds ``count`` numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != count:
+        raise ValueError(f"{name}={betas!r} must hold {count} numbers in [0, 1)")
+    for position, beta in enumerate(betas):
+        check_fraction(f"{name}[{position}]", beta)

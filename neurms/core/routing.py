@@ -1,0 +1,167 @@
+"""Which parameter gets which rule, and why.
+
+Routing goes by the kind of module that owns a parameter, never by its name: hidden linear layers,
+convolutions and attention projections have a units x features matrix to precondition, while
+embeddings, norms, biases, tied weights and the output head do better, or can only do, with AdamW.
+Every choice carries its reason, so that :meth:`~neurms.core.optimizers.base.PreconditionedOptimizer.plan`
+can print it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from neurms.core.layout import Layout, default_layout, layout_of
+
+__all__ = ["FALLBACK", "Head", "Route", "excluded", "head_of", "route_model", "route_tensors"]
+
+FALLBACK = "fallback"
+Head = Literal["rule", "fallback"]
+
+_ATTENTION_MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """What happens to one parameter.
+
+    Args:
+        name: Qualified parameter name, the first one for a tied parameter.
+        parameter: The parameter itself.
+        kind: Class name of the module that owns it, ``"tensor"`` for bare parameters.
+        rule: Name of the rule, or ``"fallback"`` for AdamW.
+        reason: Why, in a few words.
+        layout: How it is seen as units x features.
+        module: The owning module, None for bare parameters.
+    """
+
+    name: str
+    parameter: Tensor
+    kind: str
+    rule: str
+    reason: str
+    layout: Layout
+    module: nn.Module | None = None
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether AdamW takes this parameter."""
+        return self.rule == FALLBACK
+
+
+def route_tensors(named: Iterable[tuple[str, Tensor]], rule: str) -> list[Route]:
+    """Route bare parameters: two axes or more get the rule, scalars and vectors the fallback."""
+    routes = []
+    for name, tensor in named:
+        matrix = tensor.ndim >= 2
+        reason = f"{tensor.ndim} axes" if matrix else f"{tensor.ndim}-D tensor: no matrix"
+        routes.append(
+            Route(
+                name,
+                tensor,
+                "tensor",
+                rule if matrix else FALLBACK,
+                reason,
+                default_layout(tensor),
+            )
+        )
+    return routes
+
+
+def route_model(
+    model: nn.Module, rule: str, *, head: Head = FALLBACK, exclude: Sequence[str] = ()
+) -> list[Route]:
+    """Route every parameter of a model by the kind of module that owns it.
+
+    Args:
+        model: The model.
+        rule: Name of the rule for matrices.
+        head: What the output head (the last linear layer) gets.
+        exclude: Name patterns (``fnmatch``; a module's name covers all its parameters) that are sent
+            to the fallback.
+
+    Returns:
+        One route for each distinct parameter, in the order of ``model.named_parameters()``.
+
+    Raises:
+        ValueError: A pattern of ``exclude`` matches no parameter.
+    """
+    owners = _owners(model)
+    last_linear = head_of(model)
+    routes = []
+    for name, parameter in model.named_parameters():
+        module, own_name = owners[id(parameter)][0]
+        chosen, reason = _choose(module, own_name, owners[id(parameter)], rule)
+        if module is last_linear and own_name == "weight" and chosen == rule:
+            chosen, reason = (rule, "output head") if head == "rule" else (FALLBACK, "output head")
+        layout = layout_of(module, own_name) or default_layout(parameter)
+        routes.append(
+            Route(name, parameter, type(module).__name__, chosen, reason, layout, module)
+        )
+    return excluded(routes, exclude)
+
+
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """Return the output head: the last linear layer in registration order, or None."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linears[-1] if linears else None
+
+
+def excluded(routes: list[Route], patterns: Sequence[str]) -> list[Route]:
+    """Return ``routes`` with every parameter that a pattern names sent to the fallback."""
+    if isinstance(patterns, str):
+        raise TypeError(f"exclude={patterns!r} must be a sequence of patterns; write ({patterns!r},)")
+    for pattern in patterns:
+        hits = [_matches(route.name, pattern) for route in routes]
+        if not any(hits):
+            names = ", ".join(route.name for route in routes[:5])
+            raise ValueError(
+                f"exclude={pattern!r} matches no parameter; names look like: {names}"
+            )
+        routes = [
+            replace(route, rule=FALLBACK, reason=f"excluded by {pattern!r}") if hit else route
+            for route, hit in zip(routes, hits, strict=True)
+        ]
+    return routes
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return, for each parameter, the distinct modules that hold it and under which own name."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, name))
+    return owners
+
+
+def _choose(
+    module: nn.Module, name: str, owners: list[tuple[nn.Module, str]], rule: str
+) -> tuple[str, str]:
+    parameter = module._parameters[name]
+    assert parameter is not None
+    if parameter.ndim < 2:
+        return FALLBACK, "bias" if name == "bias" else f"{parameter.ndim}-D tensor: no matrix"
+    if len(owners) > 1:
+        return FALLBACK, f"tied: shared by {len(owners)} modules"
+    if isinstance(module, parametrize.ParametrizationList):
+        return FALLBACK, "parametrized weight"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return FALLBACK, "embedding"
+    if isinstance(module, nn.MultiheadAttention) and name in _ATTENTION_MATRICES:
+        return rule, "attention projection"
+    if isinstance(module, nn.Linear) and name == "weight":
+        return rule, "hidden linear layer"
+    if layout_of(module, name) is not None:
+        return rule, "convolution"
+    return FALLBACK, f"{type(module).__name__}.{name}: not a linear, convolution or attention weight"

@@ -1,0 +1,1 @@
+"""Fisher structures: one file for each way of approximating a layer's Fisher matrix."""

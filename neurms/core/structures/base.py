@@ -1,0 +1,101 @@
+"""What a Fisher structure is: the seam on which optimizers, adapters and the extension meet.
+
+A *structure* approximates the Fisher matrix of one layer, F ~ E[g g^T] with g = vec(G), and applies
+(a root of) its inverse to a gradient. It knows nothing of modules, parameters or frameworks: it sees
+matrices in the (units x features) view and a flat dictionary of state. A :class:`Transform` is the
+wider notion, a step from one update matrix to the next; momentum, the norm-growth limiter and the
+trust ratio are transforms too, which is why they compose with every structure.
+
+Contract, tested for every structure by ``tests/core/structures/contract.py``:
+
+- Matrices have shape (..., m, n): leading axes are a batch of equally shaped layers that are
+  processed together; a result does not depend on what else is in the batch.
+- ``init`` allocates *all* state, in its final shapes and dtypes, and also runs on meta tensors: that
+  is how memory is predicted. Every state tensor starts with the matrix's batch axes.
+- Later calls change state in place only, and never write into the matrices they are given.
+- Matrices arrive as float32, or float64 for float64 parameters; results have the same dtype.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Context", "Moments", "State", "Structure", "Transform"]
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean squares over rows of a layer's error signals and inputs in the current step.
+
+    Args:
+        units: mean_rows(D_i^2), shape (..., m), or None where D was not seen.
+        features: mean_rows(H_j^2), shape (..., n), or None where H was not seen.
+    """
+
+    units: Tensor | None = None
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a transform may need beside the update itself.
+
+    Args:
+        step: Number of this step, counted from 1, of the matrices in the batch.
+        weight: The weights in the same view, shape (..., m, n); only given to transforms with
+            ``needs_weight``, else None.
+        seeds: One integer for each matrix of the batch, in order; random draws derive from it and
+            from ``step`` alone, so that a resumed run draws what an uninterrupted one would.
+        moments: Second moments of D and H for structures that are built from them.
+    """
+
+    step: int
+    weight: Tensor | None = None
+    seeds: tuple[int, ...] = (0,)
+    moments: Moments | None = None
+
+    def generator(self, index: int, stream: int = 0) -> torch.Generator:
+        """Return a CPU generator that depends on matrix ``index``'s seed, the step and ``stream``."""
+        mixed = (self.seeds[index] * 1_000_003 + self.step) * 1_000_003 + stream
+        return torch.Generator().manual_seed(mixed % (2**63 - 1))
+
+
+class Transform(ABC):
+    """A step from one update matrix to the next, with state of its own.
+
+    Subclasses are frozen dataclasses: their fields are the settings, checked in ``__post_init__``.
+    """
+
+    needs_weight: bool = False
+    """Whether :attr:`Context.weight` must be given."""
+
+    def init(self, matrix: Tensor) -> State:
+        """Return the state for matrices like ``matrix`` (..., m, n), possibly on the meta device."""
+        return {}
+
+    @abstractmethod
+    def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
+        """Return the transformed update (..., m, n) and bring ``state`` up to date in place."""
+
+
+class Structure(Transform):
+    """A Fisher structure: observe gradients, then precondition one."""
+
+    @abstractmethod
+    def observe(self, gradient: Tensor, state: State, context: Context) -> None:
+        """Update ``state`` in place from one step's gradient (..., m, n)."""
+
+    @abstractmethod
+    def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
+        """Return the preconditioned gradient (..., m, n); ``state`` is only read."""
+
+    def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
+        """Observe ``update``, then precondition it. Structures with another order override this."""
+        self.observe(update, state, context)
+        return self.precondition(update, state, context)

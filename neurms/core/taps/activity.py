@@ -1,0 +1,123 @@
+"""Which axes of a layer's input and error signal count features and units.
+
+A weight's :class:`~neurms.core.layout.Layout` says how the parameter is seen as units x features; an
+:class:`Activity` says the same of the two tensors that backpropagation shows the layer: H, whose
+remaining axes are the rows that the layer read, and D, whose remaining axes are the rows it wrote.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neurms.compiled.reductions import channel_square_sum, column_square_sum
+
+__all__ = ["Activity", "activity_of"]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """The rows x channels view of a layer's H and D.
+
+    Axes count from the end, so that batched and unbatched calls of one layer share an activity.
+
+    Args:
+        unit_axes: Axes of D over units, in the weight's order of units.
+        feature_axes: Axes of H over features, in the weight's order of features.
+        tokens: Number of features where H holds token indices, that is one-hot rows in short
+            (an embedding); None for an ordinary H.
+
+    Example:
+        >>> import torch
+        >>> activity = activity_of(torch.nn.Conv2d(3, 8, 3))
+        >>> sums, rows = activity.unit_square_sum(torch.ones(2, 8, 5, 5))
+        >>> sums.shape, sums[0].item(), rows
+        (torch.Size([8]), 50.0, 50)
+    """
+
+    unit_axes: tuple[int, ...] = (-1,)
+    feature_axes: tuple[int, ...] = (-1,)
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("unit_axes", "feature_axes"):
+            axes = getattr(self, name)
+            if not axes or any(axis >= 0 for axis in axes):
+                raise ValueError(
+                    f"{name}={axes!r} must count from the end; write -1 for the last axis"
+                )
+
+    def unit_square_sum(
+        self, errors: Tensor, scale: Tensor | None = None, backend: str = "auto"
+    ) -> tuple[Tensor, int]:
+        """Return ``sum_rows (d_i / scale)^2`` of shape (units,) and the number of rows.
+
+        Args:
+            errors: D, any floating dtype; divided and squared in float32 (float64 for float64).
+            scale: 0-d loss scale, or None.
+            backend: How the kernel runs; given outright because backward passes may run in threads
+                that do not see the caller's ``use_backend``.
+        """
+        return _square_sum(errors, self.unit_axes, scale, backend)
+
+    def feature_square_sum(self, inputs: Tensor, backend: str = "auto") -> tuple[Tensor, int]:
+        """Return ``sum_rows h_j^2`` of shape (features,) and the number of rows.
+
+        Args:
+            inputs: H; token indices where ``tokens`` is set.
+            backend: How the kernel runs.
+        """
+        if self.tokens is not None:
+            counts = torch.bincount(inputs.reshape(-1), minlength=self.tokens)
+            return counts.float(), inputs.numel()
+        return _square_sum(inputs, self.feature_axes, None, backend)
+
+    def scale_units(self, errors: Tensor, factors: Tensor) -> Tensor:
+        """Return D with every unit multiplied by its factor, in D's own dtype and shape."""
+        axes = [axis + errors.ndim for axis in self.unit_axes]
+        sizes = [errors.shape[axis] for axis in axes]
+        ordered = factors.reshape(sizes).permute([axes.index(axis) for axis in sorted(axes)])
+        shape = [size if axis in axes else 1 for axis, size in enumerate(errors.shape)]
+        # In float32 for half-precision signals: a large factor alone may not fit their range.
+        return (errors * ordered.reshape(shape)).to(errors.dtype)
+
+
+def activity_of(module: nn.Module) -> Activity | None:
+    """Return the activity of a Linear, a convolution of 1 to 3 dimensions or an Embedding.
+
+    Args:
+        module: The module; subclasses count as what they derive from.
+
+    Returns:
+        The activity, or None where none is known.
+    """
+    if isinstance(module, nn.Linear):
+        return Activity()
+    if isinstance(module, nn.Embedding):
+        return Activity(tokens=module.num_embeddings)
+    convolutions = (
+        (nn.Conv1d, nn.ConvTranspose1d),
+        (nn.Conv2d, nn.ConvTranspose2d),
+        (nn.Conv3d, nn.ConvTranspose3d),
+    )
+    for spatial, kinds in enumerate(convolutions, start=1):
+        if isinstance(module, kinds):
+            return Activity((-1 - spatial,), (-1 - spatial,))
+    return None
+
+
+def _square_sum(
+    tensor: Tensor, axes: tuple[int, ...], scale: Tensor | None, backend: str
+) -> tuple[Tensor, int]:
+    """Return the sums of squares over every axis but ``axes``, flattened, and the count."""
+    channels = math.prod(tensor.shape[axis] for axis in axes)
+    rows = tensor.numel() // channels if channels else 0
+    if len(axes) == 1 and axes[0] != -1:
+        axis = axes[0] + tensor.ndim
+        return channel_square_sum.on(backend)(tensor, axis, scale), rows
+    last = tuple(range(-len(axes), 0))
+    matrix = tensor.movedim(axes, last).reshape(rows, channels)
+    return column_square_sum.on(backend)(matrix, scale), rows

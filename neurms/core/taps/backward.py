@@ -1,0 +1,306 @@
+"""The backward engine: a Linear whose backward writes its own update and never forms a gradient.
+
+While attached, the module's class is a subclass of ``nn.Linear`` that finds its tap in a table of this
+file. Nothing is stored on the module, so that a copy or a pickle of it is a plain ``nn.Linear``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.taps.accumulation import OUTSIDE_BACKWARD, destination, graph_task, is_ordinary
+from neurms.core.taps.protocol import UpdateSink
+
+__all__ = ["BackwardUpdateTap"]
+
+
+class _Use:
+    """One recorded forward of a tapped layer; lives as long as its graph."""
+
+    __slots__ = ("__weakref__", "done", "task")
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+        self.done = False
+
+
+class BackwardUpdateTap:
+    """Hands D and H of an ``nn.Linear`` to a sink that updates the weight inside backward.
+
+    The backward computes, in this order: ``D`` (rescaled by the sink if it wishes), the upstream
+    gradient ``D W``, the bias gradient ``D^T 1`` (an ordinary ``.grad``), then
+    ``sink.update(D, H)``, which writes the weight. ``weight.grad`` is never formed, which is what
+    saves the time, and why anything that needs it is refused:
+
+    * a layer used again while an earlier forward of it still waits for its backward: the first
+      backward to arrive would change the weight under the other (a forward whose graph is gone is
+      fine, a checkpoint's recomputation is told apart by running inside backward);
+    * a second backward before :meth:`rearm` (accumulation, a retained graph);
+    * ``create_graph=True`` and ``torch.autograd.grad`` with respect to the weight;
+    * more than one rank in ``torch.distributed``: each rank would apply its own update.
+
+    A backward that adds to no weight (``torch.autograd.grad(loss, inputs)``) updates nothing. The layer
+    is a plain linear one under ``no_grad``, with a frozen weight, in torch.func transforms and when
+    called with another tensor as its weight; under torch.compile its forward breaks the graph.
+    The sink is held weakly: once it is gone the layer returns to what it was.
+
+    Args:
+        module: The layer, of class ``nn.Linear`` exactly.
+        sink: Receives D and H, already flattened to rows; whoever makes the tap keeps it.
+        name: The layer's name for error messages.
+
+    Raises:
+        TypeError: ``module`` is not exactly an ``nn.Linear`` or ``sink`` no
+            :class:`~neurms.core.taps.protocol.UpdateSink`.
+
+    Reference:
+        NeuRMS draft, buffer scaling. Settled here: ``update="backward"`` applies
+        ``W.addmm_((D S)^T, H C)`` after the upstream product has read W.
+
+    Example:
+        >>> import torch
+        >>> class Descent:
+        ...     def __init__(self, weight):
+        ...         self.weight = weight
+        ...
+        ...     def rescale_errors(self, errors):
+        ...         return None
+        ...
+        ...     def update(self, errors, activations):
+        ...         self.weight.addmm_(errors.T, activations, alpha=-0.1)
+        >>> layer = torch.nn.Linear(3, 2, bias=False)
+        >>> before = layer.weight.detach().clone()
+        >>> sink = Descent(layer.weight)
+        >>> tap = BackwardUpdateTap(layer, sink)
+        >>> tap.attach()
+        >>> layer(torch.ones(4, 3)).sum().backward()
+        >>> layer.weight.grad is None, torch.allclose(layer.weight, before - 0.4)
+        (True, True)
+        >>> tap.detach()
+    """
+
+    def __init__(self, module: nn.Linear, sink: UpdateSink, *, name: str = "") -> None:
+        if type(module) not in (nn.Linear, _TappedLinear):
+            raise TypeError(
+                f"module={name or type(module).__name__!r} must be exactly an nn.Linear, not a "
+                f'{type(module).__name__}; use update="step" for it'
+            )
+        if not isinstance(sink, UpdateSink):
+            raise TypeError(f"sink={sink!r} must have the methods rescale_errors and update")
+        self.name = name or f"Linear({module.in_features}, {module.out_features})"
+        self.fired = False
+        self.spent = False
+        self.weight = module.weight
+        self._module = weakref.ref(module)
+        self._sink = weakref.ref(sink)
+        self._waiting: weakref.ref[_Use] | None = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether the layer's forward goes through this tap."""
+        module = self._module()
+        return module is not None and _TAPS.get(module) is self
+
+    def attach(self) -> None:
+        """Put the tap in place; again does nothing.
+
+        Raises:
+            ReferenceError: The module no longer exists.
+            ValueError: Another tap whose sink is alive holds the module.
+            UnsupportedTrainingError: Several ranks train.
+        """
+        module = self._module()
+        if module is None:
+            raise ReferenceError(f"layer {self.name} no longer exists; make a new tap")
+        if self.attached:
+            return
+        other = _TAPS.get(module)
+        if other is not None and other._sink() is not None:
+            raise ValueError(
+                f"layer {self.name} is tapped already; detach its other optimizer first"
+            )
+        self._refuse_ranks()
+        _TAPS[module] = self
+        module.__class__ = _TappedLinear
+
+    def detach(self) -> None:
+        """Make the layer a plain ``nn.Linear`` again.
+
+        A graph recorded before still gives the exact upstream and bias gradients, and no update.
+        """
+        module = self._module()
+        if module is not None and _TAPS.get(module) is self:
+            del _TAPS[module]
+            module.__class__ = nn.Linear
+
+    def rearm(self) -> None:
+        """Allow the next backward; the optimizer calls it at the end of its step."""
+        self.spent = False
+
+    def forward(self, module: nn.Linear, inputs: Tensor) -> Tensor:
+        """Return ``inputs W^T + b``, recorded so that backward updates W where a gradient is due."""
+        if self._sink() is None:
+            self.detach()
+        weight = module._parameters["weight"]
+        if weight is not self.weight or not self.attached or not _is_trained(inputs, weight):
+            return F.linear(inputs, module.weight, module.bias)
+        use = self._record()
+        device = inputs.device.type
+        dtype = None
+        if torch.is_autocast_enabled(device) and inputs.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            inputs = inputs.to(dtype)
+        output: Tensor = _UpdateInBackward.apply(inputs, weight, module.bias, dtype, self, use)
+        return output
+
+    def _record(self) -> _Use:
+        self._refuse_ranks()
+        task = graph_task()
+        if self.spent and task != OUTSIDE_BACKWARD:
+            raise self._refused("is recomputed by a checkpoint after its weight was updated")
+        waiting = self._waiting() if self._waiting is not None else None
+        pending = waiting is not None and not waiting.done
+        if waiting is not None and pending and waiting.task == task:
+            raise self._refused(
+                "is used a second time before the backward of its first use (run forwards that need "
+                "no gradient under torch.no_grad(), and drop outputs that are not needed)"
+            )
+        use = _Use(task)
+        # A recomputation stands in for the use that waits, which must stay on record.
+        if not pending:
+            self._waiting = weakref.ref(use)
+        return use
+
+    def _refuse_ranks(self) -> None:
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        if distributed.get_world_size() > 1:
+            raise self._refused(f"trains on {distributed.get_world_size()} ranks")
+
+    def _refused(self, what: str) -> UnsupportedTrainingError:
+        return UnsupportedTrainingError(
+            f'layer {self.name} {what}, which update="backward" cannot do: its weight changes during '
+            'backward and has no gradient; use update="step"'
+        )
+
+    def _check_backward(self) -> bool:
+        """Return whether this backward updates the weight; raise, nothing changed, if it may not."""
+        if torch.is_grad_enabled():
+            raise self._refused("is differentiated with create_graph=True")
+        if self._sink() is None or not self.attached:
+            return False
+        goes = destination(self.weight)
+        if goes == "captured":
+            raise self._refused("has its weight's gradient asked for by torch.autograd.grad")
+        if goes == "nowhere":
+            return False
+        if self.spent:
+            raise self._refused(
+                "is reached by a second backward before optimizer.step() (accumulation of gradients "
+                "or a retained graph)"
+            )
+        return True
+
+    def _deliver(self, errors: Tensor, activations: Tensor) -> None:
+        sink = self._sink()
+        if sink is not None and errors.shape[0]:
+            sink.update(errors, activations)
+        self.spent = self.fired = True
+
+    def _rescaled(self, errors: Tensor) -> Tensor:
+        sink = self._sink()
+        replaced = sink.rescale_errors(errors) if sink is not None and errors.shape[0] else None
+        return errors if replaced is None else replaced
+
+
+class _TappedLinear(nn.Linear):
+    """What an ``nn.Linear`` is while a tap holds it."""
+
+    @torch.compiler.disable
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output through its tap."""
+        tap = _TAPS.get(self)
+        if tap is None:
+            return super().forward(input)
+        return tap.forward(self, input)
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        rebuild, args, *rest = super().__reduce_ex__(protocol)
+        plain = tuple(nn.Linear if arg is _TappedLinear else arg for arg in args)
+        return (rebuild, plain, *rest)
+
+
+class _UpdateInBackward(torch.autograd.Function):
+    """A linear product whose backward hands D and H to the tap instead of multiplying them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype | None,
+        tap: BackwardUpdateTap,
+        use: _Use,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.dtype, ctx.tap, ctx.use = dtype, tap, use
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        with torch.autocast(inputs.device.type, enabled=False):
+            return F.linear(
+                inputs, _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+            )
+
+    @staticmethod
+    def backward(ctx: Any, output_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, output_gradient)
+
+
+def _backward(ctx: Any, output_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    tap: BackwardUpdateTap = ctx.tap
+    upstream = bias_gradient = None
+    if output_gradient is None:
+        return None, None, None, None, None, None
+    # Before the saved tensors: an updated weight would make autograd raise a less helpful error.
+    updates = tap._check_backward()
+    inputs, weight = ctx.saved_tensors
+    errors = output_gradient.reshape(-1, output_gradient.shape[-1])
+    with torch.autocast(inputs.device.type, enabled=False):
+        if updates:
+            errors = tap._rescaled(errors)
+        if ctx.needs_input_grad[0]:
+            upstream = (errors @ _cast(weight, ctx.dtype)).reshape(inputs.shape)
+        if ctx.needs_input_grad[2]:
+            bias_gradient = errors.sum(0).to(ctx.bias_dtype)
+        if updates:
+            tap._deliver(errors, inputs.reshape(-1, inputs.shape[-1]))
+    ctx.use.done = True
+    return upstream, None, bias_gradient, None, None, None
+
+
+def _is_trained(inputs: Tensor, weight: Tensor) -> bool:
+    """Return whether this forward gives the weight an ordinary gradient."""
+    return (
+        torch.is_grad_enabled()
+        and weight.requires_grad
+        and is_ordinary(inputs)
+        and is_ordinary(weight)
+    )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+_TAPS: weakref.WeakKeyDictionary[nn.Module, BackwardUpdateTap] = weakref.WeakKeyDictionary()

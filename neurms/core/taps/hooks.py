@@ -1,0 +1,286 @@
+"""The hook engine: column sums of squares of D and H, read beside an unchanged layer.
+
+A forward hook sees the layer's input and output; it reduces H at once, so that H itself is never kept
+alive, and registers a hook on the output tensor, through which D will pass. Both sums are delivered
+from there, together: a forward that no backward reaches, or that a checkpoint runs twice, counts once
+or not at all. Tensor hooks stand where they were registered, before any later in-place activation,
+which is where D = dL/dZ is (module backward hooks refuse in-place activations).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from neurms.compiled.backends import validate_backend
+from neurms.core.taps.accumulation import destination, is_ordinary
+from neurms.core.taps.activity import Activity, activity_of
+from neurms.core.taps.protocol import Sink, Sums
+
+__all__ = ["HookTap", "InertTap", "forget_compiled_graphs"]
+
+
+class InertTap:
+    """What a copied or unpickled model holds in place of a tap: it observes nothing."""
+
+    attached = False
+    fired = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the forward pass alone."""
+
+    def attach(self) -> None:
+        """Do nothing: a copy belongs to no optimizer."""
+
+    def detach(self) -> None:
+        """Do nothing."""
+
+
+class HookTap:
+    """Delivers the sums of one layer's D and H to a sink, once for each backward firing that counts.
+
+    A firing counts if this very backward pass adds to the weight's ``.grad``. So statistics follow
+    gradients: two backward passes over a retained graph count twice (their gradients add up too),
+    ``torch.autograd.grad`` counts nothing and is never rescaled, a module used twice delivers twice.
+    In a double backward (a gradient penalty), the D counted is the whole derivative of the loss with
+    respect to the layer's output, through the penalty too; the part of the weight's gradient that
+    comes from differentiating the first backward's own product D W is not of the form D^T H, and no
+    sum stands for it.
+
+    Nothing is observed where the weight gets no ordinary gradient: under ``no_grad`` and
+    ``inference_mode``, for a frozen weight, when the module runs with another tensor as its weight
+    (``functional_call``, ``DataParallel`` replicas), inside torch.func transforms, on meta and fake
+    tensors. Forwards that bypass the module's ``__call__`` are not seen either (``fired`` stays False:
+    the ``out_proj`` of ``nn.MultiheadAttention``).
+
+    The tap holds the module and the sink weakly: it keeps neither an optimizer nor a model alive, and
+    takes its hook off at the first forward after its sink is gone. Whoever makes the tap keeps the
+    sink. Copies and pickles of the model hold an :class:`InertTap` instead.
+
+    Under torch.compile the hook breaks the graph; functions compiled before :meth:`attach` do not see
+    it until :func:`forget_compiled_graphs`. FSDP2 is seen through the unsharded parameter that the
+    module holds during its forward.
+
+    Args:
+        module: The layer.
+        weight: The parameter that the layer multiplies H with; must be the module's own.
+        sink: Receives the sums.
+        activity: Axes of H and D; None takes :func:`~neurms.core.taps.activity.activity_of`.
+        features: Whether H is reduced too.
+        backend: How the reductions run.
+
+    Raises:
+        TypeError: ``sink`` is no :class:`~neurms.core.taps.protocol.Sink`.
+        ValueError: ``weight`` is not a parameter of ``module`` itself, the activity of ``module`` is
+            not known, or ``backend`` is not.
+
+    Reference:
+        NeuRMS draft, statistics of backpropagation. Settled here: sums and rows, not means, leave the
+        tap, so that micro-batches and ranks can be added exactly; the loss scale is divided out in
+        float32 before squaring.
+
+    Example:
+        >>> import torch
+        >>> class Printer:
+        ...     def add(self, sums):
+        ...         print(sums.unit_square_sum.tolist(), sums.rows)
+        ...
+        ...     def rescale(self, sums):
+        ...         return None
+        ...
+        ...     def loss_scale(self):
+        ...         return None
+        >>> layer, sink = torch.nn.Linear(3, 2), Printer()
+        >>> tap = HookTap(layer, layer.weight, sink)
+        >>> tap.attach()
+        >>> (2 * layer(torch.ones(4, 3))).sum().backward()
+        [16.0, 16.0] 4
+        >>> tap.detach()
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weight: Tensor,
+        sink: Sink,
+        *,
+        activity: Activity | None = None,
+        features: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(sink, Sink):
+            raise TypeError(f"sink={sink!r} must have the methods add, rescale and loss_scale")
+        activity = activity if activity is not None else activity_of(module)
+        if activity is None:
+            raise ValueError(
+                f"module={type(module).__name__} has no known activity; pass activity=Activity(...)"
+            )
+        self.weight = weight
+        self.activity = activity
+        self.features = features
+        self.backend = validate_backend(backend)
+        self.fired = False
+        self._name = _own_name(module, weight)
+        self._module = weakref.ref(module)
+        self._sink = weakref.ref(sink)
+        self._handle: RemovableHandle | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hook is in place."""
+        return self._handle is not None
+
+    def attach(self) -> None:
+        """Put the hook in place, before the module's other forward hooks; again does nothing.
+
+        Raises:
+            ReferenceError: The module no longer exists.
+            ValueError: The weight is tapped in another module too: its gradient is a sum over both,
+                which one layer's statistics must not scale.
+        """
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the tapped module no longer exists; make a new tap")
+        if self.attached:
+            return
+        _refuse_tied(module, self.weight)
+        # First in line: a hook of the user's may replace the output, whose gradient is not D.
+        self._handle = module.register_forward_hook(self, prepend=True, with_kwargs=True)
+        _TAPPED[self.weight] = weakref.ref(module)
+
+    def detach(self) -> None:
+        """Take the hook off; graphs that are already recorded deliver nothing more."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @torch.compiler.disable
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """Observe one forward of the module (torch's forward hook); never touches the output."""
+        if self._sink() is None:
+            self.detach()
+        elif (weight := self._weight_in_use(module)) is not None:
+            self.observe(args[0] if args else kwargs.get("input"), output, weight)
+
+    def observe(self, inputs: Any, outputs: Any, weight: Tensor | None = None) -> None:
+        """Observe one product of ``inputs`` with the weight: reduce H now and D when it passes.
+
+        Adapters whose layers show Z elsewhere than in a forward hook call this themselves.
+
+        Args:
+            inputs: H.
+            outputs: Z = H W^T, before bias-free views of it are changed in place.
+            weight: The tensor that autograd sees as the weight; None is the tapped one.
+        """
+        weight = self.weight if weight is None else weight
+        if not (torch.is_grad_enabled() and weight.requires_grad and is_ordinary(outputs)):
+            return
+        if not outputs.requires_grad:
+            return
+        feature_sums, feature_rows = self._reduce_inputs(inputs)
+        outputs.register_hook(self._on_errors(weight, feature_sums, feature_rows))
+
+    def _reduce_inputs(self, inputs: Any) -> tuple[Tensor | None, int]:
+        if not self.features:
+            return None, 0
+        if not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"the input of a tapped {type(self._module()).__name__} must be its first positional "
+                f"argument or named 'input', not {type(inputs).__name__}"
+            )
+        with torch.no_grad():
+            return self.activity.feature_square_sum(inputs.detach(), self.backend)
+
+    def _on_errors(
+        self, weight: Tensor, feature_sums: Tensor | None, feature_rows: int
+    ) -> Callable[[Tensor], Tensor | None]:
+        """Return the hook for D, which keeps H's sums alive but not H."""
+
+        def deliver(errors: Tensor) -> Tensor | None:
+            sink = self._sink()
+            if sink is None or destination(weight) != "grad":
+                return None
+            with torch.no_grad():
+                scale = _as_tensor(sink.loss_scale(), errors)
+                unit_sums, rows = self.activity.unit_square_sum(
+                    errors.detach(), scale, self.backend
+                )
+                sums = Sums(unit_sums, rows, feature_sums, feature_rows)
+                with self._lock:
+                    factors = sink.rescale(sums) if rows else None
+                    sink.add(sums)
+                    self.fired = True
+            return None if factors is None else self.activity.scale_units(errors, factors)
+
+        return deliver
+
+    def _weight_in_use(self, module: nn.Module) -> Tensor | None:
+        """Return what the module multiplies with if its gradient is the tapped weight's."""
+        current = module._parameters.get(self._name)
+        if current is self.weight:
+            return current
+        # FSDP2 lends the module an unsharded parameter for the length of a forward.
+        return current if _is_sharded(self.weight) and type(current) is nn.Parameter else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InertTap:
+        return InertTap()
+
+    def __reduce__(self) -> tuple[type[InertTap], tuple[()]]:
+        return InertTap, ()
+
+
+def forget_compiled_graphs() -> None:
+    """Make torch.compile trace anew: graphs recorded before a hook was attached ignore the hook.
+
+    Call it once after attaching the taps of a model. It does nothing where torch.compile was not used.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+_TAPPED: torch.utils.weak.WeakTensorKeyDictionary = torch.utils.weak.WeakTensorKeyDictionary()
+
+
+def _refuse_tied(module: nn.Module, weight: Tensor) -> None:
+    owner = _TAPPED[weight]() if weight in _TAPPED else None
+    if owner is None or owner is module:
+        return
+    hooks = owner._forward_hooks.values()
+    if any(isinstance(hook, HookTap) and hook.weight is weight for hook in hooks):
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} is tied: it is tapped in a "
+            f"{type(owner).__name__} and a {type(module).__name__}; leave tied weights to the fallback"
+        )
+
+
+def _own_name(module: nn.Module, weight: Tensor) -> str:
+    for name, parameter in module._parameters.items():
+        if parameter is weight:
+            return name
+    raise ValueError(
+        f"weight of shape {tuple(weight.shape)} is not a parameter of this {type(module).__name__} "
+        "itself; pass module.weight, and leave parametrized weights to the fallback"
+    )
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    # Looked up, not imported: distributed tensors are slow to load and cannot exist before they are.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(weight, distributed.DTensor)
+
+
+def _as_tensor(scale: Tensor | float | None, like: Tensor) -> Tensor | None:
+    if scale is None or isinstance(scale, Tensor):
+        return scale
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.tensor(scale, dtype=dtype, device=like.device)

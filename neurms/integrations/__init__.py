@@ -1,0 +1,1 @@
+"""Thin adapters, each in the idiom of the framework it serves."""

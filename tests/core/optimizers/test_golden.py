@@ -1,0 +1,35 @@
+"""Trajectories of the methods' reference implementations, replayed through the public constructors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from neurms.core.optimizers.registry import available, create
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+INDEX = json.loads((GOLDEN / "index.json").read_text())
+CASES = [(name, shape) for name, entry in INDEX.items() for shape in entry["shapes"]]
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=[f"{n}-{s}" for n, s in CASES])
+def test_replays_the_reference(name: str, shape: str) -> None:
+    entry = INDEX[name]
+    if entry["optimizer"] not in available():
+        pytest.fail(f"{entry['optimizer']} is not available")
+    data = np.load(GOLDEN / f"{name}.npz")
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["settings"].items()}
+    parameter = torch.nn.Parameter(torch.from_numpy(data[f"{shape}/initial"]))
+    optimizer = create(entry["optimizer"], [parameter], **settings)
+    worst = 0.0
+    for gradient, expected in zip(
+        data[f"{shape}/gradients"], data[f"{shape}/parameters"], strict=True
+    ):
+        parameter.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+        worst = max(worst, float((parameter.detach() - torch.from_numpy(expected)).abs().max()))
+    assert worst <= entry["tolerance"]
