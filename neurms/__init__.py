@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from neurms.compiled.backends import use_backend as use_backend
     from neurms.core.optimizers.memory import memory_report as memory_report
     from neurms.core.optimizers.neurms import NeuRMS as NeuRMS
+    from neurms.core.optimizers.racs import RACS as RACS
     from neurms.core.optimizers.registry import available as available
     from neurms.core.optimizers.registry import create as create
 
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "NeuRMS": "neurms.core.optimizers.neurms",
+    "RACS": "neurms.core.optimizers.racs",
     "create": "neurms.core.optimizers.registry",
     "available": "neurms.core.optimizers.registry",
     "memory_report": "neurms.core.optimizers.memory",

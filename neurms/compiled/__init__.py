@@ -6,9 +6,13 @@ Each has one eager definition, its specification; :func:`use_backend` chooses ho
 ``reductions``                     sums of squares of columns and channels
 ``scaling``                        second moments to scale factors, moving averages
 ``update``                         the optimizer's pass over a weight
+``agc``                            row-wise clipping of an update
+``gemm``                           the update as one matrix product (no gradient)
+``correlation``                    rho, the factorisation's faithfulness
 =================================  ================================================
 """
 
+from neurms.compiled.agc import row_clip_
 from neurms.compiled.backends import (
     BACKENDS,
     Kernel,
@@ -18,6 +22,8 @@ from neurms.compiled.backends import (
     use_backend,
     validate_backend,
 )
+from neurms.compiled.correlation import correlation_from_sums, correlation_sums
+from neurms.compiled.gemm import accumulate_gemm_, update_gemm_
 from neurms.compiled.reductions import channel_square_sum, column_square_sum
 from neurms.compiled.scaling import ema_, relative_scale_factors, scale_factors
 from neurms.compiled.update import scale_gradient_, scaled_momentum_update_, scaled_update_
@@ -25,17 +31,22 @@ from neurms.compiled.update import scale_gradient_, scaled_momentum_update_, sca
 __all__ = [
     "BACKENDS",
     "Kernel",
+    "accumulate_gemm_",
     "channel_square_sum",
     "column_square_sum",
     "compilations",
+    "correlation_from_sums",
+    "correlation_sums",
     "current_backend",
     "ema_",
     "kernel",
     "relative_scale_factors",
+    "row_clip_",
     "scale_factors",
     "scale_gradient_",
     "scaled_momentum_update_",
     "scaled_update_",
+    "update_gemm_",
     "use_backend",
     "validate_backend",
 ]

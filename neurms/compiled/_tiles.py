@@ -18,11 +18,19 @@ def tile_elements() -> int:
     return 524288
 
 
+def is_fused() -> bool:
+    """Whether TorchInductor is tracing: chains of operations will become one loop."""
+    # TorchScript leaves a branch uncompiled only in exactly this form.
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return False
+    else:
+        return torch.compiler.is_compiling()
+
+
 def is_tiled(t: Tensor) -> bool:
     """Whether an eager kernel should walk ``t`` in tiles."""
-    if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling():
-            return False
+    if is_fused():
+        return False
     return t.numel() > 2 * tile_elements() and t.device.type == "cpu"
 
 
@@ -45,21 +53,33 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def along_units(s: Tensor, w: Tensor) -> Tensor:
     """Broadcast a unit scale (m,) along (m,), (m, n) or (groups, units, features, taps)."""
-    if s.dim() == w.dim() or s.dim() == 0:
-        return s
-    if w.dim() == 2:
-        return s.unsqueeze(1)
-    if w.dim() == 4:
+    if w.dim() == 4 and s.dim() == 1 and s.size(0) == w.size(0) * w.size(1):
         return s.reshape(w.size(0), w.size(1), 1, 1)
-    raise ValueError(f"w has {w.dim()} axes; pass (units, features) or (groups, units, features, taps)")
+    if w.dim() <= 2 and s.dim() == 1 and s.size(0) == w.size(0):
+        return s.unsqueeze(1) if w.dim() == 2 else s
+    if s.dim() != w.dim() or w.dim() == 1:
+        raise ValueError(
+            f"s of shape {s.shape} has no factor for every unit of w of shape {w.shape}; pass (m,) "
+            "with w as (m,), (m, n) or (groups, units, features, taps)"
+        )
+    return s
 
 
 def along_features(c: Tensor, w: Tensor) -> Tensor:
     """Broadcast a feature scale (n,) along (m, n) or (groups, units, features, taps)."""
-    if c.dim() == w.dim() or c.dim() == 0:
-        return c
-    if w.dim() == 2:
-        return c.unsqueeze(0)
-    if w.dim() == 4:
+    if w.dim() == 4 and c.dim() == 1 and c.size(0) == w.size(0) * w.size(2):
         return c.reshape(w.size(0), 1, w.size(2), 1)
-    raise ValueError(f"w has {w.dim()} axes; pass (units, features) or (groups, units, features, taps)")
+    if w.dim() == 2 and c.dim() == 1 and c.size(0) == w.size(1):
+        return c.unsqueeze(0)
+    if c.dim() != w.dim() or w.dim() == 1:
+        raise ValueError(
+            f"c of shape {c.shape} has no factor for every feature of w of shape {w.shape}; pass "
+            "(n,) with w as (m, n) or (groups, units, features, taps)"
+        )
+    return c
+
+
+def check_same_shape(name: str, t: Tensor, w: Tensor) -> None:
+    """Refuse, before anything is changed, a tensor that would broadcast into the weight."""
+    if t.shape != w.shape:
+        raise ValueError(f"{name} of shape {t.shape} must have the shape of w, {w.shape}")

@@ -17,27 +17,23 @@ What this file promises:
 from __future__ import annotations
 
 import functools
-import logging
+import inspect
 import threading
-import time
-import types
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+
+from neurms.compiled._forms import InductorForm, script
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 BACKENDS = ("auto", "eager", "inductor", "torchscript")
 
-_logger = logging.getLogger("neurms.compiled")
 _backend: ContextVar[str] = ContextVar("neurms_backend", default="auto")
-_warned_no_compiler = threading.Event()
 
 
 def validate_backend(name: str) -> str:
@@ -92,103 +88,6 @@ def current_backend() -> str:
     return _backend.get()
 
 
-@contextmanager
-def _jit_deprecation_silenced() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
-        yield
-
-
-@functools.cache
-def has_cpp_compiler() -> bool:
-    """Whether TorchInductor finds a C++ compiler (``CXX``, else its own search); asked once."""
-    with _jit_deprecation_silenced():  # raised by torch's own modules, on import
-        import torch._inductor.compile_fx
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return bool(get_cpp_compiler())
-    except InvalidCxxCompiler:
-        return False
-
-
-def _warn_no_compiler() -> None:
-    if _warned_no_compiler.is_set():
-        return
-    _warned_no_compiler.set()
-    warnings.warn(
-        "backend='inductor' needs a C++ compiler and none was found, so the eager definitions run "
-        "instead. Install one (for example `apt install g++`), or name it in the environment "
-        "variable CXX, or choose backend='eager'.",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-
-
-class _InductorForm:
-    """``torch.compile`` of one eager definition, with one cache per kind of call.
-
-    TorchDynamo bounds the compilations per code object and then refuses. The number of axes, the
-    dtypes and which optional arguments are present are legitimate reasons to compile again, so
-    each such combination gets a copy of the code object, and with it a bound of its own.
-    """
-
-    def __init__(self, eager: Callable[..., Any]) -> None:
-        self.compilations = 0
-        self._eager = eager
-        self._variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._lock = threading.Lock()
-
-    def __call__(self, *args: Any) -> Any:
-        if not has_cpp_compiler():
-            _warn_no_compiler()
-            return self._eager(*args)
-        key = tuple(
-            (arg.dim(), arg.dtype, arg.device) if isinstance(arg, Tensor) else type(arg)
-            for arg in args
-        )
-        variant = self._variants.get(key)
-        if variant is None:
-            variant = self._add_variant(key)
-        # Detached, because TorchDynamo would fix the sizes of an nn.Parameter to each layer's own.
-        return variant(*[arg.detach() if isinstance(arg, Tensor) else arg for arg in args])
-
-    def _add_variant(self, key: tuple[Any, ...]) -> Callable[..., Any]:
-        with self._lock:
-            if key not in self._variants:
-                self._variants[key] = torch.compile(
-                    _copy_function(self._eager), backend=self._compile, fullgraph=True, dynamic=True
-                )
-            return self._variants[key]
-
-    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
-        with self._lock:
-            self.compilations += 1
-        name = self._eager.__name__
-        _logger.info("compiling %s (kept on disk for later runs)", name)
-        start = time.perf_counter()
-        compiled = compile_fx(graph, inputs)
-        _logger.info("compiled %s in %.1f s", name, time.perf_counter() - start)
-        return compiled
-
-
-def _copy_function(fn: Callable[..., Any]) -> Callable[..., Any]:
-    source = cast(types.FunctionType, fn)
-    copy = types.FunctionType(
-        source.__code__.replace(), source.__globals__, source.__name__, source.__defaults__
-    )
-    return functools.update_wrapper(copy, source)
-
-
-def _script(fn: Callable[..., Any]) -> Callable[..., Any]:
-    # Deprecated since torch 2.13, kept as the form that needs neither compiler nor warm-up.
-    with _jit_deprecation_silenced():
-        return cast(Callable[..., Any], torch.jit.script(fn))
-
-
 class Kernel(Generic[P, R]):
     """A function of tensors with interchangeable backends; made by :func:`kernel`.
 
@@ -202,7 +101,7 @@ class Kernel(Generic[P, R]):
 
     def __init__(self, fn: Callable[P, R]) -> None:
         self.eager = fn
-        self._inductor = _InductorForm(fn)
+        self._inductor = InductorForm(fn)
         self._torchscript: Callable[P, R] | None = None
         self._lock = threading.Lock()
         self._forms: dict[str, Callable[P, R]] = {}
@@ -235,17 +134,18 @@ class Kernel(Generic[P, R]):
 
     def _make(self, backend: str) -> Callable[P, R]:
         if backend == "torchscript":
-            return torch.no_grad()(_script(self.eager))
+            return torch.no_grad()(script(self.eager))
         if backend == "inductor":
             return torch.no_grad()(self._positional(self._inductor))
         return torch.no_grad()(self.eager)
 
     def _positional(self, form: Callable[..., R]) -> Callable[P, R]:
-        import inspect
-
         signature = inspect.signature(self.eager)
+        length = len(signature.parameters)
 
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if len(args) == length:
+                return form(*args)
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             return form(*bound.args)

@@ -19,6 +19,7 @@ from neurms.compiled._tiles import (
     accumulator,
     along_features,
     along_units,
+    check_same_shape,
     is_tiled,
     part,
     tile_length,
@@ -100,6 +101,9 @@ def scaled_update_(
     Returns:
         ``w``.
 
+    Raises:
+        ValueError: If shapes do not fit; nothing is changed then.
+
     Reference:
         NeuRMS, variants U (c None) and F. Without scales this is ``torch.optim.SGD``.
 
@@ -110,6 +114,7 @@ def scaled_update_(
         tensor([[0.7500, 0.7500],
                 [0.5000, 0.5000]])
     """
+    check_same_shape("g", g, w)
     left = _step_scale(_left(s, w), lr, w)
     right = _right(c, w)
     keep = None if decay is None else _scalar(decay, w)
@@ -161,6 +166,9 @@ def scaled_momentum_update_(
     Returns:
         ``w``.
 
+    Raises:
+        ValueError: If shapes do not fit; nothing is changed then.
+
     Reference:
         NeuRMS, momentum coupling. Without scales this is ``torch.optim.SGD(momentum=...)``.
 
@@ -173,6 +181,8 @@ def scaled_momentum_update_(
         >>> v
         tensor([[2., 2.]])
     """
+    check_same_shape("velocity", velocity, w)
+    check_same_shape("g", g, w)
     left = _left(s, w)
     right = _right(c, w)
     step = _step_scale(left if scale_velocity else None, lr, w)
@@ -212,6 +222,9 @@ def scale_gradient_(g: Tensor, s: Tensor | None, c: Tensor | None) -> Tensor:
 
     Returns:
         ``g``.
+
+    Raises:
+        ValueError: If shapes do not fit; nothing is changed then.
 
     Reference:
         NeuRMS, "scale the gradient before the velocity", for optimizers that do the rest.

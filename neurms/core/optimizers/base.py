@@ -260,7 +260,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return state
 
     def expected_state(
-        self, like: Tensor, parameter: Tensor, group: Mapping[str, Any]
+        self, like: Tensor, parameter: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the keys and shapes that a checkpoint must hold for ``parameter``."""
         return self.state_for(like, self._routes[parameter], group)
@@ -285,6 +285,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _apply(self, item: Item, recipe: Recipe, update: Tensor) -> None:
         lr, decay = float(item.group["lr"]), item.group["weight_decay"]
+        if self.state[item.parameter]["step"] < recipe.decay_from:
+            decay = 0.0
         target = self._target(item)
         if decay and recipe.decay == "before":
             target.mul_(1.0 - lr * decay)

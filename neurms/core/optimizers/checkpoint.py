@@ -96,7 +96,7 @@ def _check_parameter(
     if not state:
         return
     name = optimizer._routes[parameter].name
-    expected = optimizer.expected_state(meta_like(parameter), parameter, group)
+    expected = optimizer.expected_state(meta_like(parameter), parameter, group, state)
     if odd := sorted(set(expected) ^ set(state)):
         raise CheckpointError(
             f"the checkpoint's state of {name!r} differs in {odd}; it was saved with other settings "

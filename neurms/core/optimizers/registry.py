@@ -13,6 +13,7 @@ from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 __all__ = ["available", "create", "optimizer_class"]
 
 _OURS = {
+    "neurms": "NeuRMS",
     "racs": "RACS",
 }
 """snake_case name -> class in the module ``neurms.core.optimizers.<name>``."""

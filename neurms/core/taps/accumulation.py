@@ -26,11 +26,12 @@ def destination(weight: Tensor) -> Literal["grad", "captured", "nowhere"]:
         weight: A leaf that the graph multiplies with.
 
     Returns:
-        ``"grad"`` if it is added to ``weight.grad``; ``"captured"`` if ``torch.autograd.grad`` hands it
-        to its caller; ``"nowhere"`` if the pass leaves the weight out (``torch.autograd.grad`` with
-        respect to something else, as adversarial examples and gradient penalties do,
-        ``backward(inputs=...)``, a weight frozen since). Outside of autograd's engine, where compiled
-        autograd runs hooks, nobody can tell and the answer is ``"grad"``.
+        ``"grad"`` if it is added to ``weight.grad``; ``"captured"`` if ``torch.autograd.grad``
+        hands it to its caller; ``"nowhere"`` if the pass leaves the weight out
+        (``torch.autograd.grad`` with respect to something else, as adversarial examples and
+        gradient penalties do, ``backward(inputs=...)``, a weight frozen since). Outside of
+        autograd's engine, where compiled autograd runs hooks, nobody can tell and the answer is
+        ``"grad"``.
     """
     if not weight.requires_grad:
         return "nowhere"
@@ -51,5 +52,5 @@ def is_ordinary(tensor: object) -> bool:
         and tensor.device.type != "meta"
         and not isinstance(tensor, FakeTensor)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
     )

@@ -1,7 +1,8 @@
 """The backward engine: a Linear whose backward writes its own update and never forms a gradient.
 
-While attached, the module's class is a subclass of ``nn.Linear`` that finds its tap in a table of this
-file. Nothing is stored on the module, so that a copy or a pickle of it is a plain ``nn.Linear``.
+While attached, the module's class is a subclass of ``nn.Linear`` that finds its tap in a table of
+this file. Nothing is stored on the module, so that a copy or a pickle of it is a plain
+``nn.Linear``.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ class BackwardUpdateTap:
     * ``create_graph=True`` and ``torch.autograd.grad`` with respect to the weight;
     * more than one rank in ``torch.distributed``: each rank would apply its own update.
 
-    A backward that adds to no weight (``torch.autograd.grad(loss, inputs)``) updates nothing. The layer
-    is a plain linear one under ``no_grad``, with a frozen weight, in torch.func transforms and when
-    called with another tensor as its weight; under torch.compile its forward breaks the graph.
-    The sink is held weakly: once it is gone the layer returns to what it was.
+    A backward that adds to no weight (``torch.autograd.grad(loss, inputs)``) updates nothing. The
+    layer is a plain linear one under ``no_grad``, with a frozen weight, in torch.func transforms
+    and when called with another tensor as its weight; under torch.compile its forward breaks the
+    graph. The sink is held weakly: once it is gone the layer returns to what it was.
 
     Args:
         module: The layer, of class ``nn.Linear`` exactly.
@@ -122,9 +123,7 @@ class BackwardUpdateTap:
             return
         other = _TAPS.get(module)
         if other is not None and other._sink() is not None:
-            raise ValueError(
-                f"layer {self.name} is tapped already; detach its other optimizer first"
-            )
+            raise ValueError(f"layer {self.name} is tapped already; detach its other optimizer")
         self._refuse_ranks()
         _TAPS[module] = self
         module.__class__ = _TappedLinear
@@ -144,7 +143,7 @@ class BackwardUpdateTap:
         self.spent = False
 
     def forward(self, module: nn.Linear, inputs: Tensor) -> Tensor:
-        """Return ``inputs W^T + b``, recorded so that backward updates W where a gradient is due."""
+        """Return ``inputs W^T + b``, recorded so that backward updates W if a gradient is due."""
         if self._sink() is None:
             self.detach()
         weight = module._parameters["weight"]
@@ -156,8 +155,12 @@ class BackwardUpdateTap:
         if torch.is_autocast_enabled(device) and inputs.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             inputs = inputs.to(dtype)
-        output: Tensor = _UpdateInBackward.apply(inputs, weight, module.bias, dtype, self, use)
-        return output
+        # Shaped out here, as nn.Linear does: a Function that returns a view forbids the in-place
+        # activations that often follow.
+        rows: Tensor = _UpdateInBackward.apply(  # type: ignore[no-untyped-call]
+            inputs.reshape(-1, inputs.shape[-1]), weight, module.bias, dtype, self, use
+        )
+        return rows if inputs.ndim == 2 else rows.view(*inputs.shape[:-1], rows.shape[-1])
 
     def _record(self) -> _Use:
         self._refuse_ranks()
@@ -168,8 +171,8 @@ class BackwardUpdateTap:
         pending = waiting is not None and not waiting.done
         if waiting is not None and pending and waiting.task == task:
             raise self._refused(
-                "is used a second time before the backward of its first use (run forwards that need "
-                "no gradient under torch.no_grad(), and drop outputs that are not needed)"
+                "is used a second time before the backward of its first use (run forwards that "
+                "need no gradient under torch.no_grad(), and drop outputs that are not needed)"
             )
         use = _Use(task)
         # A recomputation stands in for the use that waits, which must stay on record.
@@ -186,12 +189,12 @@ class BackwardUpdateTap:
 
     def _refused(self, what: str) -> UnsupportedTrainingError:
         return UnsupportedTrainingError(
-            f'layer {self.name} {what}, which update="backward" cannot do: its weight changes during '
-            'backward and has no gradient; use update="step"'
+            f'layer {self.name} {what}, which update="backward" cannot do: its weight changes '
+            'during backward and has no gradient; use update="step"'
         )
 
     def _check_backward(self) -> bool:
-        """Return whether this backward updates the weight; raise, nothing changed, if it may not."""
+        """Return whether this backward updates the weight; raise first if it may not."""
         if torch.is_grad_enabled():
             raise self._refused("is differentiated with create_graph=True")
         if self._sink() is None or not self.attached:
@@ -203,7 +206,7 @@ class BackwardUpdateTap:
             return False
         if self.spent:
             raise self._refused(
-                "is reached by a second backward before optimizer.step() (accumulation of gradients "
+                "is reached by a second backward before optimizer.step() (gradient accumulation "
                 "or a retained graph)"
             )
         return True
@@ -223,7 +226,7 @@ class BackwardUpdateTap:
 class _TappedLinear(nn.Linear):
     """What an ``nn.Linear`` is while a tap holds it."""
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output through its tap."""
         tap = _TAPS.get(self)
@@ -235,13 +238,15 @@ class _TappedLinear(nn.Linear):
         return "Linear"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        rebuild, args, *rest = super().__reduce_ex__(protocol)
+        # Protocol 1's form for every protocol: later ones insist on the object's own class.
+        reduced: Any = super().__reduce_ex__(1)
+        rebuild, args, *rest = reduced
         plain = tuple(nn.Linear if arg is _TappedLinear else arg for arg in args)
         return (rebuild, plain, *rest)
 
 
 class _UpdateInBackward(torch.autograd.Function):
-    """A linear product whose backward hands D and H to the tap instead of multiplying them."""
+    """A product (rows, features) -> (rows, units) whose backward hands D and H to the tap instead of multiplying them."""
 
     @staticmethod
     def forward(
@@ -254,13 +259,13 @@ class _UpdateInBackward(torch.autograd.Function):
         use: _Use,
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.dtype, ctx.tap, ctx.use = dtype, tap, use
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.tap, ctx.use = tap, use
         ctx.set_materialize_grads(False)
         with torch.autocast(inputs.device.type, enabled=False):
-            return F.linear(
-                inputs, _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
-            )
+            if dtype is None:
+                return F.linear(inputs, weight, bias)
+            bias = None if bias is None else bias.to(dtype)
+            return F.linear(inputs, weight.to(dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -275,16 +280,16 @@ def _backward(ctx: Any, output_gradient: Tensor | None) -> tuple[Tensor | None, 
     # Before the saved tensors: an updated weight would make autograd raise a less helpful error.
     updates = tap._check_backward()
     inputs, weight = ctx.saved_tensors
-    errors = output_gradient.reshape(-1, output_gradient.shape[-1])
+    errors = output_gradient
     with torch.autocast(inputs.device.type, enabled=False):
         if updates:
             errors = tap._rescaled(errors)
         if ctx.needs_input_grad[0]:
-            upstream = (errors @ _cast(weight, ctx.dtype)).reshape(inputs.shape)
+            upstream = errors @ weight.to(errors.dtype)
         if ctx.needs_input_grad[2]:
-            bias_gradient = errors.sum(0).to(ctx.bias_dtype)
+            bias_gradient = errors.sum(0)
         if updates:
-            tap._deliver(errors, inputs.reshape(-1, inputs.shape[-1]))
+            tap._deliver(errors, inputs)
     ctx.use.done = True
     return upstream, None, bias_gradient, None, None, None
 
@@ -297,10 +302,6 @@ def _is_trained(inputs: Tensor, weight: Tensor) -> bool:
         and is_ordinary(inputs)
         and is_ordinary(weight)
     )
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(dtype)
 
 
 _TAPS: weakref.WeakKeyDictionary[nn.Module, BackwardUpdateTap] = weakref.WeakKeyDictionary()

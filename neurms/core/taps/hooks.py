@@ -1,10 +1,11 @@
 """The hook engine: column sums of squares of D and H, read beside an unchanged layer.
 
-A forward hook sees the layer's input and output; it reduces H at once, so that H itself is never kept
-alive, and registers a hook on the output tensor, through which D will pass. Both sums are delivered
-from there, together: a forward that no backward reaches, or that a checkpoint runs twice, counts once
-or not at all. Tensor hooks stand where they were registered, before any later in-place activation,
-which is where D = dL/dZ is (module backward hooks refuse in-place activations).
+A forward hook sees the layer's input and output; it reduces H at once, so that H itself is never
+kept alive, and registers a hook on the output tensor, through which D will pass. Both sums are
+delivered from there, together: a forward that no backward reaches, or that a checkpoint runs
+twice, counts once or not at all. Tensor hooks stand where they were registered, before any later
+in-place activation, which is where D = dL/dZ is (module backward hooks refuse in-place
+activations).
 """
 
 from __future__ import annotations
@@ -44,29 +45,29 @@ class InertTap:
 
 
 class HookTap:
-    """Delivers the sums of one layer's D and H to a sink, once for each backward firing that counts.
+    """Delivers the sums of one layer's D and H to a sink, once for each backward that counts.
 
     A firing counts if this very backward pass adds to the weight's ``.grad``. So statistics follow
     gradients: two backward passes over a retained graph count twice (their gradients add up too),
-    ``torch.autograd.grad`` counts nothing and is never rescaled, a module used twice delivers twice.
-    In a double backward (a gradient penalty), the D counted is the whole derivative of the loss with
-    respect to the layer's output, through the penalty too; the part of the weight's gradient that
-    comes from differentiating the first backward's own product D W is not of the form D^T H, and no
-    sum stands for it.
+    ``torch.autograd.grad`` counts nothing and is never rescaled, a module used twice delivers
+    twice. In a double backward (a gradient penalty), the D counted is the whole derivative of the
+    loss with respect to the layer's output, through the penalty too; the part of the weight's
+    gradient that comes from differentiating the first backward's own product D W is not of the
+    form D^T H, and no sum stands for it.
 
     Nothing is observed where the weight gets no ordinary gradient: under ``no_grad`` and
     ``inference_mode``, for a frozen weight, when the module runs with another tensor as its weight
     (``functional_call``, ``DataParallel`` replicas), inside torch.func transforms, on meta and fake
-    tensors. Forwards that bypass the module's ``__call__`` are not seen either (``fired`` stays False:
-    the ``out_proj`` of ``nn.MultiheadAttention``).
+    tensors. Forwards that bypass the module's ``__call__`` are not seen either (``fired`` stays
+    False: the ``out_proj`` of ``nn.MultiheadAttention``).
 
-    The tap holds the module and the sink weakly: it keeps neither an optimizer nor a model alive, and
-    takes its hook off at the first forward after its sink is gone. Whoever makes the tap keeps the
-    sink. Copies and pickles of the model hold an :class:`InertTap` instead.
+    The tap holds the module and the sink weakly: it keeps neither an optimizer nor a model alive,
+    and takes its hook off at the first forward after its sink is gone. Whoever makes the tap keeps
+    the sink. Copies and pickles of the model hold an :class:`InertTap` instead.
 
-    Under torch.compile the hook breaks the graph; functions compiled before :meth:`attach` do not see
-    it until :func:`forget_compiled_graphs`. FSDP2 is seen through the unsharded parameter that the
-    module holds during its forward.
+    Under torch.compile the hook breaks the graph; functions compiled before :meth:`attach` do not
+    see it until :func:`forget_compiled_graphs`. FSDP2 is seen through the unsharded parameter that
+    the module holds during its forward.
 
     Args:
         module: The layer.
@@ -78,13 +79,14 @@ class HookTap:
 
     Raises:
         TypeError: ``sink`` is no :class:`~neurms.core.taps.protocol.Sink`.
-        ValueError: ``weight`` is not a parameter of ``module`` itself, the activity of ``module`` is
+        ValueError: ``weight`` is not a parameter of ``module`` itself, the activity of ``module``
+        is
             not known, or ``backend`` is not.
 
     Reference:
-        NeuRMS draft, statistics of backpropagation. Settled here: sums and rows, not means, leave the
-        tap, so that micro-batches and ranks can be added exactly; the loss scale is divided out in
-        float32 before squaring.
+        NeuRMS draft, statistics of backpropagation. Settled here: sums and rows, not means, leave
+        the tap, so that micro-batches and ranks can be added exactly; the loss scale is divided
+        out in float32 before squaring.
 
     Example:
         >>> import torch
@@ -157,12 +159,12 @@ class HookTap:
         _TAPPED[self.weight] = weakref.ref(module)
 
     def detach(self) -> None:
-        """Take the hook off; graphs that are already recorded deliver nothing more."""
+        """Take the hook off; graphs that are recorded already still deliver."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
@@ -179,7 +181,7 @@ class HookTap:
 
         Args:
             inputs: H.
-            outputs: Z = H W^T, before bias-free views of it are changed in place.
+            outputs: Z = H W^T + b, before anything changes it in place.
             weight: The tensor that autograd sees as the weight; None is the tapped one.
         """
         weight = self.weight if weight is None else weight
@@ -188,15 +190,16 @@ class HookTap:
         if not outputs.requires_grad:
             return
         feature_sums, feature_rows = self._reduce_inputs(inputs)
-        outputs.register_hook(self._on_errors(weight, feature_sums, feature_rows))
+        signal = _in_place_safe(outputs, -min(self.activity.unit_axes))
+        signal.register_hook(self._on_errors(weight, feature_sums, feature_rows))
 
     def _reduce_inputs(self, inputs: Any) -> tuple[Tensor | None, int]:
         if not self.features:
             return None, 0
         if not isinstance(inputs, Tensor):
             raise TypeError(
-                f"the input of a tapped {type(self._module()).__name__} must be its first positional "
-                f"argument or named 'input', not {type(inputs).__name__}"
+                f"the input of a tapped {type(self._module()).__name__} must be its first "
+                f"positional argument or named 'input', not {type(inputs).__name__}"
             )
         with torch.no_grad():
             return self.activity.feature_square_sum(inputs.detach(), self.backend)
@@ -242,7 +245,8 @@ class HookTap:
 def forget_compiled_graphs() -> None:
     """Make torch.compile trace anew: graphs recorded before a hook was attached ignore the hook.
 
-    Call it once after attaching the taps of a model. It does nothing where torch.compile was not used.
+    Call it once after attaching the taps of a model. It does nothing where torch.compile was not
+    used.
     """
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -259,7 +263,8 @@ def _refuse_tied(module: nn.Module, weight: Tensor) -> None:
     if any(isinstance(hook, HookTap) and hook.weight is weight for hook in hooks):
         raise ValueError(
             f"weight of shape {tuple(weight.shape)} is tied: it is tapped in a "
-            f"{type(owner).__name__} and a {type(module).__name__}; leave tied weights to the fallback"
+            f"{type(owner).__name__} and a {type(module).__name__}; "
+            "leave tied weights to the fallback"
         )
 
 
@@ -274,9 +279,26 @@ def _own_name(module: nn.Module, weight: Tensor) -> str:
 
 
 def _is_sharded(weight: Tensor) -> bool:
-    # Looked up, not imported: distributed tensors are slow to load and cannot exist before they are.
+    # Looked up, not imported: slow to load, and no such tensor exists before it is.
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(weight, distributed.DTensor)
+
+
+def _in_place_safe(outputs: Tensor, trailing: int) -> Tensor:
+    """Return the tensor whose hook still sees D when ``outputs`` is changed in place later.
+
+    A Linear on tokens and unbatched calls return a view. An in-place activation rewrites a view's
+    history, which drops hooks of the view, but keeps those of its base. The base serves if it holds
+    the same numbers with the same ``trailing`` axes, so that only axes of rows differ.
+    """
+    base = outputs._base
+    if base is None or base.grad_fn is None or base.numel() != outputs.numel():
+        return outputs
+    axes = range(-trailing, 0)
+    if base.ndim < trailing or any(base.shape[a] != outputs.shape[a] for a in axes):
+        return outputs
+    moved = any(base.stride(a) != outputs.stride(a) and base.shape[a] > 1 for a in axes)
+    return outputs if moved else base
 
 
 def _as_tensor(scale: Tensor | float | None, like: Tensor) -> Tensor | None:

@@ -12,8 +12,8 @@ __all__ = ["Sink", "Sums", "UpdateSink"]
 class Sums(NamedTuple):
     """Column sums of squares of one layer over one backward firing.
 
-    With d the error signal as autograd delivers it (loss scale divided out) and h the layer's input:
-    ``unit_square_sum[i] = sum_rows d_i^2`` and ``feature_square_sum[j] = sum_rows h_j^2``.
+    With d the error signal as autograd delivers it (loss scale divided out) and h the layer's
+    input: ``unit_square_sum[i] = sum_rows d_i^2`` and ``feature_square_sum[j] = sum_rows h_j^2``.
 
     Attributes:
         unit_square_sum: Shape (units,), float32 (float64 for float64 signals).
@@ -45,8 +45,8 @@ class Sink(Protocol):
     def rescale(self, sums: Sums) -> Tensor | None:
         """Return factors (units,) by which D is multiplied from here on, or None to leave it.
 
-        Called before :meth:`add` with the same sums, which describe D as it arrived. The factors act
-        on the layer's own gradient *and* on everything upstream (NeuRMS's variant B).
+        Called before :meth:`add` with the same sums, which describe D as it arrived. The factors
+        act on the layer's own gradient *and* on everything upstream (NeuRMS's variant B).
         """
 
     def loss_scale(self) -> Tensor | float | None:

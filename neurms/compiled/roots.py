@@ -1,0 +1,155 @@
+"""Roots of symmetric matrices and the sketches that stand in for them.
+
+Plain functions of tensors, batched over leading axes. They end in LAPACK calls, so there is nothing
+for a backend to fuse and they run the same on every backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "damped_power",
+    "eigh",
+    "frequent_directions",
+    "inverse_root",
+    "orthonormal",
+    "randomized_svd",
+    "relative_floor",
+]
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors of symmetric matrices.
+
+    float32 input that LAPACK cannot diagonalise (a rare failure of its iteration on clustered
+    eigenvalues) is tried again in float64.
+
+    Args:
+        matrix: Shape (..., d, d), symmetric; only the lower triangle is read.
+
+    Returns:
+        Eigenvalues (..., d) and eigenvectors in the columns of (..., d, d), in the input's dtype.
+
+    Raises:
+        torch.linalg.LinAlgError: The float64 attempt failed too, as with NaN input.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        if matrix.dtype == torch.float64:
+            raise
+        values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def relative_floor(values: Tensor) -> Tensor:
+    """Return what rounding may turn a zero eigenvalue into: d ulp max(values), shape (..., 1).
+
+    An eigenvalue below it is noise, and its inverse root would blow rounding errors of the gradient
+    up to the size of an update.
+    """
+    ulp = torch.finfo(values.dtype).eps
+    return values.amax(-1, keepdim=True).clamp(min=0.0) * (ulp * values.shape[-1])
+
+
+def damped_power(values: Tensor, exponent: float, eps: float) -> Tensor:
+    """Return (max(values, floor) + eps)^exponent for eigenvalues (..., d), floor by rounding."""
+    return (torch.maximum(values, relative_floor(values)) + eps).pow(exponent)
+
+
+def inverse_root(matrix: Tensor, root: int, eps: float) -> Tensor:
+    """Return (A + eps I)^(-1/root) of positive semi-definite matrices.
+
+    Args:
+        matrix: A, shape (..., d, d).
+        root: 2 for the inverse square root, 4 for the inverse fourth root.
+        eps: Added to every eigenvalue; positive where A may be singular.
+
+    Returns:
+        The inverse roots, shape (..., d, d), symmetric.
+
+    Example:
+        >>> import torch
+        >>> inverse_root(torch.diag(torch.tensor([4.0, 16.0])), 2, eps=0.0)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.2500]])
+    """
+    values, vectors = eigh(matrix)
+    return (vectors * damped_power(values, -1.0 / root, eps)[..., None, :]) @ vectors.mT
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Return an orthonormal basis (..., d, k) of the columns of (..., d, k), k <= d.
+
+    The QR factor with a positive diagonal of R, so that the basis of a matrix of full rank does not
+    depend on the order of its rows; missing directions are filled up by Householder's completion.
+    """
+    basis, triangle = torch.linalg.qr(matrix)
+    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return basis * signs[..., None, :]
+
+
+def frequent_directions(
+    basis: Tensor, values: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add columns to a sketch U diag(s) U^T of a sum of outer products and cut it to its rank again.
+
+    The eigenvalues of U diag(s) U^T + X X^T beyond the k-th are dropped and the largest of them,
+    which bounds what is lost, is taken off the others (deflation) and returned:
+    0 <= exact - sketch <= cutoff I. No d x d matrix is formed unless X has as many entries.
+
+    Args:
+        basis: U, orthonormal columns, shape (..., d, k).
+        values: s, not negative, shape (..., k).
+        columns: X, shape (..., d, c).
+
+    Returns:
+        The new U, the new s in descending order, and the cutoff (...).
+
+    Reference:
+        "Frequent Directions", Ghashami et al., 2016; "Sketchy", Feinberg et al., 2023. The deflation is the authors'
+        code's (the (k+1)-th eigenvalue); the paper's text takes off the k-th, which wastes a direction.
+    """
+    d, k = basis.shape[-2:]
+    if d <= k + columns.shape[-1]:
+        joint = (basis * values[..., None, :]) @ basis.mT + columns @ columns.mT
+        found, vectors = eigh(joint)
+    else:
+        stacked = torch.cat([basis * values.sqrt()[..., None, :], columns], dim=-1)
+        outer, triangle = torch.linalg.qr(stacked)
+        found, inner = eigh(triangle @ triangle.mT)
+        vectors = outer @ inner[..., -k:]
+    found = torch.where(found > relative_floor(found), found, 0.0)
+    cutoff = found[..., -k - 1] if found.shape[-1] > k else torch.zeros_like(found[..., 0])
+    kept = found[..., -k:] - cutoff[..., None]
+    return vectors[..., -k:].flip(-1), kept.flip(-1), cutoff
+
+
+def randomized_svd(
+    matrix: Tensor, draws: Tensor, rank: int, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Return the rank-k fit Q U^T of a matrix by randomized subspace iteration.
+
+    Y = A Omega; then ``iterations`` times Q = orth(A orth(A^T Q)); the small matrix Q^T A is cut to
+    its leading k singular triplets.
+
+    Args:
+        matrix: A, shape (..., m, n).
+        draws: Omega, independent normal numbers, shape (..., n, k + oversampling), at most
+            min(m, n) columns.
+        rank: k.
+        iterations: Rounds of subspace iteration.
+
+    Returns:
+        Q with orthonormal columns, (..., m, k), and U, (..., n, k).
+
+    Reference:
+        "Finding structure with randomness", Halko et al., 2011, Algorithms 4.4 and 5.1.
+    """
+    basis = torch.linalg.qr(matrix @ draws).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    inner, sigma, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ inner[..., :rank], right.mT[..., :rank] * sigma[..., None, :rank]

@@ -1,0 +1,136 @@
+"""How NeuRMS's scale factors reach a weight: in the optimizer's pass, or in backward's GEMM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurms.compiled.agc import row_clip_
+from neurms.compiled.gemm import accumulate_gemm_, update_gemm_
+from neurms.compiled.update import scaled_momentum_update_, scaled_update_
+from neurms.core.layout import Layout
+from neurms.core.optimizers.work import Item
+
+__all__ = ["write_gemm_update_", "write_update_"]
+
+Factors = tuple[Tensor | None, Tensor | None]
+
+
+def write_update_(target: Tensor, item: Item, factors: Factors, state: Mapping[str, Any]) -> None:
+    """Move a weight or a bias by its scaled gradient, in one pass over it.
+
+    Args:
+        target: The parameter, or the float32 copy that stands for it; overwritten.
+        item: The parameter's gradient, group and route.
+        factors: s (m,), and c (n,) or None.
+        state: Holds the velocity under ``"momentum"`` where the group has momentum.
+    """
+    group = item.group
+    s, c = factors
+    # B's gradient came out of backward scaled; its velocity may be scaled once more.
+    applied: Factors = (None, None) if group["variant"] == "B" else (s, c)
+    w, g = _blocks(item.route.layout, target), _blocks(item.route.layout, item.gradient)
+    v = _blocks(item.route.layout, state["momentum"]) if group["momentum"] else None
+    lr, decay = _rates(group, decayed=target.ndim >= 2)
+    left, right = _shaped(item.route.layout, target, *applied)
+    twice = _shaped(item.route.layout, target, s, c)
+    coupled = group["momentum_coupling"] == "gradient+velocity"
+    if group["agc"] is not None and w.ndim > 1:
+        _clipped_update_(w, v, g, (left, right), twice if coupled else (None, None), group, decay)
+    elif v is None:
+        scaled_update_(w, g, left, right, lr, decay)
+    elif coupled and group["variant"] == "B":
+        v.mul_(group["momentum"]).add_(g)
+        scaled_update_(w, v, *twice, lr, decay)
+    else:
+        mu = torch.tensor(group["momentum"], dtype=torch.float64)
+        scaled_momentum_update_(w, v, g, left, right, lr, mu, decay, coupled)
+
+
+def write_gemm_update_(
+    target: Tensor,
+    errors: Tensor,
+    activations: Tensor,
+    s: Tensor,
+    c: Tensor | None,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+) -> None:
+    """Write W <- decay W - lr (D S)^T H C by one GEMM, or V <- mu V + (D S)^T H C and W from V.
+
+    Args:
+        target: W, shape (m, n); overwritten.
+        errors: D, shape (rows, m), already multiplied by S for variant B.
+        activations: H, shape (rows, n).
+        s: Unit factors (m,).
+        c: Feature factors (n,), or None.
+        state: Holds the velocity under ``"momentum"`` where the group has momentum.
+        group: Settings.
+    """
+    wide = target.dtype
+    d = errors.to(wide) if group["variant"] == "B" else errors.to(wide) * s.to(wide)
+    h = activations.to(wide) if c is None else activations.to(wide) * c.to(wide)
+    lr, decay = _rates(group, decayed=True)
+    if not group["momentum"]:
+        update_gemm_(target, d, h, lr, 1.0 if decay is None else decay)
+        return
+    velocity = state["momentum"]
+    accumulate_gemm_(velocity, d, h, group["momentum"])
+    coupled = group["momentum_coupling"] == "gradient+velocity"
+    scales: Factors = (s, c) if coupled else (None, None)
+    scaled_update_(target, velocity, *scales, lr, decay)
+
+
+def _clipped_update_(
+    w: Tensor,
+    v: Tensor | None,
+    g: Tensor,
+    factors: Factors,
+    velocity_factors: Factors,
+    group: Mapping[str, Any],
+    decay: Tensor | None,
+) -> None:
+    """As in :func:`write_update_`, with the update formed so that its rows can be clipped."""
+    update = _times(g.to(w.dtype), *factors)
+    if v is not None:
+        update = _times(v.mul_(group["momentum"]).add_(update), *velocity_factors)
+    clipped = row_clip_(update.clone(), w, group["agc"])
+    if decay is not None:
+        w.mul_(decay.to(w))
+    w.add_(clipped, alpha=-float(group["lr"]))
+
+
+def _times(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    if left is not None:
+        x = x * (left if left.ndim == x.ndim else left[:, None])
+    return x if right is None else x * right
+
+
+def _blocks(layout: Layout, tensor: Tensor) -> Tensor:
+    """Return a weight as a matrix where it is one, else as (groups, units, features, taps)."""
+    if tensor.ndim < 2 or (tensor.ndim == 2 and layout.unit_axes == (0,)):
+        return tensor
+    try:
+        return layout.blocks(tensor)
+    except RuntimeError:
+        return layout.blocks(tensor.contiguous())
+
+
+def _shaped(layout: Layout, tensor: Tensor, s: Tensor | None, c: Tensor | None) -> Factors:
+    if tensor.ndim < 2 or (tensor.ndim == 2 and layout.unit_axes == (0,)):
+        return s, c
+    return (
+        None if s is None else layout.unit_factors(s),
+        None if c is None else layout.feature_factors(c),
+    )
+
+
+def _rates(group: Mapping[str, Any], *, decayed: bool) -> tuple[Tensor, Tensor | None]:
+    """Return lr and 1 - lr wd as 0-d tensors, so that schedules do not recompile kernels."""
+    lr = float(group["lr"])
+    decay = 1.0 - lr * group["weight_decay"] if decayed and group["weight_decay"] else None
+    as_tensor = torch.tensor(lr, dtype=torch.float64)
+    return as_tensor, None if decay is None else torch.tensor(decay, dtype=torch.float64)

@@ -1,0 +1,122 @@
+"""C (x) S from backpropagation's own signals: the structure of NeuRMS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from neurms.compiled.scaling import ema_, relative_scale_factors, scale_factors
+from neurms.core.errors import check_choice, check_fraction, check_interval, check_real
+from neurms.core.structures.base import Context, State, Structure
+
+__all__ = ["Clip", "UnitFeatureDiagonal"]
+
+Clip = Literal["absolute", "relative"]
+
+
+@dataclass(frozen=True)
+class UnitFeatureDiagonal(Structure):
+    """F^(1/2) ~ C^(-1) (x) S^(-1), both diagonal, from second moments of D and H.
+
+    v_i <- beta v_i + (1 - beta) mean_rows(D_i^2) for units and, if ``factored``, u_j <- beta u_j +
+    (1 - beta) mean_rows(H_j^2) for features. Then s_i = clip(max(v_i + eps, v_min)^(-1/2), s_min,
+    s_max), c_j likewise, and the preconditioned gradient is S G C. As G = D^T H averages over rows,
+    |s_i G_ij c_j| <= 1 for fresh, unclipped statistics by Cauchy and Schwarz.
+
+    It differs from the other structures in what it observes: :attr:`Context.moments` rather than
+    the gradient, so that a layer's statistics cost O(m + n) beside its O(rows m n) products.
+
+    Args:
+        beta: Decay of both averages.
+        eps: Added to a second moment before its root.
+        v_min: Floor of a second moment.
+        s_min: Least unit factor; positive for the convergence theorem.
+        s_max: Greatest unit factor.
+        c_min: Least feature factor.
+        c_max: Greatest feature factor.
+        bias_correction: Divide the averages by 1 - beta^t; False is the draft's Algorithm 1, whose
+            first steps are 1/sqrt(1 - beta) times as long and lean on ``s_max``.
+        factored: Whether features are scaled too (variant F).
+        clip: ``"absolute"`` bounds as above; ``"relative"`` bounds factors to within ``kappa`` times
+            the layer's own median factor, which means the same in every layer and for every loss.
+        kappa: Width of the relative clip.
+
+    Reference:
+        NeuRMS draft, sections 4 and 5. Settled here: bias correction is on by default; relative
+        clipping is an addition.
+    """
+
+    beta: float = 0.99
+    eps: float = 1e-8
+    v_min: float = 1e-12
+    s_min: float = 0.0
+    s_max: float = 100.0
+    c_min: float = 0.0
+    c_max: float = 100.0
+    bias_correction: bool = True
+    factored: bool = False
+    clip: Clip = "absolute"
+    kappa: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_fraction("beta", self.beta)
+        check_real("eps", self.eps)
+        check_real("v_min", self.v_min)
+        if self.eps == 0 and self.v_min == 0:
+            raise ValueError("eps=0 and v_min=0 would divide by zero; make one of them positive")
+        check_interval("s_min", self.s_min, "s_max", self.s_max)
+        check_interval("c_min", self.c_min, "c_max", self.c_max)
+        check_choice("clip", self.clip, ("absolute", "relative"))
+        check_real("kappa", self.kappa, low=1.0)
+
+    def init(self, matrix: Tensor) -> State:
+        """Return ``v`` (..., m) and for ``factored`` ``u`` (..., n), zero."""
+        batch, units, features = matrix.shape[:-2], matrix.shape[-2], matrix.shape[-1]
+        state = {"v": matrix.new_zeros((*batch, units))}
+        if self.factored:
+            state["u"] = matrix.new_zeros((*batch, features))
+        return state
+
+    def observe(self, gradient: Tensor, state: State, context: Context) -> None:
+        """Average the context's moments into ``v`` and ``u``; the gradient is not read."""
+        moments = context.moments
+        if moments is None:
+            raise ValueError("UnitFeatureDiagonal observes moments of D and H; none were given")
+        if moments.units is not None:
+            ema_(state["v"], moments.units, self.beta)
+        if self.factored and moments.features is not None:
+            ema_(state["u"], moments.features, self.beta)
+
+    def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
+        """Return S G C (..., m, n)."""
+        s, c = self.factors(state, context.step)
+        scaled = gradient * s[..., :, None]
+        return scaled if c is None else scaled * c[..., None, :]
+
+    def factors(
+        self, state: State, step: int, backend: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return s (..., m) and c (..., n), the latter None unless ``factored``.
+
+        Args:
+            state: ``v`` and ``u``.
+            step: Number of steps that the averages have seen, for their bias correction.
+            backend: How kernels run; None follows ``use_backend``.
+        """
+        correction = torch.tensor(1.0 - self.beta**step if self.bias_correction else 1.0)
+        s = self._scale(state["v"], correction, (self.s_min, self.s_max), backend)
+        if not self.factored:
+            return s, None
+        return s, self._scale(state["u"], correction, (self.c_min, self.c_max), backend)
+
+    def _scale(
+        self, moment: Tensor, correction: Tensor, bounds: tuple[float, float], backend: str | None
+    ) -> Tensor:
+        if self.clip == "relative":
+            relative = relative_scale_factors.on(backend) if backend else relative_scale_factors
+            return relative(moment, correction, self.eps, self.v_min, self.kappa)
+        absolute = scale_factors.on(backend) if backend else scale_factors
+        return absolute(moment, correction, self.eps, self.v_min, *bounds)

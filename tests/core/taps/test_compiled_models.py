@@ -1,0 +1,76 @@
+"""Taps under torch.compile: the hook breaks the graph and delivers what eager delivers."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from neurms.core.taps import forget_compiled_graphs
+from tests.core.taps.recording import Recorder, close, tap
+
+# torch hides this warning of its own at graph breaks, which does not survive warnings as errors.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+X = torch.linspace(-1, 1, 30).reshape(2, 5, 3)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+
+
+def module_compile(model: nn.Module) -> nn.Module:
+    model.compile(backend="aot_eager")
+    return model
+
+
+def function_compile(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="aot_eager")
+
+
+def sums_of(run: nn.Module, *recorders: Recorder) -> list[torch.Tensor]:
+    run(X).pow(3).mean().backward()
+    return [r.units for r in recorders] + [r.features for r in recorders]
+
+
+@pytest.mark.parametrize("compiling", [module_compile, function_compile])
+@pytest.mark.parametrize("factors", [None, torch.tensor([2.0, 5.0])], ids=["U", "B"])
+def test_same_sums_as_eager(
+    compiling: Callable[[nn.Module], nn.Module], factors: torch.Tensor | None
+) -> None:
+    eager = network()
+    compiled = copy.deepcopy(eager)
+    _, first = tap(eager[0])
+    _, last = tap(eager[2], factors=factors)
+    expected = sums_of(eager, first, last)
+    _, first = tap(compiled[0])
+    _, last = tap(compiled[2], factors=factors)
+    run = compiling(compiled)
+    actual = sums_of(run, first, last)
+    assert [r.rows for r in (first, last)] == [10, 10]
+    for one, other in zip(actual, expected, strict=True):
+        close(one, other)
+    for one, other in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    sums_of(run, first, last)
+    assert len(first.received) == 2
+
+
+def test_taps_attached_after_the_first_compiled_call() -> None:
+    model = network()
+    run = function_compile(model)
+    run(X).sum().backward()
+    hook_tap, recorder = tap(model[0])
+    forget_compiled_graphs()
+    run(X).sum().backward()
+    assert len(recorder.received) == 1
+    assert hook_tap.fired
