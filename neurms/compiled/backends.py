@@ -8,6 +8,8 @@ What this file promises:
 
 * a learning rate, a step count or a schedule never recompiles: they enter as 0-d tensors;
 * sizes are symbolic from the first compilation, so a new batch size recompiles at most once;
+* ``auto`` runs the native form of a kernel (:meth:`Kernel.native`) where it has one that suits the
+  operands, else the eager definition; the choice depends on shapes and dtypes alone;
 * there is one silent-proof fallback: ``inductor`` without a C++ compiler warns once, naming the
   cure, and runs the eager definition. Every other failure is raised;
 * kernels may be called from any thread. A context variable does not follow into the threads of
@@ -22,7 +24,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -102,7 +104,8 @@ class Kernel(Generic[P, R]):
     def __init__(self, fn: Callable[P, R]) -> None:
         self.eager = fn
         self._inductor = InductorForm(fn)
-        self._torchscript: Callable[P, R] | None = None
+        self._native: Callable[P, R] | None = None
+        self._suits: Callable[..., bool] = lambda *args: False
         self._lock = threading.Lock()
         self._forms: dict[str, Callable[P, R]] = {}
         functools.update_wrapper(self, fn)
@@ -133,11 +136,35 @@ class Kernel(Generic[P, R]):
         return form
 
     def _make(self, backend: str) -> Callable[P, R]:
+        if backend == "auto" and self._native is not None:
+            return torch.no_grad()(self._positional(self._chosen))
         if backend == "torchscript":
             return torch.no_grad()(script(self.eager))
         if backend == "inductor":
             return torch.no_grad()(self._positional(self._inductor))
         return torch.no_grad()(self.eager)
+
+    def native(
+        self, suits: Callable[..., bool]
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorate a native form of this kernel, which ``auto`` takes where ``suits(*args)``.
+
+        Args:
+            suits: Says whether the native form serves these operands; the eager one does else.
+
+        Returns:
+            A decorator that returns the function it is given.
+        """
+
+        def register(form: Callable[..., Any]) -> Callable[..., Any]:
+            self._native, self._suits = form, suits
+            return form
+
+        return register
+
+    def _chosen(self, *args: Any) -> R:
+        native: Callable[..., R] = self._native or self.eager
+        return native(*args) if self._suits(*args) else cast(Callable[..., R], self.eager)(*args)
 
     def _positional(self, form: Callable[..., R]) -> Callable[P, R]:
         signature = inspect.signature(self.eager)

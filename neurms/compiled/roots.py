@@ -37,7 +37,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if matrix.dtype == torch.float64:
             raise
         values, vectors = torch.linalg.eigh(matrix.double())
@@ -77,7 +77,8 @@ def inverse_root(matrix: Tensor, root: int, eps: float) -> Tensor:
                 [0.0000, 0.2500]])
     """
     values, vectors = eigh(matrix)
-    return (vectors * damped_power(values, -1.0 / root, eps)[..., None, :]) @ vectors.mT
+    result: Tensor = (vectors * damped_power(values, -1.0 / root, eps)[..., None, :]) @ vectors.mT
+    return result
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
@@ -88,13 +89,14 @@ def orthonormal(matrix: Tensor) -> Tensor:
     """
     basis, triangle = torch.linalg.qr(matrix)
     signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-    return basis * signs[..., None, :]
+    oriented: Tensor = basis * signs[..., None, :]
+    return oriented
 
 
 def frequent_directions(
     basis: Tensor, values: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add columns to a sketch U diag(s) U^T of a sum of outer products and cut it to its rank again.
+    """Add columns to a sketch U diag(s) U^T of a sum of outer products, at unchanged rank.
 
     The eigenvalues of U diag(s) U^T + X X^T beyond the k-th are dropped and the largest of them,
     which bounds what is lost, is taken off the others (deflation) and returned:
@@ -109,8 +111,9 @@ def frequent_directions(
         The new U, the new s in descending order, and the cutoff (...).
 
     Reference:
-        "Frequent Directions", Ghashami et al., 2016; "Sketchy", Feinberg et al., 2023. The deflation is the authors'
-        code's (the (k+1)-th eigenvalue); the paper's text takes off the k-th, which wastes a direction.
+        "Frequent Directions", Ghashami et al., 2016; "Sketchy", Feinberg et al., 2023. The
+        deflation is the authors' code's (the (k+1)-th eigenvalue); the paper's text takes off the
+        k-th, which wastes a direction.
     """
     d, k = basis.shape[-2:]
     if d <= k + columns.shape[-1]:

@@ -41,6 +41,11 @@ class Momentum(Transform):
         """Return the averaged update (..., m, n)."""
         if not self.momentum:
             return update
+        if "momentum" not in state:
+            raise ValueError(
+                f"momentum={self.momentum!r} was 0 when the optimizer's state was made, so that no "
+                "velocity exists; start with a small positive momentum, or make a new optimizer"
+            )
         velocity = state["momentum"]
         if self.average:
             velocity.lerp_(update, 1.0 - self.momentum)

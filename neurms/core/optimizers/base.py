@@ -1,11 +1,12 @@
 """The optimizer behind every recipe: routing, state, fallback, checks and checkpoints.
 
-A subclass says which settings it has and which :class:`Recipe` they make; everything that a training
-loop expects of a ``torch.optim.Optimizer`` is done here once.
+A subclass says which settings it has and which :class:`Recipe` they make; everything that a
+training loop expects of a ``torch.optim.Optimizer`` is done here once.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,16 +19,34 @@ from neurms.compiled.backends import use_backend
 from neurms.core.errors import NonFiniteError, check_real
 from neurms.core.optimizers.checkpoint import restore, verified
 from neurms.core.optimizers.fallback import adamw_state, adamw_update_
-from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
-from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tensor_bytes
+from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import GROUP_SETTINGS, check_common, check_group
-from neurms.core.optimizers.work import Item, batches, updates_of, gathered, nonfinite_names
+from neurms.core.optimizers.work import (
+    BATCH_LIMIT,
+    Item,
+    batches,
+    gathered,
+    nonfinite_names,
+    updates_of,
+)
 from neurms.core.precision import compute_dtype, write_
-from neurms.core.routing import FALLBACK, Head, Route, excluded, route_model, route_tensors
+from neurms.core.routing import (
+    FALLBACK,
+    Head,
+    Route,
+    check_patterns,
+    excluded,
+    route_model,
+    route_tensors,
+)
+from neurms.core.spans import gradients_ready, span
 
 __all__ = ["Params", "PreconditionedOptimizer"]
 
-Params: TypeAlias = "nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]"
+Params: TypeAlias = (
+    "nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]"
+)
 
 
 class PreconditionedOptimizer(torch.optim.Optimizer):
@@ -49,7 +68,18 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
-    default_head: ClassVar[Head] = FALLBACK
+    default_head: ClassVar[Head] = "fallback"
+    needs_modules: ClassVar[bool] = False
+    """Whether the rule needs more than gradients, so that no group can ask for it by name."""
+    pickled: ClassVar[tuple[str, ...]] = (
+        "backend",
+        "nonfinite",
+        "low_precision",
+        "skipped_steps",
+        "_routes",
+        "_exclude",
+    )
+    """Attributes that go along when an optimizer is pickled or deep-copied."""
 
     def __init__(
         self, params: Params, settings: Mapping[str, Any], common: Mapping[str, Any]
@@ -62,12 +92,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._routes: dict[Tensor, Route] = {}
         self._exclude = chosen["exclude"]
         self._recipes: dict[Any, Recipe] = {}
-        defaults = {"rule": self.rule, **settings, **{k: chosen[k] for k in GROUP_SETTINGS}}  # type: ignore[literal-required]
+        defaults: dict[str, Any] = {"rule": self.rule, **settings}
+        defaults |= {key: value for key, value in chosen.items() if key in GROUP_SETTINGS}
         if isinstance(params, nn.Module):
             for route in self._route(params, chosen["head"] or self.default_head):
                 self._routes[route.parameter] = route
             params = [(route.name, p) for p, route in self._routes.items()]
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(params, defaults)
+        check_patterns(self._routes.values(), self._exclude)
 
     @classmethod
     @abstractmethod
@@ -84,29 +116,47 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 ``"fallback"``.
 
         Raises:
-            ValueError: A setting is out of its range; nothing was added.
-            TypeError: A parameter is neither float nor double nor half nor bfloat16.
+            ValueError: A setting is out of its range, or a parameter comes twice; nothing was added
+                in either case.
+            TypeError: A parameter is no tensor, or complex, or integer.
         """
         group = self._completed(param_group)
-        check_real("lr", group["lr"])
-        check_group(group)
         if group["rule"] != FALLBACK:
             self._recipe(group)
+        tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"params holds {tensor!r}, a {type(tensor).__name__}; pass tensors")
+        if len({id(tensor) for tensor in tensors}) < len(tensors):
+            raise ValueError("params holds a parameter twice; pass each parameter once")
         routes = self._routes_of(group)
         for route in routes:
-            if not route.parameter.is_floating_point():
-                raise TypeError(
-                    f"parameter {route.name!r} has dtype {route.parameter.dtype}; only real floating "
-                    "dtypes can be preconditioned, give complex or integer ones to another optimizer"
-                )
+            self._check_dtype(route)
         super().add_param_group(group)
         self._routes.update({route.parameter: route for route in routes})
 
+    def _check_dtype(self, route: Route) -> None:
+        dtype = route.parameter.dtype
+        if not dtype.is_floating_point:
+            raise TypeError(
+                f"parameter {route.name!r} has dtype {dtype}; only real floating dtypes can be "
+                "preconditioned, give complex or integer ones to another optimizer"
+            )
+        if dtype == torch.float16 and self.low_precision == "stochastic":
+            raise ValueError(
+                f"low_precision='stochastic' rounds to bfloat16, and parameter {route.name!r} is "
+                "float16; choose 'master' or 'nearest'"
+            )
+
     def _completed(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group={param_group!r} must be a dictionary with 'params'")
         group = dict(param_group)
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
-        elif not isinstance(group["params"], set):
+        elif isinstance(group["params"], set):
+            raise TypeError("params must have an order that is the same in every run; pass a list")
+        else:
             group["params"] = list(group["params"])
         group.setdefault("rule", self.rule)
         if group["rule"] not in (self.rule, FALLBACK):
@@ -116,6 +166,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, value)
         for key, value in self.defaults.items():
             group.setdefault(key, value)
+        check_real("lr", group["lr"])
+        check_group(group)
         group.setdefault("base_lr", float(group["lr"]))
         return group
 
@@ -135,7 +187,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         routes = route_tensors(
             ((name or f"param_{start + i}", p) for i, (name, p) in enumerate(named)), group["rule"]
         )
-        return excluded(routes, self._exclude)
+        # A pattern may be meant for another group; __init__ checks that each one matches somewhere.
+        return excluded(routes, self._exclude, every=False)
 
     @classmethod
     def default_settings(cls) -> dict[str, Any]:
@@ -145,11 +198,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _recipe(self, group: Mapping[str, Any]) -> Recipe:
         """Return the group's recipe, made anew only when a setting has changed."""
-        settings = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr")}
-        key = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in settings.items())
+        maker = self._maker(group["rule"])
+        names = self.defaults if maker is type(self) else _setting_names(group["rule"])
+        values = [group.get(name) for name in names if name != "lr"]
+        key = (maker, *(tuple(v) if isinstance(v, list) else v for v in values))
         if key not in self._recipes:
-            self._recipes.clear() if len(self._recipes) > 64 else None
-            self._recipes[key] = self._maker(group["rule"]).recipe(group)
+            if len(self._recipes) > 64:
+                self._recipes.clear()
+            self._recipes[key] = maker.recipe(group)
         return self._recipes[key]
 
     def _maker(self, rule: str) -> type[PreconditionedOptimizer]:
@@ -157,12 +213,18 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             return type(self)
         from neurms.core.optimizers.registry import optimizer_class
 
-        return optimizer_class(rule)
+        maker = optimizer_class(rule)
+        if maker.needs_modules:
+            raise ValueError(
+                f"rule={rule!r} reads what modules compute, which a parameter group does not show; "
+                f"use neurms.{maker.__name__}(model)"
+            )
+        return maker
 
     # ---------------------------------------------------------------- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
@@ -180,6 +242,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        gradients_ready()
         items = gathered(self.param_groups, self._routes)
         if bad := self._bad_names(items):
             self._on_nonfinite(bad)
@@ -209,33 +272,56 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._update_rule([item for item in items if item.rule != FALLBACK])
 
     def _update_rule(self, items: Sequence[Item]) -> None:
-        recipes = [self._recipe(item.group) for item in items]
+        made = {id(item.group): self._recipe(item.group) for item in items}
+        recipes = [made[id(item.group)] for item in items]
         for recipe, batch in batches(items, recipes, self.state):
             states = [self.state[item.parameter] for item in batch]
             for state in states:
                 state["step"] += 1
-            gradients = [self._matrix(item, item.gradient) for item in batch]
-            for item, update in zip(batch, updates_of(recipe, batch, gradients, states), strict=True):
-                self._apply(item, recipe, update)
+            with span("scale", [item.parameter for item in batch]):
+                gradients = [self._matrix(item, item.gradient) for item in batch]
+                updates = updates_of(recipe, batch, gradients, states)
+            for item, update in zip(batch, updates, strict=True):
+                with span("update", [item.parameter]):
+                    self._apply(item, recipe, update)
+
+    def _fused(self, fused: Callable[[FusedStep], None], item: Item) -> bool:
+        """Take a large matrix's step by its recipe's fused form; return whether that was possible."""
+        target = self._target(item)
+        weight = self._matrix(item, target)
+        if weight.numel() < BATCH_LIMIT or weight.data_ptr() != target.data_ptr():
+            return False
+        gradient = self._matrix(item, item.gradient)
+        if not (weight.is_contiguous() and gradient.is_contiguous()):
+            return False
+        state, lr = self.state[item.parameter], float(item.group["lr"])
+        decay = 1.0 - lr * item.group["weight_decay"]
+        fused(FusedStep(weight, gradient, state, state["step"], lr, decay))
+        self._written(item, target)
+        return True
 
     def _update_fallback(self, items: Sequence[Item]) -> None:
         for group in {id(item.group): item.group for item in items}.values():
             own = [item for item in items if item.group is group]
-            targets = [self._target(item) for item in own]
-            adamw_update_(
-                targets,
-                [item.gradient.to(target.dtype) for item, target in zip(own, targets, strict=True)],
-                [self.state[item.parameter] for item in own],
-                lr=self.fallback_lr(group),
-                betas=tuple(group["fallback_betas"]),
-                weight_decay=group["fallback_weight_decay"],
-            )
-            for item, target in zip(own, targets, strict=True):
-                self._written(item, target)
+            with span("update", [item.parameter for item in own]):
+                self._update_by_adamw(own, group)
+
+    def _update_by_adamw(self, own: Sequence[Item], group: Mapping[str, Any]) -> None:
+        targets = [self._target(item) for item in own]
+        adamw_update_(
+            targets,
+            [item.gradient.to(target.dtype) for item, target in zip(own, targets, strict=True)],
+            [self.state[item.parameter] for item in own],
+            lr=self.fallback_lr(group),
+            betas=tuple(group["fallback_betas"]),
+            weight_decay=group["fallback_weight_decay"],
+        )
+        for item, target in zip(own, targets, strict=True):
+            self._written(item, target)
 
     @staticmethod
     def fallback_lr(group: Mapping[str, Any]) -> float:
-        """Return AdamW's current rate: ``fallback_lr`` scaled as ``lr`` has been since it was set."""
+        """Return AdamW's current rate: ``fallback_lr``, scaled as ``lr`` has been meanwhile."""
         base = group["base_lr"]
         return float(group["fallback_lr"] * (float(group["lr"]) / base if base else 1.0))
 
@@ -245,9 +331,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Return all of a parameter's state; runs on meta tensors to predict memory."""
         return self.state_for(parameter, self._routes[parameter], group)
 
-    def state_for(
-        self, like: Tensor, route: Route, group: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def state_for(self, like: Tensor, route: Route, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return fresh state for a parameter like ``like`` (which may be on the meta device)."""
         if route.is_fallback:
             state = adamw_state(like)
@@ -295,7 +379,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             target.mul_(1.0 - lr * decay)
         self._written(item, target)
 
-    # ---------------------------------------------------------------- tables and checkpoints
+    # ---------------------------------------------------------------- tables, copies, checkpoints
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: torch's part and :attr:`pickled`."""
+        own = {name: getattr(self, name) for name in self.pickled}
+        return {**super().__getstate__(), **own, "_recipes": {}}
 
     def plan(self) -> Plan:
         """Return the table of what happens to each parameter, with predicted state bytes."""
@@ -304,17 +393,34 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 route = self._routes[parameter]
                 state = self.state_for(meta_like(parameter), route, group)
+                moves = parameter.requires_grad and parameter.numel()
                 rows.append(
                     PlanRow(
                         route.name,
                         route.kind,
                         route.rule,
-                        route.reason,
+                        route.reason if parameter.requires_grad else f"{route.reason} (frozen)",
                         tuple(parameter.shape),
-                        tensor_bytes(state),
+                        tensor_bytes(state) if moves else 0,
                     )
                 )
         return Plan(rows)
+
+    @classmethod
+    def predict(cls, model: nn.Module, **settings: Any) -> Plan:
+        """Return the plan that the rule would have for ``model``, which is left as it is.
+
+        Args:
+            model: The model; only shapes, dtypes and module kinds are read.
+            **settings: The rule's settings and the common ones.
+
+        Returns:
+            One row for each distinct parameter.
+        """
+        make: Callable[..., PreconditionedOptimizer] = cls
+        # Constructing a rule that reads modules would put its taps on them.
+        seen = skeleton(model) if cls.needs_modules else model
+        return make(seen, **settings).plan()
 
     def state_bytes(self) -> int:
         """Return the measured bytes of all optimizer state held right now."""
@@ -333,3 +439,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         state_dict = verified(self, state_dict)
         super().load_state_dict(state_dict)
         restore(self, state_dict)
+
+
+@functools.cache
+def _setting_names(rule: str) -> tuple[str, ...]:
+    from neurms.core.optimizers.registry import optimizer_class
+
+    return (*optimizer_class(rule).default_settings(), "weight_decay")

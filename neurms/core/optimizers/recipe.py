@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from neurms.core.structures.base import Context, State, Transform
 
-__all__ = ["Recipe"]
+__all__ = ["FusedStep", "Recipe"]
+
+
+@dataclass(frozen=True, eq=False)
+class FusedStep:
+    """What a fused step works on: one matrix, its state, and the rates of its group.
+
+    Args:
+        weight: W as a contiguous (m, n) view; overwritten.
+        gradient: G, the same shape; left as it is.
+        state: The recipe's state; brought up to date in place.
+        step: Number of this step, counted from 1.
+        lr: Learning rate.
+        decay: 1 - lr wd.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    state: State
+    step: int
+    lr: float
+    decay: float
+
+    def scalar(self, value: float) -> Tensor:
+        """Return a number as the 0-d tensor that kernels take, so that schedules do not recompile."""
+        return torch.tensor(value, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -25,13 +51,19 @@ class Recipe:
         transforms: Structure and safeguards, in order.
         scale: Constant factor of the update.
         decay: Where decoupled weight decay enters.
+        decay_from: First step, counted from 1, at which the decay applies; methods whose first steps
+            only initialise start later.
         batched: Whether small matrices of the same shape are stacked and processed together.
+        fused: The same step for one large matrix in fewer passes over it; None where the transforms are
+            the only way.
     """
 
     transforms: tuple[Transform, ...]
     scale: float = 1.0
     decay: Literal["before", "after", "none"] = "before"
+    decay_from: int = 1
     batched: bool = True
+    fused: Callable[[FusedStep], None] | None = None
 
     @property
     def needs_weight(self) -> bool:
@@ -56,13 +88,6 @@ class Recipe:
         return update if self.scale == 1.0 else update * self.scale
 
 
-def chain(*transforms: Transform, **settings: object) -> Recipe:
-    """Return ``Recipe(transforms, **settings)``; reads better where transforms are listed."""
-    return Recipe(tuple(transforms), **settings)  # type: ignore[arg-type]
-
-
 def stack_states(states: Sequence[State]) -> State:
     """Return one state whose tensors are the given ones stacked along a new first axis."""
-    import torch
-
     return {key: torch.stack([state[key] for state in states]) for key in states[0]}

@@ -18,7 +18,7 @@ from neurms.core.structures.base import Context
 __all__ = ["Item", "batches", "updates_of", "gathered", "nonfinite_names"]
 
 BATCH_LIMIT = 256 * 256
-"""Elements up to which equal matrices are stacked: beyond, copying costs more than dispatch saves."""
+"""Elements up to which equal matrices are stacked; beyond, copies cost more than calls."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Item:
 
     @property
     def seed(self) -> int:
-        """Seed of the parameter's random draws: from its name, so that no order of groups matters."""
+        """Seed of the parameter's random draws, from its name: no order of groups matters."""
         return zlib.crc32(self.route.name.encode()) + (int(self.group.get("seed", 0)) << 32)
 
     @property
@@ -61,8 +61,8 @@ def gathered(groups: Iterable[dict[str, Any]], routes: Mapping[Tensor, Route]) -
                 continue
             if gradient.layout is not torch.strided:
                 raise TypeError(
-                    f"the gradient of {routes[parameter].name!r} is sparse; build the embedding with "
-                    "sparse=False or give it to torch.optim.SparseAdam"
+                    f"the gradient of {routes[parameter].name!r} is sparse; build the embedding "
+                    "with sparse=False or give it to torch.optim.SparseAdam"
                 )
             items.append(Item(index, routes[parameter], group, gradient))
     return items
@@ -76,11 +76,15 @@ def nonfinite_names(items: Sequence[Item]) -> list[str]:
     """
     if not items:
         return []
-    sums = torch.stack([item.gradient.sum(dtype=torch.float32).cpu() for item in items])
-    suspects = torch.isfinite(sums).logical_not().nonzero().flatten().tolist()
-    return [
-        items[i].route.name for i in suspects if not bool(torch.isfinite(items[i].gradient).all())
-    ]
+    by_device: dict[torch.device, list[Item]] = {}
+    for item in items:
+        by_device.setdefault(item.gradient.device, []).append(item)
+    suspects = []
+    for own in by_device.values():
+        sums = torch.stack([item.gradient.sum(dtype=torch.float32) for item in own])
+        finite = torch.isfinite(sums).tolist()
+        suspects += [item for item, good in zip(own, finite, strict=True) if not good]
+    return [s.route.name for s in suspects if not bool(torch.isfinite(s.gradient).all())]
 
 
 def batches(
@@ -90,7 +94,7 @@ def batches(
     stacks: dict[Any, list[Item]] = {}
     for item, recipe in zip(items, recipes, strict=True):
         shape = item.route.layout.matrix_shape
-        small = recipe.batched and shape[0] * shape[1] <= BATCH_LIMIT
+        small = recipe.batched and shape[0] * shape[1] < BATCH_LIMIT
         alone: Any = None if small else item.index
         step = states[item.parameter]["step"]
         key = (recipe, shape, compute_dtype(item.parameter), item.parameter.device, step, alone)
@@ -115,7 +119,9 @@ def updates_of(
         weight = weights[0] if weights else None
         context = Context(first["step"], weight, seeds)
         return [recipe.update(gradients[0], first, context)]
-    tensors = [{k: v for k, v in s.items() if isinstance(v, Tensor) and k != "master"} for s in states]
+    tensors = [
+        {k: v for k, v in s.items() if isinstance(v, Tensor) and k != "master"} for s in states
+    ]
     stacked = stack_states(tensors) if tensors[0] else {}
     context = Context(first["step"], torch.stack(weights) if weights else None, seeds)
     updates = recipe.update(torch.stack(list(gradients)), stacked, context)

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neurms.core.spans import span
+
 __all__ = ["Context", "Moments", "State", "Structure", "Transform"]
 
 State = dict[str, Tensor]
@@ -97,5 +99,6 @@ class Structure(Transform):
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Observe ``update``, then precondition it. Structures with another order override this."""
-        self.observe(update, state, context)
+        with span("reduce"):
+            self.observe(update, state, context)
         return self.precondition(update, state, context)

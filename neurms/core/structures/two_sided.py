@@ -7,36 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neurms.compiled.two_sided import two_sided_fit
 from neurms.core.errors import check_fraction, check_positive_int
 from neurms.core.structures.base import Context, State, Structure
 
-__all__ = ["TwoSidedDiagonal", "principal_scales"]
-
-
-def principal_scales(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Return the rank-one fit q s^T of G.^2 by power iteration from q = 1.
-
-    s = (G.^2)^T q / ||q||^2 and q = (G.^2) s / ||s||^2 in turn: up to scale the right and left principal
-    singular vectors of G.^2, which are positive by Perron-Frobenius.
-
-    Args:
-        gradient: G, shape (..., m, n).
-        iterations: Number of rounds, at least 1.
-
-    Returns:
-        q, shape (..., m), and s, shape (..., n); zero where a row or a column of G is.
-    """
-    squares = gradient.square()
-    tiny = torch.finfo(squares.dtype).tiny
-    s = squares.mean(-2)
-    for rounds in range(iterations):
-        if rounds:
-            s = _mv(squares.mT, q) / q.square().sum(-1, keepdim=True).clamp(min=tiny)
-        # ||s||^2 underflows long before s does, so s enters normalised by its largest entry.
-        peak = s.amax(-1, keepdim=True).clamp(min=tiny)
-        unit = s / peak
-        q = _mv(squares, unit) / (unit.square().sum(-1, keepdim=True) * peak).clamp(min=tiny)
-    return q, s
+__all__ = ["TwoSidedDiagonal"]
 
 
 @dataclass(frozen=True)
@@ -74,19 +49,20 @@ class TwoSidedDiagonal(Structure):
 
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
         """Average this step's principal scales into ``q`` and ``s``."""
-        q, s = principal_scales(gradient, self.iterations)
+        q, s = two_sided_fit(gradient, self.iterations)
         state["q"].lerp_(q, 1.0 - self.beta)
         state["s"].lerp_(s, 1.0 - self.beta)
 
     def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
         """Return G_ij / sqrt(q_i s_j), shape (..., m, n)."""
-        correction = 1.0 - self.beta**context.step if self.bias_correction else 1.0
-        return gradient * (_rsqrt(state["q"])[..., :, None] * correction) * _rsqrt(state["s"])[..., None, :]
+        left, right = self.factors(state, context.step)
+        return gradient * left[..., :, None] * right[..., None, :]
+
+    def factors(self, state: State, step: int) -> tuple[Tensor, Tensor]:
+        """Return 1 / sqrt(q) (..., m) and 1 / sqrt(s) (..., n), zero where the statistic is."""
+        correction = 1.0 - self.beta**step if self.bias_correction else 1.0
+        return _rsqrt(state["q"]) * correction, _rsqrt(state["s"])
 
 
 def _rsqrt(values: Tensor) -> Tensor:
     return torch.where(values > 0, values.rsqrt(), 0.0)
-
-
-def _mv(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[..., None])[..., 0]

@@ -106,7 +106,8 @@ class UnitFeatureDiagonal(Structure):
             step: Number of steps that the averages have seen, for their bias correction.
             backend: How kernels run; None follows ``use_backend``.
         """
-        correction = torch.tensor(1.0 - self.beta**step if self.bias_correction else 1.0)
+        corrected = 1.0 - self.beta**step if self.bias_correction else 1.0
+        correction = torch.tensor(corrected, dtype=torch.float64)
         s = self._scale(state["v"], correction, (self.s_min, self.s_max), backend)
         if not self.factored:
             return s, None

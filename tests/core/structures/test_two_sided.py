@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from neurms.compiled.two_sided import two_sided_fit
 from neurms.core.structures.base import Context
-from neurms.core.structures.two_sided import TwoSidedDiagonal, principal_scales
+from neurms.core.structures.two_sided import TwoSidedDiagonal
 from tests.core.structures.contract import TransformContract, gradients, run
 
 
@@ -17,7 +18,7 @@ class TestTwoSidedDiagonal(TransformContract):
     @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (40, 30)])
     def test_scales_are_principal_singular_vectors(self, shape: tuple[int, int]) -> None:
         gradient = gradients(*shape, steps=1)[0]
-        q, s = principal_scales(gradient, iterations=60)
+        q, s = two_sided_fit(gradient, iterations=60)
         left, _, right = torch.linalg.svd(gradient.square())
         torch.testing.assert_close(q / q.norm(), left[:, 0].abs(), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(s / s.norm(), right[0].abs(), rtol=1e-9, atol=1e-12)

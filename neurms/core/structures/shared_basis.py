@@ -1,0 +1,191 @@
+"""One block per unit, all blocks low-rank in one basis: H_i ~ B R_i B^T."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neurms.compiled.roots import eigh, orthonormal, relative_floor
+from neurms.core.errors import check_fraction, check_positive_int, check_real
+from neurms.core.structures.base import Context, State, Structure
+
+__all__ = ["SharedBasisBlocks"]
+
+
+@dataclass(frozen=True)
+class SharedBasisBlocks(Structure):
+    """F ~ blockdiag_i(B R_i B^T + rho_i I): an n x n block for each unit i in k dimensions.
+
+    With g_i the i-th row of G and M_i = decay B R_i B^T + g_i g_i^T, one step is
+
+        B' = orth((sum_i M_i M_i^T) B)               R_i' = B'^T M_i B'
+        rho_i <- decay rho_i + ||M_i - B' R_i' B'^T||_2   R_i <- R_i' - sigma_min(R_i') I
+        u_i = (B' R_i B'^T + (rho_i + eps) I)^(-1/2) g_i
+
+    Neither M_i nor any other n x n matrix is formed: products with M_i come from its factors,
+
+        (sum_i M_i^2) B = B sum_i (R_i^2 + R_i c_i c_i^T) + sum_i g_i (R_i c_i + |g_i|^2 c_i)^T
+        with c_i = B^T g_i,
+
+    the root from k x k eigenproblems, and the spectral norm by power iteration in an orthonormal
+    basis of span(B', B, g_i), whose vectors have 2k + 1 entries instead of n.
+
+    Args:
+        rank: k; at most n, reduced to n for matrices with fewer features.
+        decay: Factor of the old statistics; 1 sums them as AdaGrad does.
+        eps: Added to every eigenvalue.
+        power_iterations: Rounds for the spectral norm, which it approaches from below.
+
+    Reference:
+        "Block Low-Rank Preconditioner with Shared Basis for Stochastic Optimization", Yen et al.,
+        NeurIPS 2023, Algorithm 1, with oversampling 0. Settled here:
+
+        - The first basis spans the k rows of largest norm of the first gradient that is not zero
+          (the paper starts at random): no draw, and no direction is spent on features that are
+          always zero.
+        - rho_i takes in the residual before R_i is shifted, as the algorithm is written. With k = n
+          nothing is cut off, so R_i is not shifted either, and the structure is exactly the
+          block-diagonal one.
+        - Eigenvalues below rounding (k ulp of a unit's largest) count as that much, or rounding
+          errors of the gradient would be blown up by eps^(-1/2).
+    """
+
+    rank: int = 32
+    decay: float = 1.0
+    eps: float = 1e-6
+    power_iterations: int = 30
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank)
+        check_fraction("decay", self.decay, closed=True)
+        check_real("eps", self.eps, strict=True)
+        check_positive_int("power_iterations", self.power_iterations)
+
+    def init(self, matrix: Tensor) -> State:
+        """Return ``basis`` (..., n, k), ``blocks`` (..., m, k, k) and ``rho`` (..., m), zero."""
+        *batch, m, n = matrix.shape
+        k = min(self.rank, n)
+        return {
+            "basis": matrix.new_zeros((*batch, n, k)),
+            "blocks": matrix.new_zeros((*batch, m, k, k)),
+            "rho": matrix.new_zeros((*batch, m)),
+        }
+
+    def observe(self, gradient: Tensor, state: State, context: Context) -> None:
+        """Bring B, R_i and rho_i up to date with one gradient."""
+        self._observe(gradient, state)
+
+    def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
+        """Return u (..., m, n), row by row (B R_i B^T + (rho_i + eps) I)^(-1/2) g_i."""
+        return self._rooted(gradient, state, *eigh(state["blocks"]))
+
+    def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
+        """Observe and precondition with one eigendecomposition for both."""
+        values, vectors = self._observe(update, state)
+        return self._rooted(update, state, values, vectors)
+
+    def _observe(self, gradient: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        basis, blocks, rho = state["basis"], state["blocks"], state["rho"]
+        unseen = (blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1)) == 0) & (rho.sum(-1) == 0)
+        old = _started(basis, gradient, unseen)
+        blocks.mul_(self.decay)
+        new = orthonormal(_times_squares(old, blocks, gradient))
+        turn, coordinates = new.mT @ old, gradient @ new
+        turned = turn[..., None, :, :] @ blocks @ turn.mT[..., None, :, :]
+        projected = turned + coordinates[..., :, None] * coordinates[..., None, :]
+        projected = (projected + projected.mT) / 2
+        residual = _residual_norm(old, blocks, new, projected, gradient, self.power_iterations)
+        rho.mul_(self.decay).add_(residual)
+        values, vectors = eigh(projected)
+        if basis.shape[-1] < basis.shape[-2]:
+            shift = values[..., :1].clamp(min=0.0)
+            values = values - shift
+            projected.diagonal(dim1=-2, dim2=-1).sub_(shift)
+        basis.copy_(new)
+        blocks.copy_(projected)
+        return values, vectors
+
+    def _rooted(self, gradient: Tensor, state: State, values: Tensor, vectors: Tensor) -> Tensor:
+        basis = state["basis"]
+        ridge = state["rho"][..., None] + self.eps
+        floor = relative_floor(values)
+        coordinates = gradient @ basis
+        rotated = (vectors.mT @ coordinates[..., None])[..., 0]
+        rotated = rotated * torch.maximum(values.clamp(min=0.0) + ridge, floor).rsqrt()
+        inside = (vectors @ rotated[..., None])[..., 0] @ basis.mT
+        if basis.shape[-1] == basis.shape[-2]:
+            return inside
+        outside = gradient - coordinates @ basis.mT
+        return inside + outside * torch.maximum(ridge, floor).rsqrt()
+
+
+def _started(basis: Tensor, gradient: Tensor, fresh: Tensor) -> Tensor:
+    """Return the basis, laid through the gradient's largest rows where it is ``fresh`` (...)."""
+    if not bool(fresh.any()):
+        return basis
+    k = basis.shape[-1]
+    lengths = torch.linalg.vector_norm(gradient, dim=-1)
+    largest = lengths.topk(min(k, lengths.shape[-1]), dim=-1).indices
+    rows = gradient.gather(-2, largest[..., None].expand(*largest.shape, gradient.shape[-1]))
+    # Lengths decide only which rows are taken: normalised, a dtype's extremes stay harmless.
+    rows = torch.nn.functional.normalize(rows, dim=-1, eps=torch.finfo(rows.dtype).tiny)
+    missing = k - largest.shape[-1]
+    span = torch.nn.functional.pad(rows.mT, (0, missing)) if missing else rows.mT
+    return torch.where(fresh[..., None, None], orthonormal(span), basis)
+
+
+def _times_squares(basis: Tensor, blocks: Tensor, gradient: Tensor) -> Tensor:
+    """Return (sum_i M_i^2) B up to a positive factor, with M_i = B R_i B^T + g_i g_i^T."""
+    # Fourth powers of a gradient leave float32's range long before its square does: scale to 1.
+    squares = gradient.square().sum(-1)
+    peak = torch.maximum(squares.amax(-1), blocks.diagonal(dim1=-2, dim2=-1).amax((-2, -1)))
+    scale = torch.where(peak > 0, peak, 1.0)[..., None]
+    blocks = blocks / scale[..., None, None]
+    gradient = gradient / scale[..., None].sqrt()
+    coordinates = gradient @ basis
+    moved = (blocks @ coordinates[..., None])[..., 0]
+    stacked = blocks.flatten(-3, -2)
+    inner = stacked.mT @ stacked + moved.mT @ coordinates
+    weights = moved + (squares / scale)[..., None] * coordinates
+    return basis @ inner + gradient.mT @ weights
+
+
+def _residual_norm(
+    old: Tensor, blocks: Tensor, new: Tensor, projected: Tensor, gradient: Tensor, iterations: int
+) -> Tensor:
+    """Return ||B R_i B^T + g_i g_i^T - B' R_i' B'^T||_2 for every unit, shape (..., m)."""
+    k = old.shape[-1]
+    if k == old.shape[-2]:
+        return gradient.new_zeros(gradient.shape[:-1])
+    frame, triangle = torch.linalg.qr(torch.cat([new, old], dim=-1))
+    to_new, to_old = triangle[..., :k], triangle[..., k:]
+    inside = gradient @ frame
+    beyond = torch.linalg.vector_norm(gradient - inside @ frame.mT, dim=-1, keepdim=True)
+    outer = torch.cat([inside, beyond], dim=-1)
+    # A unit's matrices enter in units of |g_i|^2 or of R_i, or the iteration would leave float32.
+    peak = projected.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    scale = torch.maximum(peak, outer.square().sum(-1, keepdim=True))
+    scale = torch.where(scale > 0, scale, 1.0)
+    outer = outer / scale.sqrt()
+    blocks, projected = blocks / scale[..., None], projected / scale[..., None]
+
+    def product(x: Tensor) -> Tensor:
+        head = x[..., :-1]
+        kept = _batched(blocks, head @ to_old) @ to_old.mT
+        cut = _batched(projected, head @ to_new) @ to_new.mT
+        image = outer * (outer * x).sum(-1, keepdim=True)
+        return image + torch.nn.functional.pad(kept - cut, (0, 1))
+
+    x = product(outer) + product(torch.ones_like(outer))
+    norm = torch.zeros_like(scale)
+    for _ in range(iterations):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        x = product(x / torch.where(length > 0, length, 1.0))
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (norm * scale)[..., 0]
+
+
+def _batched(matrices: Tensor, vectors: Tensor) -> Tensor:
+    return (matrices @ vectors[..., None])[..., 0]

@@ -1,0 +1,155 @@
+"""Native kernels against their eager definitions in float64, and the choice between them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from neurms.compiled import use_backend
+from neurms.compiled.finite import all_finite
+from neurms.compiled.native import LEAST_ELEMENTS, compiler, suits
+from neurms.compiled.native import build as native_build
+from neurms.compiled.row_update import row_normalized_update_
+from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_update_
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+
+SHAPES = [(256, 256), (257, 300), (3, 40_000), (40_000, 3), (1, 70_000), (1023, 65)]
+ONE = torch.tensor(1.0, dtype=torch.float64)
+
+
+def matrix(shape: tuple[int, int], scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * scale
+
+
+@pytest.fixture(params=SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def shape(request: pytest.FixtureRequest) -> tuple[int, int]:
+    found: tuple[int, int] = request.param
+    assert suits(matrix(found)), "the native form must be what these tests run"
+    return found
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_two_sided_fit(shape: tuple[int, int], scale: float) -> None:
+    gradient = matrix(shape, scale)
+    q, s = two_sided_fit(gradient, 5)
+    truth_q, truth_s = two_sided_fit.eager(gradient.double(), 5)
+    torch.testing.assert_close(q.double(), truth_q, rtol=3e-6, atol=0)
+    torch.testing.assert_close(s.double(), truth_s, rtol=3e-6, atol=0)
+
+
+def test_two_sided_fit_of_zeros_and_zero_rows() -> None:
+    gradient = matrix((300, 256))
+    gradient[7] = 0
+    gradient[:, 9] = 0
+    q, s = two_sided_fit(gradient, 5)
+    assert q[7] == 0
+    assert s[9] == 0
+    assert q.isfinite().all()
+    q, s = two_sided_fit(torch.zeros(300, 256), 5)
+    assert not q.any()
+    assert not s.any()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e25])
+def test_row_normalized_update(shape: tuple[int, int], nesterov: bool, scale: float) -> None:
+    w, gradient = matrix(shape, seed=1), matrix(shape, scale)
+    momentum = matrix(shape, scale, seed=2)
+    wide = [w.double(), momentum.double(), gradient.double()]
+    before = gradient.clone()
+    step, decay = ONE * 0.02, ONE * 0.999
+    row_normalized_update_(w, momentum, gradient, 0.95, nesterov, step, decay, 1e-35)
+    row_normalized_update_.eager(*wide, 0.95, nesterov, step, decay, 1e-35)
+    torch.testing.assert_close(w.double(), wide[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(momentum.double(), wide[1], rtol=1e-6, atol=1e-6 * scale)
+    assert torch.equal(gradient, before)
+
+
+def test_row_of_zeros_stays() -> None:
+    w, gradient = torch.ones(300, 256), matrix((300, 256))
+    gradient[5] = 0
+    row_normalized_update_(w, torch.zeros(300, 256), gradient, 0.9, True, ONE, ONE, 1e-12)
+    assert torch.equal(w[5], torch.ones(256))
+
+
+def test_scaled_square_sum_and_update(shape: tuple[int, int]) -> None:
+    gradient, w = matrix(shape), matrix(shape, seed=1)
+    left = torch.rand(shape[0]) + 0.1
+    right = torch.rand(shape[1]) + 0.1
+    wide = [x.double() for x in (w, gradient, left, right)]
+    total = scaled_square_sum(gradient, left, right)
+    torch.testing.assert_close(
+        total.double(), scaled_square_sum.eager(*wide[1:]), rtol=1e-6, atol=0
+    )
+    two_sided_update_(w, gradient, left, right, ONE * 0.1, ONE * 0.9)
+    two_sided_update_.eager(*wide, ONE * 0.1, ONE * 0.9)
+    torch.testing.assert_close(w.double(), wide[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("position", [0, 16_383, 16_384, 99_999])
+def test_all_finite(bad: float, position: int) -> None:
+    x = torch.full((100_000,), 3e38)  # their sum overflows, they do not
+    assert all_finite(x)
+    x[position] = bad
+    assert not all_finite(x)
+
+
+def test_choice_goes_by_shape_dtype_and_strides() -> None:
+    large = torch.zeros(256, LEAST_ELEMENTS // 256)
+    assert suits(large)
+    assert not suits(large[:-1])
+    assert not suits(large.double())
+    assert not suits(large.t())
+    assert not suits(large, large.bfloat16())
+
+
+def test_eager_backend_leaves_native_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise AssertionError("the native library was asked for")
+
+    monkeypatch.setattr("neurms.compiled.finite.library", refuse)
+    with use_backend("eager"):
+        assert all_finite(torch.zeros(LEAST_ELEMENTS))
+    with pytest.raises(AssertionError, match="native library"):
+        all_finite(torch.zeros(LEAST_ELEMENTS))
+
+
+def test_without_a_compiler_warns_once_and_serves_eager(tmp_path: Path) -> None:
+    code = """
+import warnings, torch
+from neurms.compiled.two_sided import two_sided_fit
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    g = torch.ones(300, 300)
+    two_sided_fit(g, 5); two_sided_fit(g, 5)
+print([str(w.message) for w in seen if w.category is RuntimeWarning])
+"""
+    environment = {"PATH": str(tmp_path), "NEURMS_CACHE": str(tmp_path), "HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    assert result.stdout.count("no C++ compiler was found") == 1
+    assert result.stdout.count("native CPU kernels are not available") == 1
+
+
+def test_build_is_cached_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native_build.CACHE_VARIABLE, str(tmp_path))
+    assert native_build._load() is not None
+    (made,) = tmp_path.iterdir()
+    stamp = made.stat().st_mtime_ns
+    assert native_build._load() is not None
+    assert [made.stat().st_mtime_ns] == [path.stat().st_mtime_ns for path in tmp_path.iterdir()]
+    assert made.stat().st_mtime_ns == stamp

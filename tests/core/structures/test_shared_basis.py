@@ -1,0 +1,165 @@
+"""B R_i B^T + rho_i I: against the algorithm on dense n x n matrices in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neurms.core.optimizers.plan import tensor_bytes
+from neurms.core.structures.base import Context
+from neurms.core.structures.shared_basis import SharedBasisBlocks
+from tests.core.structures.contract import TransformContract, gradients, run
+
+
+def dense(steps: Tensor, rank: int, decay: float, eps: float) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Algorithm 1 with every M_i formed; returns updates, the last blocks H_i and rho."""
+    m, n = steps.shape[1:]
+    identity = torch.eye(n, dtype=steps.dtype)
+    longest = steps[0].norm(dim=1).argsort(descending=True)[:rank]
+    basis = torch.linalg.qr(steps[0][longest].T, mode="complete").Q[:, :rank]
+    blocks, rho = torch.zeros(m, n, n, dtype=steps.dtype), torch.zeros(m, dtype=steps.dtype)
+    updates = []
+    for gradient in steps:
+        full = decay * blocks + torch.einsum("ia,ib->iab", gradient, gradient)
+        basis = torch.linalg.qr((full @ full).sum(0) @ basis).Q
+        small = basis.T @ full @ basis
+        rho = decay * rho + torch.linalg.matrix_norm(full - basis @ small @ basis.T, ord=2)
+        if rank < n:
+            least = torch.linalg.eigvalsh(small)[:, 0].clamp(min=0.0)
+            small = small - least[:, None, None] * torch.eye(rank, dtype=steps.dtype)
+        blocks = basis @ small @ basis.T
+        values, vectors = torch.linalg.eigh(blocks + (rho + eps)[:, None, None] * identity)
+        root = vectors @ torch.diag_embed(values.rsqrt()) @ vectors.mT
+        updates.append((root @ gradient[..., None])[..., 0])
+    return updates, blocks, rho
+
+
+class TestSharedBasisBlocks(TransformContract):
+    transform = SharedBasisBlocks(rank=3, eps=1e-3)
+    # Not converged entirely, the power iteration knows about the order of the features.
+    tolerance = 1e-6
+
+    @pytest.mark.parametrize("shape", [(6, 4), (3, 8), (9, 6)])
+    @pytest.mark.parametrize("decay", [1.0, 0.9])
+    def test_with_all_directions_it_is_block_diagonal_adagrad(
+        self, shape: tuple[int, int], decay: float
+    ) -> None:
+        steps = gradients(*shape, steps=12)
+        n = shape[1]
+        updates, state = run(SharedBasisBlocks(rank=n, decay=decay, eps=1e-6), steps)
+        sums = torch.zeros(shape[0], n, n, dtype=steps.dtype)
+        for gradient, update in zip(steps, updates, strict=True):
+            sums = decay * sums + torch.einsum("ia,ib->iab", gradient, gradient)
+            values, vectors = torch.linalg.eigh(sums)
+            scale = (values.clamp(min=0.0) + 1e-6).rsqrt()
+            root = vectors @ torch.diag_embed(scale) @ vectors.mT
+            expected = (root @ gradient[..., None])[..., 0]
+            torch.testing.assert_close(update, expected, rtol=1e-6, atol=1e-7)
+        assert state["rho"].count_nonzero() == 0
+
+    @pytest.mark.parametrize("shape", [(6, 8), (12, 7), (5, 20)])
+    @pytest.mark.parametrize("rank", [1, 2, 4])
+    @pytest.mark.parametrize("decay", [1.0, 0.9])
+    def test_equals_the_dense_algorithm(
+        self, shape: tuple[int, int], rank: int, decay: float
+    ) -> None:
+        steps = gradients(*shape, steps=6)
+        transform = SharedBasisBlocks(rank, decay, eps=1e-2, power_iterations=2000)
+        updates, state = run(transform, steps)
+        expected, blocks, rho = dense(steps, rank, decay, eps=1e-2)
+        for ours, theirs in zip(updates, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        basis = state["basis"]
+        ours = basis @ state["blocks"] @ basis.mT
+        torch.testing.assert_close(ours, blocks, rtol=1e-5, atol=1e-5 * float(blocks.max()))
+        torch.testing.assert_close(state["rho"], rho, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("rank", [2, 8])
+    def test_thirty_power_iterations_know_the_spectral_norm_to_a_percent(self, rank: int) -> None:
+        steps = gradients(12, 40, steps=8)
+        _, state = run(SharedBasisBlocks(rank), steps)
+        _, _, rho = dense(steps, rank, 1.0, 1e-6)
+        assert (state["rho"] <= rho * (1 + 1e-9)).all()
+        assert (state["rho"] >= 0.98 * rho).all()
+
+    def test_precondition_is_the_dense_root_of_the_state(self) -> None:
+        steps = gradients(4, 6, steps=5)
+        transform = SharedBasisBlocks(rank=2, eps=1e-3)
+        _, state = run(transform, steps[:4])
+        update = transform.precondition(steps[4], state, Context(5))
+        basis, ridge = state["basis"], (state["rho"] + 1e-3)[:, None, None]
+        blocks = basis @ state["blocks"] @ basis.mT + ridge * torch.eye(6, dtype=steps.dtype)
+        fisher = torch.block_diag(*blocks)
+        values, vectors = torch.linalg.eigh(fisher)
+        expected = vectors @ ((vectors.mT @ steps[4].reshape(-1)) / values.sqrt())
+        torch.testing.assert_close(update.reshape(-1), expected, rtol=1e-8, atol=1e-10)
+
+    def test_state_is_nk_plus_m_k_squared_plus_m(self) -> None:
+        matrix = torch.empty(7, 11, device="meta")
+        assert tensor_bytes(SharedBasisBlocks(rank=4).init(matrix)) == 4 * (11 * 4 + 7 * 16 + 7)
+        assert tensor_bytes(SharedBasisBlocks(rank=40).init(matrix)) == 4 * (121 + 7 * 121 + 7)
+
+    def test_nothing_of_size_n_by_n_is_ever_formed(self) -> None:
+        n, m, k = 4096, 24, 32
+        largest = _largest_tensor(SharedBasisBlocks(k), torch.randn(2, m, n))
+        assert largest <= 2 * n * k
+        assert largest < n * n // 32
+
+    def test_basis_stays_orthonormal(self) -> None:
+        steps = gradients(10, 16, steps=60, dtype=torch.float32)
+        steps[10:20] *= 1e6
+        _, state = run(SharedBasisBlocks(rank=5), steps)
+        identity = torch.eye(5)
+        torch.testing.assert_close(state["basis"].mT @ state["basis"], identity, rtol=0, atol=1e-5)
+
+    def test_starts_with_the_first_gradient_that_is_not_zero(self) -> None:
+        steps = torch.zeros(5, 4, 8, dtype=torch.float64)
+        steps[2:] = gradients(4, 8, steps=3)
+        steps[..., :3] = 0  # features that never fire must not hold the first basis
+        late, _ = run(SharedBasisBlocks(rank=2), steps)
+        prompt, _ = run(SharedBasisBlocks(rank=2), steps[2:])
+        for a, b in zip(late[2:], prompt, strict=True):
+            torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
+    def test_extreme_scales_in_float32(self, scale: float) -> None:
+        steps = gradients(6, 9, steps=6, dtype=torch.float32)
+        updates, _ = run(SharedBasisBlocks(rank=3, eps=1e-30), steps * scale)
+        expected, _ = run(SharedBasisBlocks(rank=3, eps=1e-30), steps.double())
+        for ours, truth in zip(updates, expected, strict=True):
+            assert ours.isfinite().all()
+            torch.testing.assert_close(ours.double(), truth, rtol=0.02, atol=0.02)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"rank": 0}, "rank=0"),
+            ({"decay": 1.5}, "decay=1.5"),
+            ({"eps": 0.0}, "eps=0.0"),
+            ({"power_iterations": 0}, "power_iterations=0"),
+        ],
+    )
+    def test_bad_settings(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            SharedBasisBlocks(**settings)
+
+
+def _largest_tensor(transform: SharedBasisBlocks, steps: Tensor) -> int:
+    class Recorder(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, Tensor):
+                    self.largest = max(self.largest, tensor.untyped_storage().nbytes() // 4)
+            return out
+
+    with Recorder() as recorder:
+        run(transform, steps)
+    # The list of gradients itself is among what the views' storages show.
+    return recorder.largest
