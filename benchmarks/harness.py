@@ -1,4 +1,4 @@
-"""What every benchmark shares: its environment's record and results that survive an interruption."""
+"""What every benchmark shares: a record of its environment, results that outlive a kill."""
 
 from __future__ import annotations
 
@@ -28,17 +28,23 @@ class Results:
         self.content: dict[str, Any] = {"settings": settings, "runs": {}}
         if path.is_file():
             self._resume(json.loads(path.read_text()), settings)
-        self.content["command"] = " ".join(["neurms bench", path.stem, *sys.argv[1:]])
-        self.content["environment"] = environment(denormals_flushed=flush_denormals())
+        self._record = {
+            "command": " ".join(
+                ["neurms bench", Path(sys.argv[0]).stem.split()[-1], *sys.argv[1:]]
+            ),
+            "environment": environment(denormals_flushed=flush_denormals()),
+        }
+        for key, value in self._record.items():
+            self.content.setdefault(key, value)
 
     def _resume(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
         # Through JSON and back: tuples and lists are the same thing in a file.
         if found.get("settings") != json.loads(json.dumps(settings)):
             raise SystemExit(
-                f"error: {self.path} holds runs with other settings; move it away, or name another file "
-                "with --out"
+                f"error: {self.path} holds runs with other settings; move it away, or "
+                "name another file with --out"
             )
-        self.content["runs"] = found["runs"]
+        self.content.update(found)
 
     @property
     def runs(self) -> dict[str, Any]:

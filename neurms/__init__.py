@@ -17,36 +17,81 @@ from typing import TYPE_CHECKING, Any
 import torch as _torch  # noqa: F401  (its absence must surface here, not at the first attribute)
 
 if TYPE_CHECKING:
+    from neurms.callbacks import metrics as metrics
+    from neurms.callbacks.profiler import profile as profile
     from neurms.compiled.backends import use_backend as use_backend
+    from neurms.core.optimizers.adapprox import Adapprox as Adapprox
+    from neurms.core.optimizers.alice import Alice as Alice
+    from neurms.core.optimizers.apollo import APOLLO as APOLLO
+    from neurms.core.optimizers.block_adam import BlockAdam as BlockAdam
+    from neurms.core.optimizers.eigen_adam import EigenAdam as EigenAdam
+    from neurms.core.optimizers.fira import Fira as Fira
+    from neurms.core.optimizers.galore import GaLore as GaLore
+    from neurms.core.optimizers.lamb import LAMB as LAMB
+    from neurms.core.optimizers.lars import LARS as LARS
+    from neurms.core.optimizers.low_rank_soap import LowRankSOAP as LowRankSOAP
     from neurms.core.optimizers.memory import memory_report as memory_report
+    from neurms.core.optimizers.muon import Muon as Muon
     from neurms.core.optimizers.neurms import NeuRMS as NeuRMS
+    from neurms.core.optimizers.nora import Nora as Nora
     from neurms.core.optimizers.racs import RACS as RACS
     from neurms.core.optimizers.registry import available as available
     from neurms.core.optimizers.registry import create as create
+    from neurms.core.optimizers.rmnp import RMNP as RMNP
+    from neurms.core.optimizers.shampoo import Shampoo as Shampoo
+    from neurms.core.optimizers.shared_basis import SharedBasis as SharedBasis
+    from neurms.core.optimizers.sketchy import Sketchy as Sketchy
+    from neurms.core.optimizers.soap import SOAP as SOAP
+    from neurms.core.optimizers.swan import SWAN as SWAN
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "NeuRMS": "neurms.core.optimizers.neurms",
     "RACS": "neurms.core.optimizers.racs",
+    "RMNP": "neurms.core.optimizers.rmnp",
+    "Muon": "neurms.core.optimizers.muon",
+    "SWAN": "neurms.core.optimizers.swan",
+    "Nora": "neurms.core.optimizers.nora",
+    "LARS": "neurms.core.optimizers.lars",
+    "LAMB": "neurms.core.optimizers.lamb",
+    "Shampoo": "neurms.core.optimizers.shampoo",
+    "SharedBasis": "neurms.core.optimizers.shared_basis",
+    "BlockAdam": "neurms.core.optimizers.block_adam",
+    "Adapprox": "neurms.core.optimizers.adapprox",
+    "Sketchy": "neurms.core.optimizers.sketchy",
+    "Alice": "neurms.core.optimizers.alice",
+    "EigenAdam": "neurms.core.optimizers.eigen_adam",
+    "SOAP": "neurms.core.optimizers.soap",
+    "GaLore": "neurms.core.optimizers.galore",
+    "Fira": "neurms.core.optimizers.fira",
+    "APOLLO": "neurms.core.optimizers.apollo",
+    "LowRankSOAP": "neurms.core.optimizers.low_rank_soap",
     "create": "neurms.core.optimizers.registry",
     "available": "neurms.core.optimizers.registry",
     "memory_report": "neurms.core.optimizers.memory",
     "use_backend": "neurms.compiled.backends",
+    "profile": "neurms.callbacks.profiler",
 }
+
+# Not in __all__: its metrics are torchmetrics', so that a star import must not load it.
+_MODULES = {"metrics": "neurms.callbacks.metrics"}
 
 __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its home module at first use (PEP 562)."""
-    if name not in _EXPORTS:
+    if name in _MODULES:
+        value = import_module(_MODULES[name])
+    elif name in _EXPORTS:
+        value = getattr(import_module(_EXPORTS[name]), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_EXPORTS[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     """List the public names beside what is already loaded."""
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

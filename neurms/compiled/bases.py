@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neurms.compiled.roots import eigh, orthonormal
+from neurms.compiled.roots import eigh, positive_qr
 
 __all__ = [
     "complement_frame",
@@ -27,17 +27,24 @@ NOISE = 16.0
 
 
 def noise_floor(squares: Tensor) -> Tensor:
-    """Return the mean square (..., 1, n) below which a coordinate of a column is rounding noise.
+    """Return the mean square (..., r, n) below which a rotated coordinate is rounding noise.
 
     A rotation mixes the entries of a column, so every coordinate inherits an error of a few ulps of
-    the column's norm, those included that are zero in exact arithmetic. A method that divides by
-    the coordinate's own size would blow it up to a full update.
+    the column's norm. A direction k of the null space inherits more: computed eigenvectors are off
+    by ulp lambda_1 / lambda_l along the l-th one. A method that divides by a coordinate's own size
+    would blow such errors up to full updates. Row sums of the squares stand in for the eigenvalues;
+    a row below r ulps of the largest one is taken for a null direction.
 
     Args:
         squares: Mean squares of the coordinates, columns along axis -2, shape (..., r, n).
     """
     ulp = torch.finfo(squares.dtype).eps
-    return squares.sum(-2, keepdim=True) * (NOISE * ulp) ** 2
+    energy = squares.sum(-1, keepdim=True)
+    top = energy.amax(-2, keepdim=True)
+    resolved = energy > top * (ulp * squares.shape[-2])
+    leak = torch.where(resolved, top / energy, 0.0).square_()
+    rounding = squares.sum(-2, keepdim=True)
+    return torch.where(resolved, rounding, leak.mT @ squares) * (NOISE * ulp) ** 2
 
 
 def descending_eigenvectors(matrix: Tensor) -> Tensor:
@@ -128,7 +135,7 @@ def complement_frame(basis: Tensor, draws: Tensor) -> Tensor:
         Shape (..., m, k).
     """
     for _ in range(2):
-        draws = orthonormal(draws - basis @ (basis.mT @ draws))
+        draws = positive_qr(draws - basis @ (basis.mT @ draws))[0]
     return draws
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "frequent_directions",
     "inverse_root",
     "orthonormal",
+    "positive_qr",
     "randomized_svd",
     "relative_floor",
 ]
@@ -81,16 +82,23 @@ def inverse_root(matrix: Tensor, root: int, eps: float) -> Tensor:
     return result
 
 
-def orthonormal(matrix: Tensor) -> Tensor:
-    """Return an orthonormal basis (..., d, k) of the columns of (..., d, k), k <= d.
+def positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the QR factors of (..., d, c) with a diagonal of R that is not negative.
 
-    The QR factor with a positive diagonal of R, so that the basis of a matrix of full rank does not
-    depend on the order of its rows; missing directions are filled up by Householder's completion.
+    That makes the factors of a matrix of full rank unique, so that Q's rows follow when the
+    matrix's rows are permuted; directions that it lacks are filled up by Householder's completion.
+
+    Returns:
+        Q, orthonormal columns, (..., d, min(d, c)), and R, (..., min(d, c), c).
     """
     basis, triangle = torch.linalg.qr(matrix)
-    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-    oriented: Tensor = basis * signs[..., None, :]
-    return oriented
+    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(matrix.dtype)
+    return basis * signs[..., None, :], triangle * signs[..., :, None]
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Return the Q factor (..., d, k) of :func:`positive_qr` of (..., d, k), k <= d."""
+    return positive_qr(matrix)[0]
 
 
 def frequent_directions(

@@ -53,7 +53,7 @@ def relative_scale_factors(
     ``[median(s) / kappa, median(s) * kappa]``; of two middle values the lower is the median.
 
     Args:
-        v: Second moments, shape (m,), float32 or float64, not negative.
+        v: Second moments, shape (..., m), float32 or float64, not negative.
         correction: 0-d tensor, ``1 - beta^t``, or 1 for no bias correction.
         eps: Added inside the root.
         v_min: Floor inside the root.
@@ -76,7 +76,8 @@ def relative_scale_factors(
     s = _inverse_root(v, correction, eps, v_min)
     if s.numel() == 0:
         return s
-    median = s.median()
+    # Of each layer by itself where several are stacked.
+    median = s.median(-1, True)[0]
     return torch.minimum(torch.maximum(s, median / kappa), median * kappa)
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "NeurmsError",
     "NonFiniteError",
     "UnsupportedTrainingError",
+    "check_betas",
     "check_choice",
     "check_fraction",
     "check_interval",
@@ -44,7 +45,8 @@ def check_real(
 ) -> float:
     """Return ``value`` if it is a finite real number of at least ``low``, else raise.
 
-    A 0-d tensor passes too (torch schedulers may hold lr in one). ``strict`` excludes ``low`` itself.
+    A 0-d tensor passes too (torch schedulers may hold lr in one). ``strict`` excludes ``low``
+    itself.
     """
     number = _number(name, value)
     too_low = number <= low if strict else number < low
@@ -80,6 +82,14 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     return value
 
 
+def check_betas(name: str, betas: Any, count: int) -> None:
+    """Raise unless ``betas`` holds ``count`` numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != count:
+        raise ValueError(f"{name}={betas!r} must hold {count} numbers in [0, 1)")
+    for position, beta in enumerate(betas):
+        check_fraction(f"{name}[{position}]", beta)
+
+
 def check_interval(low_name: str, low: Any, high_name: str, high: Any) -> None:
     """Raise unless 0 <= low <= high and high > 0."""
     check_real(low_name, low)
@@ -92,7 +102,7 @@ def check_interval(low_name: str, low: Any, high_name: str, high: Any) -> None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or isinstance(value, (str, bytes)) or value is None:
+    if isinstance(value, (bool, str, bytes)) or value is None:
         raise TypeError(f"{name}={value!r} must be a real number, not {type(value).__name__}")
     try:
         number = float(value)

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["Layout", "default_layout", "layout_of"]
@@ -75,7 +74,7 @@ class Layout:
         return self.units, self.features // self.groups * self.taps
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor`` as (units, features per group x taps); a view where strides allow it."""
+        """Return ``tensor`` as (units, features per group x taps), a view if strides allow it."""
         if self.groups > 1 and self.grouped == "features":
             return self.blocks(tensor).reshape(self.matrix_shape)
         return tensor.permute(self._order).reshape(self.matrix_shape)
@@ -102,9 +101,9 @@ class Layout:
         """
         if self.groups == 1:
             ordered = tensor.permute(self._order)
-            return _merge(ordered, (len(self.unit_axes), len(self.feature_axes), len(self.tap_axes)))[
-                None
-            ]
+            return _merge(
+                ordered, (len(self.unit_axes), len(self.feature_axes), len(self.tap_axes))
+            )[None]
         axis = (self.unit_axes if self.grouped == "units" else self.feature_axes)[0]
         split = tensor.unflatten(axis, (self.groups, self.shape[axis] // self.groups))
         order = [axis] + [a + 1 if a >= axis else a for a in self._order]
@@ -174,7 +173,7 @@ def layout_of(module: nn.Module, name: str) -> Layout | None:
 
 
 def _merge(tensor: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """View ``tensor`` with each run of ``counts`` axes merged into one (an absent run becomes 1)."""
+    """View ``tensor`` with each run of ``counts`` axes merged into one, of size 1 if empty."""
     sizes, start = [], 0
     for count in counts:
         sizes.append(math.prod(tensor.shape[start : start + count]))

@@ -3,8 +3,8 @@
 Routing goes by the kind of module that owns a parameter, never by its name: hidden linear layers,
 convolutions and attention projections have a units x features matrix to precondition, while
 embeddings, norms, biases, tied weights and the output head do better, or can only do, with AdamW.
-Every choice carries its reason, so that :meth:`~neurms.core.optimizers.base.PreconditionedOptimizer.plan`
-can print it.
+Every choice carries its reason, so that
+:meth:`~neurms.core.optimizers.base.PreconditionedOptimizer.plan` can print it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,21 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from neurms.core.layout import Layout, default_layout, layout_of
 
-__all__ = ["FALLBACK", "Head", "Route", "excluded", "head_of", "route_model", "route_tensors"]
+__all__ = [
+    "FALLBACK",
+    "Head",
+    "Route",
+    "check_patterns",
+    "excluded",
+    "head_of",
+    "route_model",
+    "route_tensors",
+]
 
 FALLBACK = "fallback"
 Head = Literal["rule", "fallback"]
@@ -61,6 +71,8 @@ def route_tensors(named: Iterable[tuple[str, Tensor]], rule: str) -> list[Route]
     for name, tensor in named:
         matrix = tensor.ndim >= 2
         reason = f"{tensor.ndim} axes" if matrix else f"{tensor.ndim}-D tensor: no matrix"
+        if rule == FALLBACK:
+            reason = "asked for by its group"
         routes.append(
             Route(
                 name,
@@ -75,7 +87,7 @@ def route_tensors(named: Iterable[tuple[str, Tensor]], rule: str) -> list[Route]
 
 
 def route_model(
-    model: nn.Module, rule: str, *, head: Head = FALLBACK, exclude: Sequence[str] = ()
+    model: nn.Module, rule: str, *, head: Head = "fallback", exclude: Sequence[str] = ()
 ) -> list[Route]:
     """Route every parameter of a model by the kind of module that owns it.
 
@@ -83,15 +95,16 @@ def route_model(
         model: The model.
         rule: Name of the rule for matrices.
         head: What the output head (the last linear layer) gets.
-        exclude: Name patterns (``fnmatch``; a module's name covers all its parameters) that are sent
-            to the fallback.
+        exclude: Name patterns (``fnmatch``; a module's name covers all its parameters) that are
+            sent to the fallback.
 
     Returns:
         One route for each distinct parameter, in the order of ``model.named_parameters()``.
 
     Raises:
-        ValueError: A pattern of ``exclude`` matches no parameter.
+        ValueError: A pattern of ``exclude`` matches no parameter, or a parameter is lazy.
     """
+    _refuse_lazy(model)
     owners = _owners(model)
     last_linear = head_of(model)
     routes = []
@@ -101,10 +114,17 @@ def route_model(
         if module is last_linear and own_name == "weight" and chosen == rule:
             chosen, reason = (rule, "output head") if head == "rule" else (FALLBACK, "output head")
         layout = layout_of(module, own_name) or default_layout(parameter)
-        routes.append(
-            Route(name, parameter, type(module).__name__, chosen, reason, layout, module)
-        )
+        routes.append(Route(name, parameter, type(module).__name__, chosen, reason, layout, module))
     return excluded(routes, exclude)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} has no shape yet; run one batch through the model before "
+                "building the optimizer"
+            )
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:
@@ -113,22 +133,35 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     return linears[-1] if linears else None
 
 
-def excluded(routes: list[Route], patterns: Sequence[str]) -> list[Route]:
-    """Return ``routes`` with every parameter that a pattern names sent to the fallback."""
-    if isinstance(patterns, str):
-        raise TypeError(f"exclude={patterns!r} must be a sequence of patterns; write ({patterns!r},)")
+def excluded(routes: list[Route], patterns: Sequence[str], *, every: bool = True) -> list[Route]:
+    """Return ``routes`` with every parameter that a pattern names sent to the fallback.
+
+    With ``every`` each pattern must match, see :func:`check_patterns`.
+    """
+    if every:
+        check_patterns(routes, patterns)
     for pattern in patterns:
-        hits = [_matches(route.name, pattern) for route in routes]
-        if not any(hits):
-            names = ", ".join(route.name for route in routes[:5])
-            raise ValueError(
-                f"exclude={pattern!r} matches no parameter; names look like: {names}"
-            )
         routes = [
-            replace(route, rule=FALLBACK, reason=f"excluded by {pattern!r}") if hit else route
-            for route, hit in zip(routes, hits, strict=True)
+            replace(route, rule=FALLBACK, reason=f"excluded by {pattern!r}")
+            if _matches(route.name, pattern)
+            else route
+            for route in routes
         ]
     return routes
+
+
+def check_patterns(routes: Iterable[Route], patterns: Sequence[str]) -> None:
+    """Raise unless ``patterns`` are name patterns each of which matches one of ``routes``."""
+    if isinstance(patterns, str):
+        raise TypeError(
+            f"exclude={patterns!r} must be a sequence of patterns; write ({patterns!r},)"
+        )
+    names = [route.name for route in routes]
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise ValueError(
+                f"exclude={pattern!r} matches no parameter; names look like: {', '.join(names[:5])}"
+            )
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -150,10 +183,10 @@ def _choose(
 ) -> tuple[str, str]:
     parameter = module._parameters[name]
     assert parameter is not None
-    if parameter.ndim < 2:
-        return FALLBACK, "bias" if name == "bias" else f"{parameter.ndim}-D tensor: no matrix"
     if len(owners) > 1:
         return FALLBACK, f"tied: shared by {len(owners)} modules"
+    if parameter.ndim < 2:
+        return FALLBACK, "bias" if name == "bias" else f"{parameter.ndim}-D tensor: no matrix"
     if isinstance(module, parametrize.ParametrizationList):
         return FALLBACK, "parametrized weight"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -164,4 +197,7 @@ def _choose(
         return rule, "hidden linear layer"
     if layout_of(module, name) is not None:
         return rule, "convolution"
-    return FALLBACK, f"{type(module).__name__}.{name}: not a linear, convolution or attention weight"
+    return (
+        FALLBACK,
+        f"{type(module).__name__}.{name}: not a linear, convolution or attention weight",
+    )

@@ -2,8 +2,8 @@
 
 Between two optimizer steps a layer may be back-propagated many times (micro-batches, a module used
 twice) and on several ranks. Sums of squares and row counts add up exactly, so that k micro-batches
-equal one big batch and the number of ranks does not matter; only the commit turns them into the means
-that the moving averages take.
+equal one big batch and the number of ranks does not matter; only the commit turns them into the
+means that the moving averages take.
 """
 
 from __future__ import annotations
@@ -48,9 +48,13 @@ class PendingSums:
 
     def plus(self, sums: Sums) -> PendingSums:
         """Return what these sums would be after :meth:`add`, leaving them as they are."""
-        total = PendingSums(self.units, self.features, self.rows, self.feature_rows)
+        total = self.copy()
         total.add(sums)
         return total
+
+    def copy(self) -> PendingSums:
+        """Return the same sums in an object of their own."""
+        return PendingSums(self.units, self.features, self.rows, self.feature_rows)
 
     def clear(self) -> None:
         """Forget everything since the last commit."""
@@ -79,7 +83,9 @@ class PendingSums:
 
     def is_finite(self) -> bool:
         """Return whether neither sum holds a NaN or an infinity."""
-        return all(bool(torch.isfinite(s).all()) for s in (self.units, self.features) if s is not None)
+        return all(
+            bool(torch.isfinite(s).all()) for s in (self.units, self.features) if s is not None
+        )
 
 
 def world_size() -> int:
@@ -98,9 +104,9 @@ def synchronize(
 ) -> None:
     """Sum the pending statistics of all layers over all ranks, in one flat all-reduce.
 
-    With a mean loss on each of R ranks the error signal of the global mean is d_r / R, so the sums over
-    D are divided by R^2 and the state does not depend on the number of ranks. A rank whose batch was
-    empty, or whose layer was not used, contributes zeros.
+    With a mean loss on each of R ranks the error signal of the global mean is d_r / R, so the sums
+    over D are divided by R^2 and the state does not depend on the number of ranks. A rank whose
+    batch was empty, or whose layer was not used, contributes zeros.
 
     Args:
         pending: One entry for each tapped layer, in the same order on every rank; changed in place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.scaling import ema_
 from neurms.core.routing import Route
+from neurms.core.spans import span, spanned
 from neurms.core.statistics import LossReduction, PendingSums, synchronize
 from neurms.core.structures.base import Context, Moments
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
@@ -38,7 +40,7 @@ class LayerOwner(Protocol):
     def state_of(self, layer: TappedLayer) -> dict[str, Any]:
         """Return the layer's state: empty before its first commit, then ``step``, ``v``, ``u``."""
 
-    def current_loss_scale(self) -> float | None:
+    def current_loss_scale(self) -> Tensor | float | None:
         """Return the factor that the loss carries, or None."""
 
     def write_in_backward(
@@ -53,7 +55,7 @@ class TappedLayer:
     Args:
         route: The weight's route.
         bias: The layer's bias where the rule takes it too.
-        owner: Holds state and settings.
+        owner: Holds state and settings; held weakly, so that it goes when its user lets go of it.
         heads: Number of equal runs of units that share one second moment, their mean; 0 keeps one
             for each unit.
     """
@@ -63,13 +65,23 @@ class TappedLayer:
     ) -> None:
         self.route = route
         self.bias = bias
-        self.owner = owner
         self.heads = heads
         self.pending = PendingSums()
         self.tap: HookTap | BackwardUpdateTap | None = None
+        self._owner = weakref.ref(owner)
+        self._total: PendingSums | None = None
         self._task: int | None = None
+        self._version: int | None = None
         self._everywhere = PendingSums()
         self._rescaled: Sums | None = None
+
+    @property
+    def owner(self) -> LayerOwner:
+        """What holds state and settings."""
+        owner = self._owner()
+        if owner is None:
+            raise ReferenceError(f"the optimizer of layer {self.name!r} no longer exists")
+        return owner
 
     @property
     def name(self) -> str:
@@ -100,26 +112,26 @@ class TappedLayer:
 
     # ------------------------------------------------------------- what taps call
 
-    def loss_scale(self) -> float | None:
+    def loss_scale(self) -> Tensor | float | None:
         """Return the factor that the loss carries; D is divided by it."""
         return self.owner.current_loss_scale()
 
     def add(self, sums: Sums) -> None:
         """Take one backward firing whose gradient accumulates into the weight."""
-        task = graph_task()
-        if task != self._task and self.weight.grad is None:
-            # The gradients that the pending sums belong to were dropped without a step (a GradScaler's
-            # overflow followed by model.zero_grad()), so the sums go too.
-            self.clear()
-        self._task = task
+        self._follow_gradient()
+        if not sums.rows and self.owner.variant_of(self) == "B":
+            # Nothing to rescale here, but ranks whose batch is not empty wait in their all-reduce.
+            self._rescaled = self._summed_over_ranks(sums)
         self.pending.add(sums)
         self._everywhere.add(self._rescaled or sums)
+        self._rescaled = self._total = None
 
     def rescale(self, sums: Sums) -> Tensor | None:
         """Return variant B's factors (units,) for D, from v with this pass blended in."""
         self._rescaled = None
         if self.owner.variant_of(self) != "B":
             return None
+        self._follow_gradient()
         self._rescaled = self._summed_over_ranks(sums)
         s, _ = self.foreseen(self._rescaled)
         return s
@@ -127,18 +139,42 @@ class TappedLayer:
     def rescale_errors(self, errors: Tensor) -> Tensor | None:
         """Return D S for variant B (``update="backward"``), else None."""
         factors = self.rescale(self._unit_sums(errors))
-        return None if factors is None else (errors * factors).to(errors.dtype)
+        if factors is None:
+            return None
+        with span("scale", [self.weight]):
+            return (errors * factors).to(errors.dtype)
 
     def update(self, errors: Tensor, activations: Tensor) -> None:
         """Observe D and H and have the owner write the update (``update="backward"``)."""
         sums = self._rescaled or self._unit_sums(errors)
         if self.owner.structure_of(self).factored:
-            features = column_square_sum.on(self.owner.backend)(activations)
-            sums = sums._replace(
-                feature_square_sum=features, feature_rows=activations.shape[0]
-            )
+            with span("reduce", [self.weight]):
+                features = column_square_sum.on(self.owner.backend)(activations)
+            sums = sums._replace(feature_square_sum=features, feature_rows=activations.shape[0])
         self.owner.write_in_backward(self, errors, activations, sums)
 
+    def _follow_gradient(self) -> None:
+        """At a backward's first firing, drop sums whose gradient was dropped without a step.
+
+        That happens after a GradScaler's overflow or a bad step, by ``model.zero_grad()``: the
+        gradient is None then, or zero.
+        """
+        task, gradient = graph_task(), self.weight.grad
+        if task == self._task:
+            return
+        self._task = task
+        if gradient is None:
+            self._version = None
+            self.clear()
+            return
+        # Accumulation itself counts one version up. Only where something else has written are the
+        # values looked at, which an accelerator would have to wait for.
+        expected = 0 if self._version is None else self._version + 1
+        self._version = gradient._version
+        if self._version != expected and self.pending.rows and not bool(gradient.any()):
+            self.clear()
+
+    @spanned("reduce")
     def _unit_sums(self, errors: Tensor) -> Sums:
         return Sums(column_square_sum.on(self.owner.backend)(errors), errors.shape[0])
 
@@ -152,11 +188,21 @@ class TappedLayer:
 
     # ------------------------------------------------------------- statistics and factors
 
+    @property
+    def observed(self) -> PendingSums:
+        """What the next commit will take: sums over all ranks once they are synchronised."""
+        return self.pending if self._total is None else self._total
+
+    def begin_synchronization(self) -> PendingSums:
+        """Return a copy of the pending sums, to be summed over ranks in place."""
+        self._total = self.pending.copy()
+        return self._total
+
     def clear(self) -> None:
         """Forget what was observed since the last commit."""
         self.pending.clear()
         self._everywhere.clear()
-        self._rescaled = None
+        self._rescaled = self._total = None
 
     def moments(self, pending: PendingSums) -> Moments:
         """Return the mean squares of ``pending``, heads pooled."""
@@ -165,6 +211,7 @@ class TappedLayer:
             return moments
         return Moments(moments.units.reshape(self.heads, -1).mean(-1), moments.features)
 
+    @spanned("scale")
     def foreseen(self, sums: Sums) -> tuple[Tensor, Tensor | None]:
         """Return the factors as they would be if ``sums`` were committed now; nothing changes."""
         structure, state = self.owner.structure_of(self), self.owner.state_of(self)
@@ -174,17 +221,20 @@ class TappedLayer:
             if sample is not None:
                 last = state[key].clone() if key in state else torch.zeros_like(sample)
                 blended[key] = ema_.on(self.owner.backend)(last, sample, structure.beta)
-        return self._expanded(*structure.factors(blended, state.get("step", 0) + 1, self.owner.backend))
+        step = state.get("step", 0) + 1
+        return self._expanded(*structure.factors(blended, step, self.owner.backend))
 
+    @spanned("reduce")
     def commit(self) -> None:
         """Move the pending statistics into the state, which must have been initialised."""
         state = self.owner.state_of(self)
         state["step"] += 1
-        moments = self.moments(self.pending)
+        moments = self.moments(self.observed)
         context = Context(state["step"], moments=moments)
         self.owner.structure_of(self).observe(state["v"], state, context)
         self.clear()
 
+    @spanned("scale")
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """Return s (m,) and c (n,) from the committed statistics; c is None unless factored."""
         state = self.owner.state_of(self)

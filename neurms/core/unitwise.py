@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from neurms.core.errors import NonFiniteError
+from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import FALLBACK, Head, Route, excluded, route_model
 from neurms.core.statistics import PendingSums, synchronize, world_size
 from neurms.core.tapped import LayerOwner, TappedLayer
 from neurms.core.taps.activity import activity_of
-from neurms.core.taps.backward import BackwardUpdateTap
+from neurms.core.taps.backward import BackwardUpdateTap, is_tapped_linear
 from neurms.core.taps.guard import GradientGuard
 from neurms.core.taps.hooks import HookTap, forget_compiled_graphs
 from neurms.core.taps.protocol import Sums
@@ -25,13 +28,12 @@ from neurms.core.taps.protocol import Sums
 __all__ = ["UnitwiseLayers", "neurms_routes"]
 
 
-def neurms_routes(
-    model: nn.Module, rule: str, head: Head, exclude: Sequence[str]
-) -> list[Route]:
+def neurms_routes(model: nn.Module, rule: str, head: Head, exclude: Sequence[str]) -> list[Route]:
     """Route a model for a rule that needs D and H, the head and the layers' biases included.
 
     Raises:
-        ValueError: No layer of the model can be tapped, or a pattern of ``exclude`` matches nothing.
+        ValueError: No layer of the model can be tapped, or a pattern of ``exclude`` matches
+            nothing.
     """
     routes = [_tappable(route) for route in route_model(model, rule, head=head)]
     routes = excluded(routes, exclude)
@@ -41,7 +43,7 @@ def neurms_routes(
     if not weights:
         kinds = sorted({route.kind for route in routes}) or [type(model).__name__]
         raise ValueError(
-            f"model={type(model).__name__} has no layer that {rule} can tap (a trainable, untied Linear or "
+            f"model={type(model).__name__} has no layer that {rule} can tap (an untied Linear or "
             f"convolution that is not excluded); its parameters belong to {kinds}"
         )
     return routes
@@ -63,6 +65,8 @@ def _with_weight(route: Route, weights: Mapping[int, Route], rule: str) -> Route
     owner = weights.get(id(route.module))
     if owner is None or route is owner or route.reason != "bias":
         return route
+    if route.parameter.requires_grad and not owner.parameter.requires_grad:
+        return replace(route, reason="bias of a frozen weight, whose error signal is not observed")
     return replace(route, rule=rule, reason=f"bias of {owner.name}: scaled by its s")
 
 
@@ -70,13 +74,18 @@ class UnitwiseLayers:
     """The layers under NeuRMS's rule, for the optimizer or a callback that owns them.
 
     Args:
-        owner: Holds state and settings.
+        owner: Holds state and settings; held weakly.
         heads: Name pattern of weights -> number of heads that share second moments.
     """
 
     def __init__(self, owner: LayerOwner, heads: Mapping[str, int] | None = None) -> None:
-        self._owner = owner
+        self._owner = weakref.ref(owner)
+        if not isinstance(heads or {}, Mapping):
+            raise TypeError(
+                f"heads={heads!r} must map name patterns of weights to numbers of heads"
+            )
         self._heads = dict(heads or {})
+        self._compiled = False
         self._layers: dict[Tensor, TappedLayer] = {}
         self._bad: list[str] = []
         self._updated: list[str] = []
@@ -90,45 +99,64 @@ class UnitwiseLayers:
 
     # ------------------------------------------------------------- taps
 
-    def attach(self, routes: Iterable[Route], *, features: bool, in_backward: bool = False) -> None:
-        """Make a layer of each weight among ``routes`` and put its tap in place.
+    def attach(
+        self,
+        routes: Iterable[Route],
+        *,
+        features: bool,
+        in_backward: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
+        """Make a layer of each weight among ``routes`` and put its tap in place, all or none.
 
         Args:
             routes: Weights and biases under the rule.
             features: Whether H is observed too.
             in_backward: Whether linear layers are updated during backward.
+            model: Holds the layers; if it is compiled, it is traced anew so that taps are seen.
 
         Raises:
-            ValueError: A pattern of ``heads`` matches no weight, or does not divide its outputs.
+            ValueError: A pattern of ``heads`` matches no weight, or does not divide its outputs; a
+                weight is tapped in another module.
+            UnsupportedTrainingError: Several ranks train and ``in_backward`` is set.
         """
-        routes = list(routes)
+        routes, owner = list(routes), self._owner()
+        assert owner is not None
         biases = {id(r.module): r.parameter for r in routes if r.parameter.ndim < 2}
         for route in routes:
             if route.parameter.ndim >= 2:
                 bias = biases.get(id(route.module))
-                self._layers[route.parameter] = TappedLayer(
-                    route, bias, self._owner, self._heads_of(route)
-                )
+                heads = self._heads_of(route)
+                self._layers[route.parameter] = TappedLayer(route, bias, owner, heads)
         self._check_heads()
-        for layer in self:
-            layer.tap = self._tap(layer, features, in_backward)
-            layer.tap.attach()
-        if any(_is_compiled(layer.route.module) for layer in self):
+        modules = [layer.route.module for layer in self] if model is None else model.modules()
+        self._compiled = any(map(_is_compiled, modules))
+        try:
+            for layer in self:
+                layer.tap = self._tap(layer, owner.backend, features, in_backward)
+                layer.tap.attach()
+        except BaseException:
+            self.detach()
+            raise
+        if self._compiled:
             forget_compiled_graphs()
 
+    @staticmethod
     def _tap(
-        self, layer: TappedLayer, features: bool, in_backward: bool
+        layer: TappedLayer, backend: str, features: bool, in_backward: bool
     ) -> HookTap | BackwardUpdateTap:
         module = layer.route.module
         assert module is not None
-        if in_backward and type(module) is nn.Linear:
+        # A subclass may be one that a dead optimizer's tap has left behind.
+        if in_backward and (type(module) is nn.Linear or is_tapped_linear(module)):
+            assert isinstance(module, nn.Linear)
             return BackwardUpdateTap(module, layer, name=layer.name)
-        return HookTap(
-            module, layer.weight, layer, features=features, backend=self._owner.backend
-        )
+        return HookTap(module, layer.weight, layer, features=features, backend=backend)
 
     def _heads_of(self, route: Route) -> int:
-        return next((n for pattern, n in self._heads.items() if fnmatchcase(route.name, pattern)), 0)
+        return next(
+            (n for pattern, n in self._heads.items() if fnmatchcase(route.name, pattern)), 0
+        )
 
     def _check_heads(self) -> None:
         for pattern, heads in self._heads.items():
@@ -140,7 +168,8 @@ class UnitwiseLayers:
                 units = layer.route.layout.units
                 if not isinstance(heads, int) or heads < 1 or units % heads:
                     raise ValueError(
-                        f"heads[{pattern!r}]={heads!r} must divide the {units} outputs of {layer.name!r}"
+                        f"heads[{pattern!r}]={heads!r} must divide the {units} outputs of "
+                        f"{layer.name!r}"
                     )
 
     def detach(self) -> None:
@@ -148,6 +177,8 @@ class UnitwiseLayers:
         for layer in self:
             if layer.tap is not None:
                 layer.tap.detach()
+        if self._compiled:
+            forget_compiled_graphs()
 
     def remove(self, layer: TappedLayer) -> None:
         """Take a layer out and its tap off."""
@@ -155,10 +186,13 @@ class UnitwiseLayers:
         if layer.tap is not None:
             layer.tap.detach()
 
-    def guard_gradients(self, routes: Mapping[Tensor, Route]) -> GradientGuard:
-        """Return a guard over the gradients that do exist, to notice clipping and unscaling."""
-        rest = [p for p in routes if not (p in self._layers and self._layers[p].updated_in_backward)]
-        return GradientGuard(rest)
+    def guard_gradients(self, parameters: Iterable[Tensor]) -> GradientGuard:
+        """Return a guard over gradients that exist, to notice what should act on those that do not.
+
+        Without a layer that is updated in backward there is nothing to guard.
+        """
+        without = {layer.weight for layer in self if layer.updated_in_backward}
+        return GradientGuard(p for p in parameters if p not in without and without)
 
     # ------------------------------------------------------------- pending statistics
 
@@ -172,77 +206,133 @@ class UnitwiseLayers:
                 layer.tap.rearm()
 
     def synchronize(self) -> None:
-        """Sum pending statistics over ranks."""
-        if world_size() == 1 or not self._layers:
+        """Sum pending statistics over ranks: from here on they are each layer's ``observed``."""
+        owner = self._owner()
+        if world_size() == 1 or not self._layers or owner is None:
             return
         layers = list(self)
         synchronize(
-            [layer.pending for layer in layers],
+            [layer.begin_synchronization() for layer in layers],
             [layer.sizes for layer in layers],
-            self._owner.loss_reduction,
+            owner.loss_reduction,
             layers[0].weight,
         )
 
     def nonfinite_names(self) -> list[str]:
-        """Return the layers whose pending statistics hold a NaN or an infinity."""
-        observed = [layer for layer in self if layer.pending.units is not None]
+        """Return the layers whose observed statistics hold a NaN or an infinity."""
+        observed = [layer for layer in self if layer.observed.units is not None]
         if not observed:
             return list(self._bad)
-        sums = [s.sum() for layer in observed for s in _tensors(layer.pending)]
-        if bool(torch.isfinite(torch.stack([s.float() for s in sums])).all()):
+        sums = [s.sum() for layer in observed for s in _tensors(layer.observed)]
+        device = sums[0].device
+        if bool(torch.isfinite(torch.stack([s.to(device, torch.float32) for s in sums])).all()):
             return list(self._bad)
-        return self._bad + [layer.name for layer in observed if not layer.pending.is_finite()]
+        return self._bad + [layer.name for layer in observed if not layer.observed.is_finite()]
 
-    def accepts(self, layer: TappedLayer, sums: Sums, nonfinite: str) -> bool:
+    @property
+    def updated(self) -> list[str]:
+        """Names of the layers that backward has updated since the last step."""
+        return list(self._updated)
+
+    def accepts(
+        self, layer: TappedLayer, sums: Sums, nonfinite: NonFinite, activations: Tensor
+    ) -> bool:
         """Return whether a backward update may be written; its D and H must be finite.
 
+        Args:
+            layer: The layer.
+            sums: Its sums; H's need not be among them.
+            nonfinite: Whether a bad layer is left out, or all is called off.
+            activations: H.
+
         Raises:
-            NonFiniteError: They are not and ``nonfinite`` is ``"raise"``; names what was updated before.
+            NonFiniteError: They are not and ``nonfinite`` is ``"raise"``; names what was updated
+                before.
         """
         pending = PendingSums()
         pending.add(sums)
-        if pending.is_finite():
+        if pending.is_finite() and _is_finite(activations):
             self._updated.append(layer.name)
             return True
         if nonfinite == "skip":
             self._bad.append(layer.name)
             return False
-        before = self._updated[:] or ["none"]
+        before = ", ".join(self._updated) or "no layer"
         self.clear()
+        for other in self:
+            if isinstance(other.tap, BackwardUpdateTap):
+                other.tap.abandon()
         raise NonFiniteError(
-            f"the error signal or input of {layer.name!r} is NaN or infinite; it was left as it was, but "
-            f'update="backward" had already updated in this pass: {", ".join(before)}. Lower lr, or use '
-            'update="step", which checks everything before it changes anything'
+            f"the error signal or input of {layer.name!r} is NaN or infinite; it was left as it "
+            f'was, but update="backward" had already updated in this pass: {before}. Lower lr, or '
+            'use update="step", which checks everything before it changes anything'
         )
 
     def unfired(self, moving: set[Tensor], state: Mapping[Tensor, Any]) -> list[TappedLayer]:
-        """Return layers that have a gradient though their module was never called; warns of each once.
+        """Return layers whose weight has a gradient that no tap on any rank saw; warns of each.
 
         Args:
             moving: Parameters that have a gradient in this step.
-            state: State by parameter; a layer with statistics has been called.
+            state: State by parameter; a layer with statistics has been seen.
         """
         lost = [
             layer
-            for layer in self
-            if layer.weight in moving
-            and layer.tap is not None
-            and not layer.tap.fired
-            and not state.get(layer.weight)
+            for layer in self._unknown(state)
+            if layer.weight in moving and layer.tap is not None and not layer.tap.fired
         ]
         for layer in lost:
-            warnings.warn(
-                f"layer {layer.name!r} has a gradient but its module was never called, so its error "
-                "signal is unknown and AdamW takes it; call the module itself, or name it in exclude",
-                UserWarning,
-                stacklevel=4,
+            _warn(
+                f"layer {layer.name!r} has a gradient but its module was never seen in a backward "
+                "pass, so its error signal is unknown and AdamW takes it; call the module itself "
+                "and loss.backward(), or name it in exclude"
             )
         return lost
+
+    def orphans(self, moving: set[Tensor], state: Mapping[Tensor, Any]) -> list[TappedLayer]:
+        """Return layers whose bias has a gradient but whose weight never had one; warns of each.
+
+        Args:
+            moving: Parameters that have a gradient in this step.
+            state: State by parameter; a layer with statistics has been seen.
+        """
+        lost = [
+            layer
+            for layer in self._unknown(state)
+            if layer.bias in moving and layer.weight not in moving
+        ]
+        for layer in lost:
+            _warn(
+                f"the bias of layer {layer.name!r} has a gradient and the weight has none (is it "
+                "frozen?), so the error signal is unknown and AdamW takes the bias; name the layer "
+                "in exclude"
+            )
+        return lost
+
+    def _unknown(self, state: Mapping[Tensor, Any]) -> Iterator[TappedLayer]:
+        for layer in self:
+            if not layer.observed.rows and not state.get(layer.weight):
+                yield layer
 
 
 def _tensors(pending: PendingSums) -> list[Tensor]:
     return [sums for sums in (pending.units, pending.features) if sums is not None]
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Look at each element only if the sum, which reads at memory speed, is suspect."""
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
 def _is_compiled(module: nn.Module | None) -> bool:
-    return module is not None and getattr(module, "_compiled_call_impl", None) is not None
+    return module is not None and (
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+    )
+
+
+def _warn(message: str) -> None:
+    """Warn from where the user called us: schedulers and torch wrap an optimizer's step."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("neurms.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -110,12 +110,19 @@ def test_complement_frame_is_uniform() -> None:
         torch.testing.assert_close(covariance, outside / (m - kept), rtol=0, atol=deviation)
 
 
-def test_noise_floor_lies_above_rounding_and_below_signals() -> None:
-    column = randn(64, 1).float()
-    basis = torch.linalg.qr(randn(64, 64, seed=1))[0]
-    direction = basis[:, :1] - (basis[:, :1].mT @ column.double()) / column.norm() ** 2 * column
-    direction = direction / direction.norm()
-    rounding = (direction.float().mT @ column).square()
-    floor = noise_floor((basis.float().mT @ column).square())
-    assert 0 < rounding < floor
-    assert floor.sqrt() < 3e-6 * column.norm()
+def test_noise_floor_is_a_few_ulps_of_the_column() -> None:
+    squares = randn(6, 4).square().float()
+    floor = noise_floor(squares)
+    ulps = (floor / squares.sum(0)).sqrt() / torch.finfo(torch.float32).eps
+    torch.testing.assert_close(ulps, torch.full_like(ulps, 16.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0, 1, 2])
+def test_noise_floor_lies_above_rounding_in_a_null_space(dtype: torch.dtype, spread: int) -> None:
+    scales = torch.logspace(0, -spread, 5, dtype=torch.float64)
+    gradient = ((randn(20, 5) * scales) @ randn(5, 30, seed=1)).to(dtype)
+    z = descending_eigenvectors(gradient @ gradient.mT).mT @ gradient
+    signal = z.square() > noise_floor(z.square())
+    assert not signal[5:].any()
+    assert signal[:5].all()

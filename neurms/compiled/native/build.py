@@ -1,8 +1,8 @@
 """Build the native kernels once per machine, and find them again.
 
-The library has no torch headers and no Python in it, so one call of the C++ compiler makes it in about two
-seconds. It is kept in the user's cache under a name that depends on the source, the compiler and the
-processor: another machine that shares the home directory builds its own.
+The library has no torch headers and no Python in it, so one call of the C++ compiler makes it in
+about two seconds. It is kept in the user's cache under a name that depends on the source, the
+compiler and the processor: another machine that shares the home directory builds its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 __all__ = ["CACHE_VARIABLE", "compiler", "library"]
 
@@ -102,14 +103,14 @@ def _processor() -> str:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size, real, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    matrix = [pointer, size, size]
+    matrix: list[Any] = [pointer, size, size]
     library.neurms_all_finite.argtypes = [pointer, size, number]
     library.neurms_two_sided_fit.argtypes = [*matrix, number, real, pointer, pointer, number]
     library.neurms_scaled_square_sum.argtypes = [*matrix, pointer, pointer, number]
     library.neurms_scaled_square_sum.restype = ctypes.c_double
     library.neurms_scaled_update.argtypes = [pointer, *matrix, pointer, pointer, real, real, number]
     library.neurms_scaled_update.restype = None
-    rows = [pointer, pointer, *matrix, real, number, real, real, real, number]
+    rows: list[Any] = [pointer, pointer, *matrix, real, number, real, real, real, number]
     library.neurms_row_normalized_update.argtypes = rows
     library.neurms_row_normalized_update.restype = None
     return library

@@ -243,13 +243,17 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gradients_ready()
-        items = gathered(self.param_groups, self._routes)
+        self._take(gathered(self.param_groups, self._routes))
+        return loss
+
+    def _take(self, items: Sequence[Item]) -> bool:
+        """Update the items' parameters, or return False and change nothing for a bad gradient."""
         if bad := self._bad_names(items):
             self._on_nonfinite(bad)
-            return loss
+            return False
         with use_backend(self.backend):
             self._update(items)
-        return loss
+        return True
 
     def _bad_names(self, items: Sequence[Item]) -> list[str]:
         return nonfinite_names(items)

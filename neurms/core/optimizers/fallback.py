@@ -46,33 +46,41 @@ def adamw_update_(
         eps: Added to the denominator.
 
     Reference:
-        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, as in torch.optim.AdamW.
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, as in
+        torch.optim.AdamW.
     """
-    if not parameters:
-        return
-    # torch wants step counts as tensors; ours are plain numbers so that state bytes are the method's.
-    steps = [torch.tensor(float(state["step"]), device=p.device)
-             for state, p in zip(states, parameters, strict=True)]
-    adamw(
-        list(parameters),
-        list(gradients),
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        steps,
-        fused=_can_fuse(parameters),
-        amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-    )
+    triples = list(zip(parameters, gradients, states, strict=True))
+    for fused in (True, False):
+        chosen = [triple for triple in triples if _can_fuse(*triple) == fused]
+        if not chosen:
+            continue
+        adamw(
+            [p for p, _, _ in chosen],
+            [g for _, g, _ in chosen],
+            [state["exp_avg"] for _, _, state in chosen],
+            [state["exp_avg_sq"] for _, _, state in chosen],
+            [],
+            # torch wants step counts as tensors; ours are plain numbers, so that state bytes are
+            # the method's.
+            [torch.tensor(float(state["step"]), device=p.device) for p, _, state in chosen],
+            fused=fused,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+        )
     for state in states:
         state["step"] += 1
 
 
-def _can_fuse(parameters: Sequence[Tensor]) -> bool:
-    return all(type(p) in (Tensor, torch.nn.Parameter) and p.device.type in ("cpu", "cuda")
-               for p in parameters)
+def _can_fuse(parameter: Tensor, gradient: Tensor, state: State) -> bool:
+    # The fused CPU kernel walks storage and never looks at strides (torch 2.13), so that they must
+    # agree; the moments of a parameter with gaps in its storage are laid out without them.
+    return (
+        type(parameter) in (Tensor, torch.nn.Parameter)
+        and parameter.device.type in ("cpu", "cuda")
+        and parameter.stride() == gradient.stride() == state["exp_avg"].stride()
+    )

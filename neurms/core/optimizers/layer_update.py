@@ -13,6 +13,7 @@ from neurms.compiled.gemm import accumulate_gemm_, update_gemm_
 from neurms.compiled.update import scaled_momentum_update_, scaled_update_
 from neurms.core.layout import Layout
 from neurms.core.optimizers.work import Item
+from neurms.core.spans import span
 
 __all__ = ["write_gemm_update_", "write_update_"]
 
@@ -32,11 +33,12 @@ def write_update_(target: Tensor, item: Item, factors: Factors, state: Mapping[s
     s, c = factors
     # B's gradient came out of backward scaled; its velocity may be scaled once more.
     applied: Factors = (None, None) if group["variant"] == "B" else (s, c)
-    w, g = _blocks(item.route.layout, target), _blocks(item.route.layout, item.gradient)
-    v = _blocks(item.route.layout, state["momentum"]) if group["momentum"] else None
+    layout, velocity = item.route.layout, state["momentum"] if group["momentum"] else None
+    w, g = _blocks(layout, target), _blocks(layout, item.gradient)
+    v = None if velocity is None else _blocks(layout, velocity)
     lr, decay = _rates(group, decayed=target.ndim >= 2)
-    left, right = _shaped(item.route.layout, target, *applied)
-    twice = _shaped(item.route.layout, target, s, c)
+    left, right = _shaped(layout, target, *applied)
+    twice = _shaped(layout, target, s, c)
     coupled = group["momentum_coupling"] == "gradient+velocity"
     if group["agc"] is not None and w.ndim > 1:
         _clipped_update_(w, v, g, (left, right), twice if coupled else (None, None), group, decay)
@@ -48,6 +50,9 @@ def write_update_(target: Tensor, item: Item, factors: Factors, state: Mapping[s
     else:
         mu = torch.tensor(group["momentum"], dtype=torch.float64)
         scaled_momentum_update_(w, v, g, left, right, lr, mu, decay, coupled)
+    _write_back(layout, target, w)
+    if velocity is not None and v is not None:
+        _write_back(layout, velocity, v)
 
 
 def write_gemm_update_(
@@ -71,8 +76,9 @@ def write_gemm_update_(
         group: Settings.
     """
     wide = target.dtype
-    d = errors.to(wide) if group["variant"] == "B" else errors.to(wide) * s.to(wide)
-    h = activations.to(wide) if c is None else activations.to(wide) * c.to(wide)
+    with span("scale"):
+        d = errors.to(wide) if group["variant"] == "B" else errors.to(wide) * s.to(wide)
+        h = activations.to(wide) if c is None else activations.to(wide) * c.to(wide)
     lr, decay = _rates(group, decayed=True)
     if not group["momentum"]:
         update_gemm_(target, d, h, lr, 1.0 if decay is None else decay)
@@ -110,13 +116,24 @@ def _times(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 
 
 def _blocks(layout: Layout, tensor: Tensor) -> Tensor:
-    """Return a weight as a matrix where it is one, else as (groups, units, features, taps)."""
+    """Return a weight as a matrix where it is one, else as (groups, units, features, taps).
+
+    A view, or a copy where the strides of the kernel positions allow none.
+    """
     if tensor.ndim < 2 or (tensor.ndim == 2 and layout.unit_axes == (0,)):
         return tensor
     try:
         return layout.blocks(tensor)
     except RuntimeError:
         return layout.blocks(tensor.contiguous())
+
+
+def _write_back(layout: Layout, tensor: Tensor, blocks: Tensor) -> None:
+    """Bring ``tensor`` up to date if its ``blocks``, which were written, are a copy."""
+    if blocks.data_ptr() != tensor.data_ptr():
+        own = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        layout.blocks(own).copy_(blocks)
+        tensor.copy_(own)
 
 
 def _shaped(layout: Layout, tensor: Tensor, s: Tensor | None, c: Tensor | None) -> Factors:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Plan", "PlanRow", "tensor_bytes"]
+__all__ = ["Plan", "PlanRow", "meta_like", "skeleton", "tensor_bytes"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,14 @@ class Plan(Sequence[PlanRow]):
     def __str__(self) -> str:
         header = ("parameter", "module", "rule", "reason", "shape", "state bytes")
         body = [
-            (r.name, r.kind, r.rule, r.reason, "x".join(map(str, r.shape)) or "()", f"{r.state_bytes:,}")
+            (
+                r.name,
+                r.kind,
+                r.rule,
+                r.reason,
+                "x".join(map(str, r.shape)) or "()",
+                f"{r.state_bytes:,}",
+            )
             for r in self._rows
         ]
         body.append(("total", "", "", "", "", f"{self.state_bytes:,}"))
@@ -87,6 +95,17 @@ def tensor_bytes(state: object) -> int:
 def meta_like(parameter: Tensor) -> Tensor:
     """Return a tensor like ``parameter`` without storage, to predict state on."""
     return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` whose parameters and buffers have no storage."""
+    stand_ins: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = nn.Parameter(meta_like(parameter), requires_grad=parameter.requires_grad)
+        stand_ins[id(parameter)] = empty
+    for buffer in model.buffers():
+        stand_ins[id(buffer)] = meta_like(buffer)
+    return copy.deepcopy(model, stand_ins)
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

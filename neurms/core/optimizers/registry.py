@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,29 @@ from torch import nn
 
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 
-__all__ = ["available", "create", "optimizer_class"]
+__all__ = ["available", "create", "is_torch", "optimizer_class"]
 
 _OURS = {
     "neurms": "NeuRMS",
+    "rmnp": "RMNP",
     "racs": "RACS",
+    "muon": "Muon",
+    "swan": "SWAN",
+    "nora": "Nora",
+    "lars": "LARS",
+    "lamb": "LAMB",
+    "shampoo": "Shampoo",
+    "shared_basis": "SharedBasis",
+    "block_adam": "BlockAdam",
+    "adapprox": "Adapprox",
+    "sketchy": "Sketchy",
+    "alice": "Alice",
+    "eigen_adam": "EigenAdam",
+    "soap": "SOAP",
+    "galore": "GaLore",
+    "fira": "Fira",
+    "apollo": "APOLLO",
+    "low_rank_soap": "LowRankSOAP",
 }
 """snake_case name -> class in the module ``neurms.core.optimizers.<name>``."""
 
@@ -30,6 +49,11 @@ _TORCH = {
 def available() -> list[str]:
     """Return the names that :func:`create` knows: this library's rules, then torch's own."""
     return [*_OURS, *_TORCH]
+
+
+def is_torch(name: str) -> bool:
+    """Return whether a name stands for one of torch's own optimizers."""
+    return name in _TORCH
 
 
 def optimizer_class(name: str) -> type[PreconditionedOptimizer]:
@@ -67,7 +91,9 @@ def create(name: str, params: Params, **settings: Any) -> torch.optim.Optimizer:
     """
     if name in _TORCH:
         parameters = params.parameters() if isinstance(params, nn.Module) else params
-        return _TORCH[name](parameters, **settings)  # type: ignore[arg-type]
+        torch_class: Callable[..., torch.optim.Optimizer] = _TORCH[name]
+        return torch_class(parameters, **settings)
     if name not in _OURS:
         raise ValueError(f"name={name!r} is not known; choose one of {available()}")
-    return optimizer_class(name)(params, **settings)  # type: ignore[call-arg, arg-type]
+    our_class: Callable[..., PreconditionedOptimizer] = optimizer_class(name)
+    return our_class(params, **settings)

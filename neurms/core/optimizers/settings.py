@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from neurms.compiled.backends import validate_backend
-from neurms.core.errors import check_choice, check_fraction, check_real
+from neurms.core.errors import check_betas, check_choice, check_real
 from neurms.core.precision import LowPrecision
 from neurms.core.routing import Head
 
@@ -80,11 +80,3 @@ def check_group(settings: Mapping[str, Any]) -> None:
     check_real("fallback_lr", settings["fallback_lr"])
     check_real("fallback_weight_decay", settings["fallback_weight_decay"])
     check_betas("fallback_betas", settings["fallback_betas"], 2)
-
-
-def check_betas(name: str, betas: Any, count: int) -> None:
-    """Raise unless ``betas`` holds ``count`` numbers in [0, 1)."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != count:
-        raise ValueError(f"{name}={betas!r} must hold {count} numbers in [0, 1)")
-    for position, beta in enumerate(betas):
-        check_fraction(f"{name}[{position}]", beta)

@@ -113,7 +113,10 @@ def updates_of(
     first = states[0]
     weights = None
     if recipe.needs_weight:
-        weights = [i.route.layout.matrix(i.parameter.to(gradients[0].dtype)) for i in batch]
+        weights = [
+            item.route.layout.matrix(state.get("master", item.parameter).to(gradients[0].dtype))
+            for item, state in zip(batch, states, strict=True)
+        ]
     seeds = tuple(item.seed for item in batch)
     if len(batch) == 1:
         weight = weights[0] if weights else None

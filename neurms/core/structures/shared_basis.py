@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neurms.compiled.roots import eigh, orthonormal, relative_floor
+from neurms.compiled.roots import eigh, orthonormal, positive_qr, relative_floor
 from neurms.core.errors import check_fraction, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 
@@ -36,7 +37,7 @@ class SharedBasisBlocks(Structure):
         rank: k; at most n, reduced to n for matrices with fewer features.
         decay: Factor of the old statistics; 1 sums them as AdaGrad does.
         eps: Added to every eigenvalue.
-        power_iterations: Rounds for the spectral norm, which it approaches from below.
+        norm_iterations: Products for the spectral norm, which it approaches from below.
 
     Reference:
         "Block Low-Rank Preconditioner with Shared Basis for Stochastic Optimization", Yen et al.,
@@ -48,6 +49,9 @@ class SharedBasisBlocks(Structure):
         - rho_i takes in the residual before R_i is shifted, as the algorithm is written. With k = n
           nothing is cut off, so R_i is not shifted either, and the structure is exactly the
           block-diagonal one.
+        - The power iteration's vectors are kept and its largest Ritz value taken (Lanczos): plain,
+          it is still off by percents after 30 rounds, as the residual's leading eigenvalues are
+          close.
         - Eigenvalues below rounding (k ulp of a unit's largest) count as that much, or rounding
           errors of the gradient would be blown up by eps^(-1/2).
     """
@@ -55,13 +59,13 @@ class SharedBasisBlocks(Structure):
     rank: int = 32
     decay: float = 1.0
     eps: float = 1e-6
-    power_iterations: int = 30
+    norm_iterations: int = 16
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_fraction("decay", self.decay, closed=True)
         check_real("eps", self.eps, strict=True)
-        check_positive_int("power_iterations", self.power_iterations)
+        check_positive_int("norm_iterations", self.norm_iterations)
 
     def init(self, matrix: Tensor) -> State:
         """Return ``basis`` (..., n, k), ``blocks`` (..., m, k, k) and ``rho`` (..., m), zero."""
@@ -96,7 +100,7 @@ class SharedBasisBlocks(Structure):
         turned = turn[..., None, :, :] @ blocks @ turn.mT[..., None, :, :]
         projected = turned + coordinates[..., :, None] * coordinates[..., None, :]
         projected = (projected + projected.mT) / 2
-        residual = _residual_norm(old, blocks, new, projected, gradient, self.power_iterations)
+        residual = _residual_norm(old, blocks, new, projected, gradient, self.norm_iterations)
         rho.mul_(self.decay).add_(residual)
         values, vectors = eigh(projected)
         if basis.shape[-1] < basis.shape[-2]:
@@ -159,7 +163,7 @@ def _residual_norm(
     k = old.shape[-1]
     if k == old.shape[-2]:
         return gradient.new_zeros(gradient.shape[:-1])
-    frame, triangle = torch.linalg.qr(torch.cat([new, old], dim=-1))
+    frame, triangle = positive_qr(torch.cat([new, old], dim=-1))
     to_new, to_old = triangle[..., :k], triangle[..., k:]
     inside = gradient @ frame
     beyond = torch.linalg.vector_norm(gradient - inside @ frame.mT, dim=-1, keepdim=True)
@@ -178,13 +182,36 @@ def _residual_norm(
         image = outer * (outer * x).sum(-1, keepdim=True)
         return image + torch.nn.functional.pad(kept - cut, (0, 1))
 
-    x = product(outer) + product(torch.ones_like(outer))
-    norm = torch.zeros_like(scale)
-    for _ in range(iterations):
+    norm = _largest_eigenvalue(product, outer + torch.ones_like(outer), iterations)
+    return norm * scale[..., 0]
+
+
+def _largest_eigenvalue(
+    product: Callable[[Tensor], Tensor], start: Tensor, iterations: int
+) -> Tensor:
+    """Return max |lambda| (...) of symmetric operators on vectors (..., d), from below.
+
+    The power iteration's own vectors, kept and made orthonormal (Lanczos): the largest Ritz value
+    of what they span.
+    """
+    ulp = torch.finfo(start.dtype).eps
+    kept = start.new_zeros((*start.shape[:-1], 0, start.shape[-1]))
+    images = kept
+    x = product(start)
+    for _ in range(min(iterations, start.shape[-1])):
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        for _ in range(2):
+            x = x - ((kept @ x[..., None]).mT @ kept)[..., 0, :]
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        x = product(x / torch.where(length > 0, length, 1.0))
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (norm * scale)[..., 0]
+        # What rounding left of an invariant subspace is no new direction.
+        fresh = length > 64 * ulp * size
+        x = torch.where(fresh, x / torch.where(fresh, length, 1.0), 0.0)
+        image = product(x)
+        kept = torch.cat([kept, x[..., None, :]], dim=-2)
+        images = torch.cat([images, image[..., None, :]], dim=-2)
+        x = image
+    ritz = eigh(kept @ images.mT)[0]
+    return ritz.abs().amax(-1)
 
 
 def _batched(matrices: Tensor, vectors: Tensor) -> Tensor:

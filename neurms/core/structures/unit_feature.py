@@ -40,8 +40,9 @@ class UnitFeatureDiagonal(Structure):
         bias_correction: Divide the averages by 1 - beta^t; False is the draft's Algorithm 1, whose
             first steps are 1/sqrt(1 - beta) times as long and lean on ``s_max``.
         factored: Whether features are scaled too (variant F).
-        clip: ``"absolute"`` bounds as above; ``"relative"`` bounds factors to within ``kappa`` times
-            the layer's own median factor, which means the same in every layer and for every loss.
+        clip: ``"absolute"`` bounds as above; ``"relative"`` bounds factors to within ``kappa``
+            times the layer's own median factor, which means the same in every layer and for every
+            loss.
         kappa: Width of the relative clip.
 
     Reference:

@@ -114,9 +114,12 @@ def _square_sum(
     tensor: Tensor, axes: tuple[int, ...], scale: Tensor | None, backend: str
 ) -> tuple[Tensor, int]:
     """Return the sums of squares over every axis but ``axes``, flattened, and the count."""
+    if axes == (-1,):
+        rows = math.prod(tensor.shape[:-1])
+        return column_square_sum.on(backend)(tensor, scale), rows
     channels = math.prod(tensor.shape[axis] for axis in axes)
     rows = tensor.numel() // channels if channels else 0
-    if len(axes) == 1 and axes[0] != -1:
+    if len(axes) == 1:
         axis = axes[0] + tensor.ndim
         return channel_square_sum.on(backend)(tensor, axis, scale), rows
     last = tuple(range(-len(axes), 0))

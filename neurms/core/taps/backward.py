@@ -18,7 +18,9 @@ from neurms.core.errors import UnsupportedTrainingError
 from neurms.core.taps.accumulation import OUTSIDE_BACKWARD, destination, graph_task, is_ordinary
 from neurms.core.taps.protocol import UpdateSink
 
-__all__ = ["BackwardUpdateTap"]
+__all__ = ["BackwardUpdateTap", "is_tapped_linear"]
+
+_BREAKS = "a neurms tap reads and writes real tensors; detach it, or drop fullgraph=True"
 
 
 class _Use:
@@ -142,6 +144,11 @@ class BackwardUpdateTap:
         """Allow the next backward; the optimizer calls it at the end of its step."""
         self.spent = False
 
+    def abandon(self) -> None:
+        """Forget a forward whose backward was broken off, though its graph may still be alive."""
+        self.rearm()
+        self._waiting = None
+
     def forward(self, module: nn.Linear, inputs: Tensor) -> Tensor:
         """Return ``inputs W^T + b``, recorded so that backward updates W if a gradient is due."""
         if self._sink() is None:
@@ -226,7 +233,7 @@ class BackwardUpdateTap:
 class _TappedLinear(nn.Linear):
     """What an ``nn.Linear`` is while a tap holds it."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=_BREAKS)  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output through its tap."""
         tap = _TAPS.get(self)
@@ -245,8 +252,13 @@ class _TappedLinear(nn.Linear):
         return (rebuild, plain, *rest)
 
 
+def is_tapped_linear(module: nn.Module) -> bool:
+    """Return whether ``module`` is an ``nn.Linear`` that a tap holds, or held until its end."""
+    return type(module) is _TappedLinear
+
+
 class _UpdateInBackward(torch.autograd.Function):
-    """A product (rows, features) -> (rows, units) whose backward hands D and H to the tap instead of multiplying them."""
+    """A product on rows whose backward hands D and H to the tap instead of multiplying them."""
 
     @staticmethod
     def forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -15,46 +15,72 @@ __all__ = ["GradientGuard"]
 
 
 class GradientGuard:
-    """Tells whether ``.grad`` was written in place after backward put it there.
+    """Tells whether ``.grad`` was changed after backward put it there.
 
-    Global-norm clipping and a GradScaler act on gradients between backward and the step. With
-    ``update="backward"`` the tapped weights have none, so both would act on a part of the model and
-    nobody would know. Autograd counts in-place writes of every tensor; the guard keeps the count.
+    Global-norm clipping acts on gradients between backward and the step. With ``update="backward"``
+    the tapped weights have none, so it would act on a part of the model and nobody would know.
+    Autograd counts in-place writes of every tensor; the guard keeps the count. (A GradScaler's
+    unscaling is not counted; it has to be refused elsewhere.)
 
     Args:
         parameters: Parameters whose gradients do exist.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._versions: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._seen: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor], int]] = []
         self._handles: list[RemovableHandle] = []
         for parameter in parameters:
             if parameter.requires_grad:
-                handle: Any = parameter.register_post_accumulate_grad_hook(self._record)
+                hook = _recorder(weakref.ref(self))
+                handle: Any = parameter.register_post_accumulate_grad_hook(hook)
                 self._handles.append(handle)
 
     def _record(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._versions[id(parameter)] = (weakref.ref(parameter.grad), parameter.grad._version)
+        gradient = parameter.grad
+        if gradient is not None:
+            self._seen.append((weakref.ref(parameter), weakref.ref(gradient), gradient._version))
 
     def check(self) -> None:
-        """Raise if a gradient was written since backward, then forget what was recorded.
+        """Raise if a gradient was written or replaced since backward; forget what was recorded.
 
         Raises:
             UnsupportedTrainingError: One was.
         """
-        versions, self._versions = self._versions, {}
-        for reference, version in versions.values():
-            gradient = reference()
-            if gradient is not None and gradient._version != version:
+        # The last record of a parameter counts: a later backward adds to its gradient.
+        latest = {parameter(): (gradient(), version) for parameter, gradient, version in self._seen}
+        self.forget()
+        for parameter, (recorded, version) in latest.items():
+            gradient = None if parameter is None else parameter.grad
+            if gradient is None or (gradient is recorded and gradient._version == version):
+                continue
+            # zero_grad(set_to_none=False) writes, too; whoever changed a gradient left some of it.
+            if bool(gradient.any()):
                 raise UnsupportedTrainingError(
-                    "gradients were changed in place between backward and step (clipping, or a "
-                    'GradScaler), which cannot reach weights that update="backward" moved without a '
-                    'gradient; use update="step"'
+                    "gradients were changed between backward and step (clipping?), which "
+                    'cannot reach weights that update="backward" moved without a gradient; use '
+                    'update="step"'
                 )
+
+    def forget(self) -> None:
+        """Drop what was recorded, as gradients are dropped."""
+        self._seen = []
 
     def detach(self) -> None:
         """Remove the guard's hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def __del__(self) -> None:
+        self.detach()
+
+
+def _recorder(guard: weakref.ref[GradientGuard]) -> Callable[[Tensor], None]:
+    """Return a hook that does not keep the guard, and what it guards, alive."""
+
+    def record(parameter: Tensor) -> None:
+        alive = guard()
+        if alive is not None:
+            alive._record(parameter)
+
+    return record

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from neurms.compiled.backends import validate_backend
+from neurms.core.spans import span
 from neurms.core.taps.accumulation import destination, is_ordinary
 from neurms.core.taps.activity import Activity, activity_of
 from neurms.core.taps.protocol import Sink, Sums
 
 __all__ = ["HookTap", "InertTap", "forget_compiled_graphs"]
+
+_BREAKS = "a neurms tap reads real tensors; detach it, or drop fullgraph=True"
 
 
 class InertTap:
@@ -164,7 +167,7 @@ class HookTap:
             self._handle.remove()
             self._handle = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=_BREAKS)  # type: ignore[untyped-decorator]
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
@@ -201,7 +204,7 @@ class HookTap:
                 f"the input of a tapped {type(self._module()).__name__} must be its first "
                 f"positional argument or named 'input', not {type(inputs).__name__}"
             )
-        with torch.no_grad():
+        with torch.no_grad(), span("reduce", [self.weight]):
             return self.activity.feature_square_sum(inputs.detach(), self.backend)
 
     def _on_errors(
@@ -213,7 +216,7 @@ class HookTap:
             sink = self._sink()
             if sink is None or destination(weight) != "grad":
                 return None
-            with torch.no_grad():
+            with torch.no_grad(), span("reduce", [self.weight]):
                 scale = _as_tensor(sink.loss_scale(), errors)
                 unit_sums, rows = self.activity.unit_square_sum(
                     errors.detach(), scale, self.backend
@@ -223,7 +226,10 @@ class HookTap:
                     factors = sink.rescale(sums) if rows else None
                     sink.add(sums)
                     self.fired = True
-            return None if factors is None else self.activity.scale_units(errors, factors)
+            if factors is None:
+                return None
+            with span("scale", [self.weight]):
+                return self.activity.scale_units(errors, factors)
 
         return deliver
 

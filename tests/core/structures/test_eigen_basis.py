@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ class TestEigenBasis(TransformContract):
         for number, gradient in enumerate(gradients(3, 4, steps=6), 1):
             structure(gradient, state, Context(number))
             bases.append(state["basis"].clone())
-        changed = [not torch.equal(a, b) for a, b in zip(bases, bases[1:], strict=False)]
+        changed = [not torch.equal(a, b) for a, b in pairwise(bases)]
         assert changed == [False, True, False, False, True]
         assert [due(step, 3) for step in range(1, 7)] == [True, False, True, False, False, True]
 

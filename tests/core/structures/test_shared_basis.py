@@ -15,7 +15,9 @@ from neurms.core.structures.shared_basis import SharedBasisBlocks
 from tests.core.structures.contract import TransformContract, gradients, run
 
 
-def dense(steps: Tensor, rank: int, decay: float, eps: float) -> tuple[list[Tensor], Tensor, Tensor]:
+def dense(
+    steps: Tensor, rank: int, decay: float, eps: float
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Algorithm 1 with every M_i formed; returns updates, the last blocks H_i and rho."""
     m, n = steps.shape[1:]
     identity = torch.eye(n, dtype=steps.dtype)
@@ -40,8 +42,6 @@ def dense(steps: Tensor, rank: int, decay: float, eps: float) -> tuple[list[Tens
 
 class TestSharedBasisBlocks(TransformContract):
     transform = SharedBasisBlocks(rank=3, eps=1e-3)
-    # Not converged entirely, the power iteration knows about the order of the features.
-    tolerance = 1e-6
 
     @pytest.mark.parametrize("shape", [(6, 4), (3, 8), (9, 6)])
     @pytest.mark.parametrize("decay", [1.0, 0.9])
@@ -61,14 +61,14 @@ class TestSharedBasisBlocks(TransformContract):
             torch.testing.assert_close(update, expected, rtol=1e-6, atol=1e-7)
         assert state["rho"].count_nonzero() == 0
 
-    @pytest.mark.parametrize("shape", [(6, 8), (12, 7), (5, 20)])
+    @pytest.mark.parametrize("shape", [(12, 7), (5, 16)])
     @pytest.mark.parametrize("rank", [1, 2, 4])
     @pytest.mark.parametrize("decay", [1.0, 0.9])
     def test_equals_the_dense_algorithm(
         self, shape: tuple[int, int], rank: int, decay: float
     ) -> None:
         steps = gradients(*shape, steps=6)
-        transform = SharedBasisBlocks(rank, decay, eps=1e-2, power_iterations=2000)
+        transform = SharedBasisBlocks(rank, decay, eps=1e-2)
         updates, state = run(transform, steps)
         expected, blocks, rho = dense(steps, rank, decay, eps=1e-2)
         for ours, theirs in zip(updates, expected, strict=True):
@@ -79,12 +79,12 @@ class TestSharedBasisBlocks(TransformContract):
         torch.testing.assert_close(state["rho"], rho, rtol=1e-6, atol=1e-6)
 
     @pytest.mark.parametrize("rank", [2, 8])
-    def test_thirty_power_iterations_know_the_spectral_norm_to_a_percent(self, rank: int) -> None:
+    def test_the_spectral_norm_is_near_from_below(self, rank: int) -> None:
         steps = gradients(12, 40, steps=8)
         _, state = run(SharedBasisBlocks(rank), steps)
         _, _, rho = dense(steps, rank, 1.0, 1e-6)
         assert (state["rho"] <= rho * (1 + 1e-9)).all()
-        assert (state["rho"] >= 0.98 * rho).all()
+        assert (state["rho"] >= (1 - 1e-4) * rho).all()
 
     def test_precondition_is_the_dense_root_of_the_state(self) -> None:
         steps = gradients(4, 6, steps=5)
@@ -140,7 +140,7 @@ class TestSharedBasisBlocks(TransformContract):
             ({"rank": 0}, "rank=0"),
             ({"decay": 1.5}, "decay=1.5"),
             ({"eps": 0.0}, "eps=0.0"),
-            ({"power_iterations": 0}, "power_iterations=0"),
+            ({"norm_iterations": 0}, "norm_iterations=0"),
         ],
     )
     def test_bad_settings(self, settings: dict[str, Any], message: str) -> None:
@@ -152,7 +152,9 @@ def _largest_tensor(transform: SharedBasisBlocks, steps: Tensor) -> int:
     class Recorder(TorchDispatchMode):
         largest = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
             for tensor in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(tensor, Tensor):

@@ -15,6 +15,7 @@ class Recorder:
     def __init__(self, *, factors: Tensor | None = None, scale: Tensor | float | None = None):
         self.received: list[Sums] = []
         self.factors = factors
+        self.rescaled = 0
         self.scale = scale
         # A sink belongs to an optimizer and must never be copied or pickled with a model.
         self.unpicklable = lambda: None
@@ -23,6 +24,7 @@ class Recorder:
         self.received.append(sums)
 
     def rescale(self, sums: Sums) -> Tensor | None:
+        self.rescaled += 1
         return self.factors
 
     def loss_scale(self) -> Tensor | float | None:

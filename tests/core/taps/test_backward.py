@@ -16,7 +16,7 @@ X = torch.linspace(-1, 1, 30).reshape(2, 5, 3)
 
 
 class Descent:
-    """Plain gradient descent inside backward, so that truth is an SGD step on autograd's gradient."""
+    """Gradient descent inside backward; the truth is an SGD step on autograd's gradient."""
 
     def __init__(self, layer: nn.Linear, factors: Tensor | None = None):
         self.weight = layer.weight
@@ -196,6 +196,15 @@ class TestRefused:
             checkpoint(layer, x, use_reentrant=False)
         del held
 
+    def test_a_recomputation_does_not_hide_the_use_that_waits(self) -> None:
+        model = network()
+        held = tap(model[0])
+        loss = checkpoint(cubes, model, X, use_reentrant=False)
+        loss.backward(inputs=[model[2].weight], retain_graph=True)  # recomputes, stops short
+        with pytest.raises(UnsupportedTrainingError, match="used a second time"):
+            model(X)
+        assert held[1].calls == 0
+
     def test_accumulation(self) -> None:
         model = network()
         held = [tap(layer) for layer in (model[0], model[2])]
@@ -262,7 +271,7 @@ class TestRefused:
         layer = nn.Linear(3, 2)
         with pytest.raises(TypeError, match=r"exactly an nn\.Linear, not a Special"):
             BackwardUpdateTap(Special(3, 2), Descent(layer))
-        with pytest.raises(TypeError, match="sink=.*update"):
+        with pytest.raises(TypeError, match=r"sink=.*update"):
             BackwardUpdateTap(layer, object())
         held = tap(layer)
         sink = Descent(layer)

@@ -65,6 +65,15 @@ def test_same_sums_as_eager(
     assert len(first.received) == 2
 
 
+def test_full_graphs_are_refused_with_the_cure() -> None:
+    model = network()
+    held = tap(model[0])
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="detach it, or drop fullgraph"):
+        run(X)
+    del held
+
+
 def test_taps_attached_after_the_first_compiled_call() -> None:
     model = network()
     run = function_compile(model)

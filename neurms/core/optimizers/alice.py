@@ -1,0 +1,137 @@
+"""Alice and Alice-0: Eigen-Adam in a tracked, switched and compensated subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+from neurms.core.errors import check_betas, check_positive_int, check_real
+from neurms.core.extension import LowRank
+from neurms.core.optimizers.base import Params, PreconditionedOptimizer
+from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.settings import CommonSettings
+from neurms.core.residuals import OptimalCompensation
+from neurms.core.structures.projected_diagonal import ProjectedDiagonal
+from neurms.core.subspaces import FirstBasis, TrackedSubspace
+
+__all__ = ["Alice"]
+
+
+class Alice(PreconditionedOptimizer):
+    """The low-rank extension of Eigen-Adam: tracking, switching, compensation.
+
+    With U of r orthonormal columns and z = U^T G: m <- b1 m + (1 - b1) z ; v <- b2 v + (1 - b2)
+    z.^2 ; W <- W - lr alpha (U (m / sqrt(v)) + compensation C), where C = sqrt(m - r) (G - U z) /
+    sqrt(p) is the optimal diagonal scaling of what U does not span, its norm's growth limited by
+    ``gamma``. Every ``interval`` steps U takes one subspace iteration on b3 U Qr U^T + (1 - b3) G
+    G^T, keeps its ``leading`` first directions and draws the others at random; Qr <- b3 Qr + (1 -
+    b3) z z^T in every step. State for an m x n matrix, m <= n: 2 rn + mr + r^2 + n + 1 numbers.
+    Alice-0 (``tracking=False``) keeps no Qr and takes b3 = 0: r^2 numbers less.
+
+    Args:
+        params: A model (routed by module kind), parameters, or parameter groups.
+        lr: Learning rate.
+        rank: Directions of the subspace, at least 1; matrices with a shorter side below it use
+            min(m, n).
+        leading: Directions kept when the subspace is switched, in [1, rank]; cut down to the
+            directions that a matrix has.
+        interval: Steps from one renewal of the subspace to the next.
+        betas: b1 of the momentum and of p, b2 of the second moment, b3 of the tracked G G^T.
+        alpha: Constant factor of the update (the paper: .3, and .25 for its 1.3B model).
+        compensation: alpha_c, weight of C (the paper: .4, and .2 for 1.3B); 0 drops it and p.
+        gamma: Bound on the growth of C's norm from step to step.
+        tracking: Keep Qr; False is Alice-0, whatever betas[2] is.
+        transpose_tall: Project on the side of the features where a matrix has more units than
+            features, so that U is taken on the shorter side.
+        first_basis: ``"gradient"`` starts from the eigenvectors of the first G G^T, ``"identity"``
+            from the first r axes, which is what the paper's U_0 = 0 amounts to; the floor of p is
+            1e-9 then.
+        seed: Of the random directions; with a parameter's name and step it determines them.
+        rotate_moments: Carry m, v and Qr over to a new U. False is the paper.
+        **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
+
+    Raises:
+        ValueError: A setting is out of its range.
+        TypeError: An unknown setting, or a parameter that is not real floating point.
+
+    Reference:
+        "Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a
+        Low-Rank Extension", Algorithms 3 and 4, Theorem 5.1. Settled here: the first basis is the
+        gradient's; no compensation for a column whose p is below 1e-5 of its energy, and no update
+        for coordinates of rounding noise, because both would blow rounding errors up to full
+        updates; draws are repeated exactly by a resumed run.
+
+    Example:
+        >>> import torch, neurms
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
+        >>> optimizer = neurms.Alice(model, rank=4, leading=2)
+        >>> model(torch.randn(3, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    rule = "alice"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 0.02,
+        rank: int = 128,
+        leading: int = 40,
+        interval: int = 200,
+        betas: tuple[float, float, float] = (0.9, 0.9, 0.999),
+        alpha: float = 0.3,
+        compensation: float = 0.4,
+        gamma: float = 1.01,
+        tracking: bool = True,
+        transpose_tall: bool = True,
+        first_basis: FirstBasis = "gradient",
+        seed: int = 0,
+        rotate_moments: bool = False,
+        **common: Unpack[CommonSettings],
+    ) -> None:
+        settings = {
+            "lr": lr,
+            "rank": rank,
+            "leading": leading,
+            "interval": interval,
+            "betas": betas,
+            "alpha": alpha,
+            "compensation": compensation,
+            "gamma": gamma,
+            "tracking": tracking,
+            "transpose_tall": transpose_tall,
+            "first_basis": first_basis,
+            "seed": seed,
+            "rotate_moments": rotate_moments,
+        }
+        super().__init__(params, settings, common)
+
+    @classmethod
+    def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
+        """Return a diagonal structure's extension: tracking, switching, compensation."""
+        check_betas("betas", settings["betas"], 3)
+        check_real("alpha", settings["alpha"])
+        check_positive_int("seed", settings["seed"], low=0)
+        b1, b2, b3 = settings["betas"]
+        # From the axes, a column may lie almost inside the subspace by chance, as one does in the
+        # reference trajectories: there the floor is lowered to what rounding can reach.
+        floor = 1e-5 if settings["first_basis"] == "gradient" else 1e-9
+        residual = OptimalCompensation(settings["compensation"], b1, settings["gamma"], floor)
+        subspace = TrackedSubspace(
+            settings["rank"],
+            settings["interval"],
+            settings["leading"],
+            b3,
+            settings["tracking"],
+            settings["first_basis"],
+        )
+        extension = LowRank(
+            ProjectedDiagonal((b1, b2)),
+            subspace,
+            residual if settings["compensation"] else None,
+            transpose="tall" if settings["transpose_tall"] else "never",
+            rotate_moments=settings["rotate_moments"],
+        )
+        return Recipe((extension,), scale=settings["alpha"])

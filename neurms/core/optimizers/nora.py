@@ -1,0 +1,81 @@
+"""Nora: RMNP without the part of a row that only stretches the unit's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+from neurms.core.momentum import Momentum
+from neurms.core.optimizers.base import Params, PreconditionedOptimizer
+from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.settings import CommonSettings
+from neurms.core.shape_scale import ShapeScale
+from neurms.core.structures.one_sided_diagonal import RowNormalized, WithoutRadialPart
+
+__all__ = ["Nora"]
+
+
+class Nora(PreconditionedOptimizer):
+    """RMNP with each row's component along the unit's own weights removed before normalising.
+
+    M <- mu M + (1 - mu) G ; R = (1 - mu) G + mu M (``nesterov``) or M ;
+    R_i <- R_i - (R_i . W_i / ||W_i||^2) W_i ; then as :class:`~neurms.core.optimizers.rmnp.RMNP`.
+    State: mn numbers, none for mu = 0.
+
+    Args:
+        params: A model (routed by module kind), parameters, or parameter groups.
+        lr: Learning rate.
+        momentum: mu.
+        nesterov: Look ahead.
+        shape_scale: Multiply by sqrt(max(1, m/n)).
+        **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
+
+    Raises:
+        ValueError: A setting is out of its range.
+        TypeError: An unknown setting, or a parameter that is not real floating point.
+
+    Reference:
+        Nora, with the look-ahead, the factor of the shape and the order of its authors' code: the
+        averaged gradient is projected, then normalised. Settled: a unit whose weights are all zero
+        keeps its whole row.
+
+    Example:
+        >>> import torch, neurms
+        >>> weight = torch.nn.Parameter(torch.tensor([[2.0, 0.0]]))
+        >>> optimizer = neurms.Nora([weight], lr=0.1)
+        >>> weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([[ 2.0000, -0.1000]])
+    """
+
+    rule = "nora"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        shape_scale: bool = True,
+        **common: Unpack[CommonSettings],
+    ) -> None:
+        settings = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "shape_scale": shape_scale,
+        }
+        super().__init__(params, settings, common)
+
+    @classmethod
+    def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
+        """Return averaging, projection, row normalisation and the factor of the shape."""
+        return Recipe(
+            (
+                Momentum(settings["momentum"], settings["nesterov"]),
+                WithoutRadialPart(),
+                RowNormalized(),
+                ShapeScale("original" if settings["shape_scale"] else None),
+            )
+        )

@@ -1,0 +1,151 @@
+"""What a gradient preconditioner accepts: settings, optimizers beside it, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from neurms.core.errors import CheckpointError, check_choice
+from neurms.core.optimizers.neurms import NeuRMS
+from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
+from neurms.core.precision import compute_dtype
+
+__all__ = ["backward_problem", "checked_settings", "default_settings", "verified_state"]
+
+_COMMON = ("weight_decay", "exclude", "head", "backend", "nonfinite")
+
+
+def default_settings() -> dict[str, Any]:
+    """Return a preconditioner's settings with their defaults.
+
+    They are NeuRMS's without ``lr`` and without what concerns its AdamW and the writing of weights:
+    those are the business of the optimizer beside it.
+    """
+    common: Mapping[str, Any] = COMMON_DEFAULTS
+    own = {name: value for name, value in NeuRMS.default_settings().items() if name != "lr"}
+    return {**own, **{name: common[name] for name in _COMMON}}
+
+
+def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings completed by their defaults.
+
+    Raises:
+        TypeError: A setting is unknown or of the wrong type.
+        ValueError: A setting is out of its range.
+    """
+    defaults = default_settings()
+    if unknown := sorted(settings.keys() - defaults.keys()):
+        raise TypeError(
+            f"a NeuRMS preconditioner has no setting {unknown[0]!r}; its settings are "
+            f"{list(defaults)} (the learning rate and what embeddings or norms get belong to the "
+            "optimizer beside it)"
+        )
+    chosen = {**defaults, **settings}
+    NeuRMS.recipe(chosen)
+    check_choice("loss_reduction", chosen["loss_reduction"], ("mean", "sum"))
+    check_choice("update", chosen["update"], ("step", "backward"))
+    check_common("a NeuRMS preconditioner", {name: chosen[name] for name in _COMMON})
+    if isinstance(chosen["exclude"], str):
+        raise TypeError(
+            f"exclude={chosen['exclude']!r} must be a sequence of patterns; write "
+            f"({chosen['exclude']!r},)"
+        )
+    if chosen["loss_scale"] is not None and not callable(chosen["loss_scale"]):
+        raise TypeError(
+            f"loss_scale={chosen['loss_scale']!r} must be callable, such as scaler.get_scale"
+        )
+    for name in ("loss_scale", "agc"):
+        if chosen["update"] == "backward" and chosen[name] is not None:
+            raise ValueError(
+                f'{name}={chosen[name]!r} cannot go with update="backward", in which linear layers '
+                f'have no gradient; use update="step" or {name}=None'
+            )
+    return chosen
+
+
+def backward_problem(holder: Optimizer | None, weight: Tensor, momentum: float) -> str:
+    """Return why ``update="backward"`` cannot move a weight beside its optimizer, "" if it can.
+
+    Args:
+        holder: The optimizer that has the weight.
+        weight: A linear layer's weight.
+        momentum: The preconditioner's own momentum.
+    """
+    if holder is None:
+        return "none of the optimizers given holds it"
+    if weight.dtype != compute_dtype(weight):
+        return f"it is {weight.dtype}, too coarse to add small updates to"
+    if type(holder) is not torch.optim.SGD:
+        return f"its optimizer is {type(holder).__name__}, and only plain SGD's rule is known here"
+    group = next(g for g in holder.param_groups if any(p is weight for p in g["params"]))
+    for name in ("nesterov", "dampening", "weight_decay", "maximize"):
+        if group[name]:
+            return f"its SGD has {name}={group[name]!r}"
+    if momentum and group["momentum"]:
+        return (
+            f"its SGD (momentum={group['momentum']!r}) and the preconditioner "
+            f"(momentum={momentum!r}) both keep a velocity"
+        )
+    return ""
+
+
+def verified_state(
+    state_dict: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
+    variant: str,
+    expected: Callable[[Tensor], Mapping[str, Any]],
+) -> dict[Tensor, dict[str, Any]]:
+    """Return a state dict's entries by parameter, on the parameters' devices.
+
+    Args:
+        state_dict: What ``GradientPreconditioner.state_dict`` returned.
+        parameters: Parameters by name.
+        variant: NeuRMS's variant; the same numbers mean something else in another.
+        expected: Returns the state that a parameter should have, with its shapes.
+
+    Raises:
+        CheckpointError: It belongs to another model or to other settings.
+    """
+    keys = {"layers", "variant", "skipped_steps"}
+    if not isinstance(state_dict, Mapping) or not keys <= state_dict.keys():
+        raise CheckpointError("state_dict must be what GradientPreconditioner.state_dict returned")
+    if state_dict["variant"] != variant:
+        raise CheckpointError(
+            f"the checkpoint was saved with variant={state_dict['variant']!r}, now it is "
+            f"{variant!r}, whose statistics mean something else; resume with the variant saved"
+        )
+    loaded = {}
+    for name, saved in state_dict["layers"].items():
+        if name not in parameters:
+            raise CheckpointError(
+                f"the checkpoint holds statistics of {name!r}, which is not tapped in this model; "
+                "load it into the model, and with the exclude, that it was saved with"
+            )
+        parameter = parameters[name]
+        _check_same(name, expected(parameter), saved)
+        loaded[parameter] = {
+            key: value.detach().to(parameter.device, copy=True)
+            if isinstance(value, Tensor)
+            else value
+            for key, value in saved.items()
+        }
+    return loaded
+
+
+def _check_same(name: str, expected: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    if odd := sorted(expected.keys() ^ saved.keys()):
+        raise CheckpointError(
+            f"the checkpoint's statistics of {name!r} differ in {odd}; it was saved with other "
+            "settings (momentum)"
+        )
+    for key, value in expected.items():
+        found, wanted = (tuple(getattr(x, "shape", ())) for x in (saved[key], value))
+        if found != wanted:
+            raise CheckpointError(
+                f"the checkpoint's {key!r} of {name!r} has shape {found}, expected {wanted}; it "
+                "belongs to a model of other sizes or other heads"
+            )

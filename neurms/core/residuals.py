@@ -1,0 +1,177 @@
+"""What the part of a gradient outside of a subspace contributes to the update."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neurms.core.errors import check_fraction, check_real
+from neurms.core.safeguards import frobenius, limited
+from neurms.core.structures.base import Context, State
+
+__all__ = ["OptimalCompensation", "Projection", "Residual", "ScaledResidual", "column_scale"]
+
+_TINY_NORM = 1e-8
+
+
+class Projection(NamedTuple):
+    """One step seen from the subspace.
+
+    gradient: G, shape (..., m, n).
+    inside: U z, its part in the subspace, shape (..., m, n).
+    z: U^T G, shape (..., r, n).
+    direction: What the structure made of z, shape (..., r, n).
+    update: The update from within, U direction times its scale, shape (..., m, n).
+    energy: Average of colsum(z.^2) where the structure knows it, shape (..., n), else None.
+    """
+
+    gradient: Tensor
+    inside: Tensor
+    z: Tensor
+    direction: Tensor
+    update: Tensor
+    energy: Tensor | None
+
+
+class Residual(ABC):
+    """What the part of a gradient outside of the subspace contributes to the update."""
+
+    @abstractmethod
+    def init(self, matrix: Tensor, knows_energy: bool) -> State:
+        """Return the state for matrices like ``matrix`` (..., m, n)."""
+
+    @abstractmethod
+    def __call__(self, projection: Projection, state: State, context: Context) -> Tensor:
+        """Return the contribution (..., m, n) and bring ``state`` up to date in place."""
+
+
+@dataclass(frozen=True)
+class OptimalCompensation(Residual):
+    """S (x) U_c U_c^T with the best diagonal S: the optimal compensation of Alice.
+
+    p <- b1 p + (1 - b1) colsum((G - U z).^2) ; C = sqrt(m - r) (G - U z) / sqrt(p) per column, its
+    norm's growth limited by ``gamma``; the contribution is ``compensation`` C. State: n + 1
+    numbers, and n more if the wrapped structure cannot tell the energy of its columns.
+
+    Args:
+        compensation: alpha_c, not negative.
+        beta: b1 in [0, 1).
+        gamma: Bound on the growth of C's norm from step to step, at least 1.
+        floor: Share of a column's energy below which p is taken for rounding.
+
+    Raises:
+        ValueError: A setting is out of its range.
+
+    Reference:
+        Structured-Fisher paper, Theorem 5.1 and Algorithm 2: s_j = E[colsum(G.^2) - colsum(z.^2)]_j
+        / (m - r) is the least-squares fit of s U_c U_c^T to the j-th block of the Fisher matrix
+        outside of the subspace. Settled here: the difference of the two sums is taken as the sum of
+        squares of G - U z, equal to it for an orthonormal U and free of its cancellation; a column
+        whose p is below ``floor`` of its energy (p plus the average of colsum(z.^2), both
+        corrected for their start at zero) gets no compensation, because rounding is all that is
+        left of it.
+    """
+
+    compensation: float = 0.4
+    beta: float = 0.9
+    gamma: float = 1.01
+    floor: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_real("compensation", self.compensation)
+        check_fraction("beta", self.beta)
+        check_real("gamma", self.gamma, low=1.0)
+        check_fraction("floor", self.floor)
+
+    def init(self, matrix: Tensor, knows_energy: bool) -> State:
+        """Return p and perhaps the energy within (..., n), and the last norm (...)."""
+        row = (*matrix.shape[:-2], matrix.shape[-1])
+        state = {
+            "residual_energy": matrix.new_zeros(row),
+            "phi": matrix.new_zeros(matrix.shape[:-2]),
+        }
+        if not knows_energy:
+            state["inside_energy"] = matrix.new_zeros(row)
+        return state
+
+    def __call__(self, projection: Projection, state: State, context: Context) -> Tensor:
+        """Return alpha_c C (..., m, n)."""
+        residual = projection.gradient - projection.inside
+        p = state["residual_energy"].lerp_(residual.square().sum(-2), 1.0 - self.beta)
+        scale = self._scale(p, self._energy(projection, state, context), residual, projection.z)
+        limit = limited(residual * scale[..., None, :], state["phi"], self.gamma, context.step)
+        return limit * self.compensation
+
+    def _energy(self, projection: Projection, state: State, context: Context) -> Tensor:
+        """Return the average energy of the columns on p's scale, shape (..., n)."""
+        if projection.energy is not None:
+            inside = projection.energy * (1.0 - self.beta**context.step)
+        else:
+            sample = projection.z.square().sum(-2)
+            inside = state["inside_energy"].lerp_(sample, 1.0 - self.beta)
+        return state["residual_energy"] + inside
+
+    def _scale(self, p: Tensor, energy: Tensor, residual: Tensor, z: Tensor) -> Tensor:
+        outside = residual.shape[-2] - z.shape[-2]
+        kept = (p > 0) & (p >= self.floor * energy)
+        return torch.where(kept, math.sqrt(outside) * p.rsqrt(), 0.0)
+
+
+@dataclass(frozen=True)
+class ScaledResidual(Residual):
+    """The residual, each column scaled as the structure scaled its projection (Fira, Fira+).
+
+    S_j = (G - U z)_j ||w_j|| / (||z_j|| + 1e-8) for w the structure's answer to z, its norm's
+    growth limited by ``gamma``. With ``compensation`` (Fira+) it is rescaled to that multiple of
+    the norm of the low-rank update instead. State: 1 number, none for Fira+.
+
+    Args:
+        gamma: Bound on the growth of S's norm from step to step, at least 1.
+        inside: Factor of U z in the residual. The authors' code uses its ``scale`` here, so that
+            the residual is not orthogonal to the subspace; 1 is the paper. Fira+ always uses 1.
+        compensation: alpha_c of Fira+, or None.
+
+    Raises:
+        ValueError: A setting is out of its range.
+
+    Reference:
+        Chen et al., "Fira", 2024, eq. 8 and 9, in the form of the authors' code; Fira+ is the
+        structured-Fisher paper's variant.
+    """
+
+    gamma: float = 1.01
+    inside: float = 1.0
+    compensation: float | None = None
+
+    def __post_init__(self) -> None:
+        check_real("gamma", self.gamma, low=1.0)
+        check_real("inside", self.inside)
+        if self.compensation is not None:
+            check_real("compensation", self.compensation)
+
+    def init(self, matrix: Tensor, knows_energy: bool) -> State:
+        """Return ``phi`` (...), nothing for Fira+."""
+        return {"phi": matrix.new_zeros(matrix.shape[:-2])} if self.compensation is None else {}
+
+    def __call__(self, projection: Projection, state: State, context: Context) -> Tensor:
+        """Return the scaled residual (..., m, n)."""
+        factors = column_scale(projection.direction, projection.z)[..., None, :]
+        if self.compensation is None:
+            residual = projection.gradient - self.inside * projection.inside
+            return limited(residual * factors, state["phi"], self.gamma, context.step)
+        residual = (projection.gradient - projection.inside) * factors
+        norm = frobenius(residual)
+        ratio = torch.where(norm > 0, self.compensation * frobenius(projection.update) / norm, 0.0)
+        return residual * ratio[..., None, None]
+
+
+def column_scale(direction: Tensor, z: Tensor) -> Tensor:
+    """Return ||w_j|| / (||z_j|| + 1e-8) for the columns of w and z (..., r, n), shape (..., n)."""
+    norms = torch.linalg.vector_norm(z, dim=-2) + _TINY_NORM
+    scale: Tensor = torch.linalg.vector_norm(direction, dim=-2) / norms
+    return scale
