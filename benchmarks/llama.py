@@ -1,8 +1,8 @@
 """A small LLaMA on English prose: which optimizer needs how many steps, and how many seconds.
 
-Every optimizer gets the same budget: the same number of learning rates, tried for the same number of
-steps with the same seed, then the same seeds at the best rate. Parameters outside the rule (embedding,
-head, norms) go to AdamW at the rate that was best for AdamW alone.
+Every optimizer gets the same budget: the same number of learning rates, tried for the same number
+of steps with the same seed, then the same seeds at the best rate. Parameters outside the rule
+(embedding, head, norms) go to AdamW at the rate that was best for AdamW alone.
 
     NEURMS_DATA=... python -m benchmarks.llama                 # the table in docs, resumable
     NEURMS_DATA=... python -m benchmarks.llama --only racs     # one optimizer
@@ -54,7 +54,8 @@ def prose() -> tuple[Tensor, Tensor]:
         raise SystemExit("set NEURMS_DATA to the folder that holds austen.txt.xz and its like")
     train, held_out = [], []
     for book in BOOKS:
-        text = lzma.open(Path(folder) / f"{book}.txt.xz").read()
+        with lzma.open(Path(folder) / f"{book}.txt.xz") as file:
+            text = file.read()
         tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         cut = len(tokens) * 19 // 20
         train.append(tokens[:cut])
@@ -144,7 +145,8 @@ def table(record: Results, steps: int) -> str:
     reference = statistics.fmean(run["curve"][-1][2] for run in runs["adamw"])
     lines = [
         f"AdamW's final loss {target:.4f}; ratios above 1 favour the optimizer of the row",
-        f"{'optimizer':14}{'loss':>9}{'std':>8}{'seconds':>9}{'step ratio':>12}{'eff. throughput':>17}",
+        f"{'optimizer':14}{'loss':>9}{'std':>8}{'seconds':>9}{'step ratio':>12}"
+        f"{'eff. throughput':>17}",
     ]
     for name, own in runs.items():
         losses = [final(run) for run in own]
@@ -170,7 +172,9 @@ def _first_below(runs: list[Any], target: float) -> tuple[int, float] | None:
 
 def main() -> None:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=600, help="steps of the final runs")
     parser.add_argument("--tune-steps", type=int, default=200, help="steps of a tuning run")
     parser.add_argument("--seeds", type=int, default=3)

@@ -19,6 +19,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the mixed tokens, of the shape of ``x`` (batch, length, width)."""
         batch, length, width = x.shape
         q, k, v = (
             proj(x).view(batch, length, self.heads, -1).transpose(1, 2)
@@ -43,6 +44,7 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the residual stream (batch, length, width) after this block."""
         x = x + self.attention(self.attention_norm(x), rotation)
         y = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
@@ -51,7 +53,9 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Byte-level language model; returns logits (batch, length, 256)."""
 
-    def __init__(self, width: int = 128, layers: int = 3, heads: int = 4, context: int = 128) -> None:
+    def __init__(
+        self, width: int = 128, layers: int = 3, heads: int = 4, context: int = 128
+    ) -> None:
         super().__init__()
         hidden = 8 * round(8 * width / 3 / 8)
         self.embedding = nn.Embedding(256, width)
@@ -63,6 +67,7 @@ class Llama(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits (batch, length, 256) for tokens (batch, length)."""
         x = self.embedding(tokens)
         rotation = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         for block in self.blocks:

@@ -41,8 +41,8 @@ def row_normalized_update_(
         ``w``.
 
     Reference:
-        RMNP, arXiv 2603.20527, and its authors' code. The native form reads each operand once: a row
-        is still in cache when its norm is known.
+        RMNP, arXiv 2603.20527, and its authors' code. The native form reads each operand once: a
+        row is still in cache when its norm is known.
 
     Example:
         >>> import torch
@@ -73,7 +73,15 @@ def _row_normalized_update_(
     kernels = library()
     assert kernels is not None
     kernels.neurms_row_normalized_update(
-        pointer(w), pointer(momentum), pointer(gradient), *w.shape, mu, int(nesterov), float(step),
-        float(decay), floor, threads(),
+        pointer(w),
+        pointer(momentum),
+        pointer(gradient),
+        *w.shape,
+        mu,
+        int(nesterov),
+        float(step),
+        float(decay),
+        floor,
+        threads(),
     )
     return w

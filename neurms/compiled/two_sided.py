@@ -23,8 +23,8 @@ def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
 def two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Fit q s^T to G.^2 by power iteration from q = 1.
 
-    s = (G.^2)^T q / ||q||^2 and q = (G.^2) s / ||s||^2 in turn: up to scale the right and left principal
-    singular vectors of G.^2, which are positive by Perron-Frobenius.
+    s = (G.^2)^T q / ||q||^2 and q = (G.^2) s / ||s||^2 in turn: up to scale the right and left
+    principal singular vectors of G.^2, which are positive by Perron-Frobenius.
 
     Args:
         gradient: G, shape (..., m, n), float32 or float64.
@@ -34,8 +34,8 @@ def two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         q, shape (..., m), and s, shape (..., n); zero where a row or a column of G is.
 
     Reference:
-        Structured-Fisher paper, Algorithm 1 (RACS), five rounds. The native form takes q and the next s from
-        one pass over G, and stops early once q has settled to 1e-6.
+        Structured-Fisher paper, Algorithm 1 (RACS), five rounds. The native form takes q and the
+        next s from one pass over G, and stops early once q has settled to 1e-6.
 
     Example:
         >>> import torch
@@ -119,7 +119,9 @@ def two_sided_update_(
     Example:
         >>> import torch
         >>> one = torch.tensor(1.0)
-        >>> two_sided_update_(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), torch.ones(2), one, one)
+        >>> two_sided_update_(
+        ...     torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), torch.ones(2), one, one
+        ... )
         tensor([[0., 0.]])
     """
     scaled = gradient * (left * step.to(left.device, left.dtype)).unsqueeze(-1) * right
@@ -135,7 +137,13 @@ def _two_sided_update_(
     kernels = library()
     assert kernels is not None
     kernels.neurms_scaled_update(
-        pointer(w), pointer(gradient), *w.shape, pointer(left), pointer(right), float(step), float(decay),
+        pointer(w),
+        pointer(gradient),
+        *w.shape,
+        pointer(left),
+        pointer(right),
+        float(step),
+        float(decay),
         threads(),
     )
     return w

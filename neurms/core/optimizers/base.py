@@ -290,7 +290,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                     self._apply(item, recipe, update)
 
     def _fused(self, fused: Callable[[FusedStep], None], item: Item) -> bool:
-        """Take a large matrix's step by its recipe's fused form; return whether that was possible."""
+        """Take a large matrix's step by its recipe's fused form; return whether it could."""
         target = self._target(item)
         weight = self._matrix(item, target)
         if weight.numel() < BATCH_LIMIT or weight.data_ptr() != target.data_ptr():

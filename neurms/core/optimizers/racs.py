@@ -21,8 +21,8 @@ class RACS(PreconditionedOptimizer):
     """Row and column scaled SGD: the best S (x) Q fit of the Fisher matrix with diagonal factors.
 
     Each step fits q s^T to G.^2 by power iteration, averages both, and moves W by
-    -lr alpha eta G_ij / sqrt(q_i s_j), where eta lets the update's norm grow by at most ``gamma``. State: m + n + 1
-    numbers for an m x n matrix, no momentum.
+    -lr alpha eta G_ij / sqrt(q_i s_j), where eta lets the update's norm grow by at most ``gamma``.
+    State: m + n + 1 numbers for an m x n matrix, no momentum.
 
     Args:
         params: A model (routed by module kind), parameters, or parameter groups.
@@ -39,13 +39,15 @@ class RACS(PreconditionedOptimizer):
         TypeError: An unknown setting, or a parameter that is not real floating point.
 
     Reference:
-        "Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a Low-Rank Extension",
-        Algorithm 1, eq. 16. Settled here: zero rows and columns get zero updates; the limiter restarts after an
-        all-zero update.
+        "Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a
+        Low-Rank Extension", Algorithm 1, eq. 16. Settled here: zero rows and columns get zero
+        updates; the limiter restarts after an all-zero update.
 
     Example:
         >>> import torch, neurms
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
         >>> optimizer = neurms.RACS(model, lr=0.02)
         >>> model(torch.randn(3, 4)).square().mean().backward()
         >>> optimizer.step()

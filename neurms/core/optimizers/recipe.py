@@ -35,7 +35,7 @@ class FusedStep:
     decay: float
 
     def scalar(self, value: float) -> Tensor:
-        """Return a number as the 0-d tensor that kernels take, so that schedules do not recompile."""
+        """Return a number as a 0-d tensor, as kernels take it: schedules do not recompile."""
         return torch.tensor(value, dtype=torch.float64)
 
 
@@ -44,18 +44,18 @@ class Recipe:
     """Transforms applied in turn to a gradient, and how the result reaches the weight.
 
     With update U = scale * T_k(...T_1(G)), the weight moves by W <- (1 - lr wd) W - lr U
-    (``decay="before"``), by W <- (1 - lr wd) (W - lr U) (``"after"``, as GaLore, Fira and SOAP do) or
-    by W <- W - lr U where a transform of the recipe already took care of the decay (``"none"``).
+    (``decay="before"``), by W <- (1 - lr wd) (W - lr U) (``"after"``, as GaLore, Fira and SOAP do)
+    or by W <- W - lr U where a transform of the recipe already took care of the decay (``"none"``).
 
     Args:
         transforms: Structure and safeguards, in order.
         scale: Constant factor of the update.
         decay: Where decoupled weight decay enters.
-        decay_from: First step, counted from 1, at which the decay applies; methods whose first steps
-            only initialise start later.
+        decay_from: First step, counted from 1, at which the decay applies; methods whose first
+            steps only initialise start later.
         batched: Whether small matrices of the same shape are stacked and processed together.
-        fused: The same step for one large matrix in fewer passes over it; None where the transforms are
-            the only way.
+        fused: The same step for one large matrix in fewer passes over it; None where the transforms
+            are the only way.
     """
 
     transforms: tuple[Transform, ...]

@@ -20,12 +20,14 @@ class CommonSettings(TypedDict, total=False):
 
     weight_decay: Decoupled weight decay of the matrices under the rule (0).
     exclude: Name patterns (fnmatch; a module's name covers it whole) sent to the fallback (none).
-    head: What the last linear layer gets: ``"rule"`` or ``"fallback"`` (the optimizer's own default).
+    head: What the last linear layer gets: ``"rule"`` or ``"fallback"`` (the optimizer's own
+        default).
     fallback_lr: AdamW's learning rate; it follows ``lr``'s schedule in proportion (1e-3).
     fallback_betas: AdamW's betas (.9, .999).
     fallback_weight_decay: AdamW's weight decay (0).
     backend: How kernels run: ``"auto"``, ``"eager"``, ``"inductor"`` or ``"torchscript"``.
-    nonfinite: What a NaN or infinity does: ``"raise"`` or ``"skip"``; both leave all state as it was.
+    nonfinite: What a NaN or infinity does: ``"raise"`` or ``"skip"``; both leave all state as it
+        was.
     low_precision: For bfloat16/float16 parameters: round ``"nearest"``, ``"stochastic"``, or keep a
         float32 ``"master"`` copy in the state.
     """

@@ -177,8 +177,8 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # The one thing that torch.amp.GradScaler asks of an optimizer before its step; its unscaling
-        # writes gradients without autograd counting it, which the guard would miss.
+        # The one thing that torch.amp.GradScaler asks of an optimizer before its step; its
+        # unscaling writes gradients without autograd counting it, which the guard would miss.
         if self.update_mode == "backward":
             raise UnsupportedTrainingError(
                 "a GradScaler divides gradients by its scale, which cannot reach weights that "

@@ -1,17 +1,17 @@
 """What a Fisher structure is: the seam on which optimizers, adapters and the extension meet.
 
 A *structure* approximates the Fisher matrix of one layer, F ~ E[g g^T] with g = vec(G), and applies
-(a root of) its inverse to a gradient. It knows nothing of modules, parameters or frameworks: it sees
-matrices in the (units x features) view and a flat dictionary of state. A :class:`Transform` is the
-wider notion, a step from one update matrix to the next; momentum, the norm-growth limiter and the
-trust ratio are transforms too, which is why they compose with every structure.
+(a root of) its inverse to a gradient. It knows nothing of modules, parameters or frameworks: it
+sees matrices in the (units x features) view and a flat dictionary of state. A :class:`Transform` is
+the wider notion, a step from one update matrix to the next; momentum, the norm-growth limiter and
+the trust ratio are transforms too, which is why they compose with every structure.
 
 Contract, tested for every structure by ``tests/core/structures/contract.py``:
 
 - Matrices have shape (..., m, n): leading axes are a batch of equally shaped layers that are
   processed together; a result does not depend on what else is in the batch.
-- ``init`` allocates *all* state, in its final shapes and dtypes, and also runs on meta tensors: that
-  is how memory is predicted. Every state tensor starts with the matrix's batch axes.
+- ``init`` allocates *all* state, in its final shapes and dtypes, and also runs on meta tensors:
+  that is how memory is predicted. Every state tensor starts with the matrix's batch axes.
 - Later calls change state in place only, and never write into the matrices they are given.
 - Matrices arrive as float32, or float64 for float64 parameters; results have the same dtype.
 """
@@ -63,7 +63,7 @@ class Context:
     moments: Moments | None = None
 
     def generator(self, index: int, stream: int = 0) -> torch.Generator:
-        """Return a CPU generator that depends on matrix ``index``'s seed, the step and ``stream``."""
+        """Return a CPU generator made from matrix ``index``'s seed, the step and ``stream``."""
         mixed = (self.seeds[index] * 1_000_003 + self.step) * 1_000_003 + stream
         return torch.Generator().manual_seed(mixed % (2**63 - 1))
 
@@ -78,7 +78,7 @@ class Transform(ABC):
     """Whether :attr:`Context.weight` must be given."""
 
     def init(self, matrix: Tensor) -> State:
-        """Return the state for matrices like ``matrix`` (..., m, n), possibly on the meta device."""
+        """Return the state for matrices like ``matrix`` (..., m, n), possibly on meta."""
         return {}
 
     @abstractmethod

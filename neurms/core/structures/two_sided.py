@@ -18,18 +18,19 @@ __all__ = ["TwoSidedDiagonal"]
 class TwoSidedDiagonal(Structure):
     """F ~ S (x) Q with diagonal S over features and Q over units, averaged over steps.
 
-    The update is G_ij / sqrt(q_i s_j) with exponential moving averages of s and q. Multiplying every
-    gradient by a constant changes nothing: s takes the square of it, the quotient is free of it.
+    The update is G_ij / sqrt(q_i s_j) with exponential moving averages of s and q. Multiplying
+    every gradient by a constant changes nothing: s takes the square of it, the quotient is free of
+    it.
 
     Args:
         beta: Decay of the averages; 0 uses each step's own fit.
         iterations: Rounds of power iteration in each step.
-        bias_correction: Divide the averages by 1 - beta^t. False is the paper: as the averages start
-            from zero its first update is 1/(1 - beta) times as long.
+        bias_correction: Divide the averages by 1 - beta^t. False is the paper: as the averages
+            start from zero its first update is 1/(1 - beta) times as long.
 
     Reference:
-        Structured-Fisher paper, Algorithm 1 and eq. 16 (RACS). Settled here: a row or a column whose
-        statistic is zero gets a zero update, where the paper would divide by zero.
+        Structured-Fisher paper, Algorithm 1 and eq. 16 (RACS). Settled here: a row or a column
+        whose statistic is zero gets a zero update, where the paper would divide by zero.
     """
 
     beta: float = 0.9
