@@ -80,7 +80,9 @@ def test_it_is_a_sink_of_both_engines() -> None:
         (nn.ConvTranspose2d(6, 4, 3, groups=2), (4, 6)),
     ],
 )
-def test_sizes_are_those_of_what_the_tap_delivers(module: nn.Module, sizes: tuple[int, int]) -> None:
+def test_sizes_are_those_of_what_the_tap_delivers(
+    module: nn.Module, sizes: tuple[int, int]
+) -> None:
     for variant, features in (("U", 0), ("F", sizes[1])):
         owner = Owner(variant)  # type: ignore[arg-type]
         layer = layer_of(owner, module)

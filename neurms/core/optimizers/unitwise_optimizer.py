@@ -226,7 +226,8 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         for layer in self._layers:
             weight = own.get(layer.weight)
             bias = own.get(layer.bias) if layer.bias is not None else None
-            if layer.observed.rows and (weight is not None or layer.updated_in_backward):
+            confirmed = layer.weight.grad is not None or layer.updated_in_backward
+            if layer.observed.rows and confirmed:
                 self._state_with_velocity(layer.weight, self._group_of(layer.weight))
                 layer.commit()
             if (weight or bias) is not None and self.state_of(layer).get("step"):

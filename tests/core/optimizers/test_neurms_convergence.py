@@ -44,7 +44,9 @@ def minibatches(x: Tensor, y: Tensor, rows: int, steps: int) -> Iterator[tuple[T
         yield x[chosen], y[chosen]
 
 
-def norms(steps: int, at: tuple[int, ...], rows: int, lr: float, power: float, **settings: Any) -> list[float]:
+def norms(
+    steps: int, at: tuple[int, ...], rows: int, lr: float, power: float, **settings: Any
+) -> list[float]:
     """Return the full gradient's norm after some steps with rates lr (1 + t / 20)^(-power)."""
     x, y = digits()
     model = nn.Linear(16, 10).double()

@@ -69,7 +69,11 @@ def assert_untouched(model: nn.Module) -> None:
         ({"heads": {"0.weight": 1.0}}, ValueError, r"heads\['0.weight'\]=1.0"),
         ({"heads": 4}, TypeError, r"heads=4 must map"),
         ({"learning_rate": 0.1}, TypeError, r"neurms has no setting 'learning_rate'"),
-        ({"update": "backward", "agc": 0.1}, ValueError, r"agc=0.1 cannot go with update=\"backward"),
+        (
+            {"update": "backward", "agc": 0.1},
+            ValueError,
+            r"agc=0.1 cannot go with update=\"backward",
+        ),
         (
             {"update": "backward", "loss_scale": lambda: 2.0},
             ValueError,

@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from neurms import NeuRMS
 from tests.core.optimizers.neurms_models import (
@@ -68,7 +69,9 @@ class TestEnd:
 
     @UPDATES
     @pytest.mark.parametrize("variant", ["U", "B", "F"])
-    def test_the_last_reference_takes_the_optimizer_with_it(self, variant: str, update: str) -> None:
+    def test_the_last_reference_takes_the_optimizer_with_it(
+        self, variant: str, update: str
+    ) -> None:
         gc.disable()  # by counting alone: until a collector runs, B would go on rescaling
         try:
             model, optimizer = pair(variant=variant, update=update)
@@ -82,9 +85,7 @@ class TestEnd:
         x, y = vectors()
         for m in (model, plain):
             cross_entropy(m, x, y).backward()
-        assert_same(
-            [p.grad for p in plain.parameters()], [p.grad for p in model.parameters()]
-        )
+        assert_same([p.grad for p in plain.parameters()], [p.grad for p in model.parameters()])
         assert_untouched(model)
 
     def test_a_scheduler_does_not_keep_it_from_going(self) -> None:
@@ -192,6 +193,30 @@ def test_closures(variant: str, update: str) -> None:
         assert loss.item() == train(twin, other, [(x, y)])[0]
     optimizer.zero_grad()
     assert_same(snapshot(model, optimizer), snapshot(twin, other))
+
+
+@UPDATES
+@pytest.mark.parametrize("variant", ["U", "B", "F"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpoints_change_nothing(reentrant: bool, variant: str, update: str) -> None:
+    def recomputed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        hidden = checkpoint(model[:2], x.clone().requires_grad_(), use_reentrant=reentrant)
+        scores = checkpoint(model[2:], hidden, use_reentrant=reentrant)
+        return nn.functional.cross_entropy(scores, y)
+
+    (model, optimizer), (twin, other) = (pair(variant=variant, update=update) for _ in range(2))
+    train(model, optimizer, batches(3))
+    train(twin, other, batches(3), recomputed)
+    assert_same(snapshot(model, optimizer), snapshot(twin, other))
+
+
+def test_a_layer_without_inputs_learns_its_bias() -> None:
+    model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2))
+    optimizer = NeuRMS(model, lr=0.1)
+    before = model[0].bias.detach().clone()
+    model(torch.ones(4, 0)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].bias, before)
 
 
 @UPDATES

@@ -38,8 +38,9 @@ def poison(where: str, value: float, model: nn.Module, x: Tensor, y: Tensor) -> 
     if where == "D":
         handles.append(
             model[2].register_forward_hook(
-                lambda m, a, out: out.register_hook(lambda d: d.index_fill(0, torch.tensor(0), value))
-                and None
+                lambda m, a, out: (
+                    out.register_hook(lambda d: d.index_fill(0, torch.tensor(0), value)) and None
+                )
             )
         )
     cross_entropy(model, x, y).backward()
@@ -56,8 +57,9 @@ def poison(where: str, value: float, model: nn.Module, x: Tensor, y: Tensor) -> 
 @pytest.mark.parametrize("value", BAD, ids=str)
 class TestStep:
     def test_raise_leaves_everything(self, where: str, value: float, variant: str) -> None:
-        (model, optimizer), (twin, other) = pair(variant=variant, momentum=0.9), pair(
-            variant=variant, momentum=0.9
+        (model, optimizer), (twin, other) = (
+            pair(variant=variant, momentum=0.9),
+            pair(variant=variant, momentum=0.9),
         )
         data = batches(3)
         train(model, optimizer, data[:1])
@@ -77,8 +79,9 @@ class TestStep:
     def test_skip_leaves_everything(
         self, to_none: bool, where: str, value: float, variant: str
     ) -> None:
-        (model, optimizer), (twin, other) = pair(variant=variant, nonfinite="skip"), pair(
-            variant=variant
+        (model, optimizer), (twin, other) = (
+            pair(variant=variant, nonfinite="skip"),
+            pair(variant=variant),
         )
         data = batches(3)
         poison(where, value, model, *data[1])
@@ -133,7 +136,8 @@ class TestBackward:
         train(model, optimizer, batches(1))
         before = snapshot(model, optimizer)
         with pytest.raises(
-            NonFiniteError, match=r"'2\.weight' is NaN or infinite; it was left.*: 4\.weight\. Lower"
+            NonFiniteError,
+            match=r"'2\.weight' is NaN or infinite; it was left.*: 4\.weight\. Lower",
         ):
             poison(where, value, model, *vectors())
         after = snapshot(model, optimizer)

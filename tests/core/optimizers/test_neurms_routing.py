@@ -128,7 +128,9 @@ class TestHeads:
         train(model, optimizer, data)
         train(twin, other, data)
         # A pattern that comes first wins, so every layer has one head here.
-        assert [optimizer.state[layer.weight]["v"].numel() for layer in optimizer._layers] == [1] * 3
+        assert [optimizer.state[layer.weight]["v"].numel() for layer in optimizer._layers] == [
+            1
+        ] * 3
         exact, third = pair(heads={"0.*": 7, "2.*": 6, "4.*": 3}, update=update)
         train(exact, third, data)
         for a, b in zip(exact.parameters(), twin.parameters(), strict=True):

@@ -56,7 +56,9 @@ def test_state_is_what_the_method_says_and_the_plan_predicts(
     assert optimizer.state_bytes() == expected
     assert planned.state_bytes == optimizer.plan().state_bytes == expected
     assert predicted.state_bytes == expected
-    assert [(r.name, r.state_bytes) for r in predicted] == [(r.name, r.state_bytes) for r in planned]
+    assert [(r.name, r.state_bytes) for r in predicted] == [
+        (r.name, r.state_bytes) for r in planned
+    ]
 
 
 def test_memory_report_leaves_the_model_alone() -> None:
@@ -74,7 +76,9 @@ def test_master_copies_are_counted() -> None:
     optimizer = NeuRMS(model, low_precision="master")
     x, y = vectors()
     train(model, optimizer, [(x.bfloat16(), y)])
-    count = floats(model, features=False, velocity=False) + sum(p.numel() for p in model.parameters())
+    count = floats(model, features=False, velocity=False) + sum(
+        p.numel() for p in model.parameters()
+    )
     assert optimizer.state_bytes() == optimizer.plan().state_bytes == FLOAT * count
 
 

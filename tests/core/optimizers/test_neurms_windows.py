@@ -203,7 +203,9 @@ class TestDroppedGradients:
         assert_close_models(plain, model, 1e-6)
 
     @pytest.mark.parametrize("clip", [False, True])
-    def test_an_accumulated_window_is_kept_although_gradients_were_touched(self, clip: bool) -> None:
+    def test_an_accumulated_window_is_kept_although_gradients_were_touched(
+        self, clip: bool
+    ) -> None:
         whole, one = pair()
         parts, many = pair()
         x, y = vectors(8)

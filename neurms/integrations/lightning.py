@@ -1,0 +1,204 @@
+"""Optimizer and schedule in the form that Lightning's ``configure_optimizers`` returns."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from neurms.callbacks.trainer_checks import check_backward_update, scaler_of
+from neurms.core.errors import check_choice, check_fraction, check_positive_int
+from neurms.core.extras import require
+from neurms.core.optimizers.base import Params
+from neurms.core.optimizers.neurms import NeuRMS
+from neurms.core.optimizers.registry import create
+
+require("lightning", extra="lightning")
+
+from lightning.pytorch import LightningModule, Trainer  # noqa: E402
+
+__all__ = ["Schedule", "WarmupDecay", "optimizer_config"]
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+_TAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[NeuRMS]] = weakref.WeakKeyDictionary()
+"""The NeuRMS of each model's last fit, whose taps the next one replaces."""
+
+
+@dataclass(frozen=True)
+class WarmupDecay:
+    """Factor on the learning rate by step: linear warmup to 1, then a decay to ``min_lr_ratio``.
+
+    With w warmup steps of T and p = (t - w) / (T - w), clipped to [0, 1]:
+
+        t < w       (t + 1) / (w + 1)
+        constant    1
+        linear      r + (1 - r) (1 - p)
+        cosine      r + (1 - r) (1 + cos(pi p)) / 2
+
+    Args:
+        schedule: Shape of the decay.
+        warmup_steps: w.
+        total_steps: T; not read by ``"constant"``.
+        min_lr_ratio: r, the least factor after the warmup.
+
+    Example:
+        >>> factor = WarmupDecay("linear", warmup_steps=1, total_steps=5)
+        >>> [factor(step) for step in range(6)]
+        [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+
+    schedule: Schedule
+    warmup_steps: int = 0
+    total_steps: int = 1
+    min_lr_ratio: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """Return the factor for optimizer step ``step``, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        left = 1.0 - min(1.0, progress)
+        if self.schedule == "cosine":
+            left = 0.5 * (1.0 - math.cos(math.pi * left))
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * left
+
+
+def optimizer_config(
+    module: LightningModule,
+    name: str,
+    *,
+    schedule: Schedule | None = None,
+    warmup_steps: int = 0,
+    total_steps: int | None = None,
+    min_lr_ratio: float = 0.0,
+    params: Params | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Make an optimizer by name, with a schedule by step, as ``configure_optimizers`` returns it.
+
+    A NeuRMS made here gets the scale of the Trainer's GradScaler. Its taps stay on the model for
+    as long as the optimizer lives, or until the next call for the same model; put
+    :class:`~neurms.callbacks.lightning.NeuRMSCallback` beside it, or call ``detach()``, to take
+    them off when the fit ends.
+
+    Args:
+        module: The module that is being configured, attached to its Trainer.
+        name: One of ``neurms.available()``, such as ``"racs"`` or ``"adamw"``.
+        schedule: ``"constant"``, ``"linear"`` or ``"cosine"`` after the warmup, see
+            :class:`WarmupDecay`; None leaves the learning rate alone.
+        warmup_steps: Optimizer steps of linear warmup.
+        total_steps: Optimizer steps until the decay ends; None takes the Trainer's estimate.
+        min_lr_ratio: Least factor on the learning rate after the warmup.
+        params: What to optimize: a submodule, parameters or groups; None for the whole module.
+        **settings: The optimizer's, ``lr`` among them.
+
+    Returns:
+        ``{"optimizer": ...}``, with a schedule also ``"lr_scheduler"``: torch's LambdaLR with
+        interval ``"step"``, named ``"lr-<name>"`` for LearningRateMonitor.
+
+    Raises:
+        ValueError: Unknown name or schedule; a setting out of its range; a warmup longer than the
+            run, or without a schedule; no number of steps to be had.
+        TypeError: ``module`` is no LightningModule, or the optimizer has no such setting.
+        MisconfigurationException: The Trainer does what ``update="backward"`` rules out.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> module = BoringModel()
+        >>> config = optimizer_config(
+        ...     module, "racs", lr=0.02, schedule="cosine", warmup_steps=2, total_steps=10
+        ... )
+        >>> sorted(config), config["lr_scheduler"]["interval"]
+        (['lr_scheduler', 'optimizer'], 'step')
+    """
+    if not isinstance(module, LightningModule):
+        raise TypeError(
+            f"module={type(module).__name__} must be the LightningModule that is being configured; "
+            "without Lightning use neurms.create"
+        )
+    decay = _checked_schedule(module, schedule, warmup_steps, total_steps, min_lr_ratio)
+    optimizer = _made(module, name, module if params is None else params, settings)
+    if decay is None:
+        return {"optimizer": optimizer}
+    scheduler = {"scheduler": LambdaLR(optimizer, decay), "interval": "step", "name": f"lr-{name}"}
+    return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def _made(
+    module: LightningModule, name: str, params: Params, settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    if name != NeuRMS.rule:
+        return create(name, params, **settings)
+    trainer = _trainer_of(module)
+    if trainer is not None:
+        if settings.get("update") == "backward":
+            check_backward_update(trainer, module)
+        elif (scaler := scaler_of(trainer)) is not None:
+            settings = {"loss_scale": scaler.get_scale, **settings}
+    last = _TAPPED.get(params) if isinstance(params, nn.Module) else None
+    if last is not None and (before := last()) is not None:
+        before.detach()
+    optimizer = create(name, params, **settings)
+    if isinstance(params, nn.Module) and isinstance(optimizer, NeuRMS):
+        _TAPPED[params] = weakref.ref(optimizer)
+    return optimizer
+
+
+def _checked_schedule(
+    module: LightningModule,
+    schedule: Schedule | None,
+    warmup_steps: int,
+    total_steps: int | None,
+    min_lr_ratio: float,
+) -> WarmupDecay | None:
+    check_choice("schedule", schedule, (None, "constant", "linear", "cosine"))
+    check_positive_int("warmup_steps", warmup_steps, low=0)
+    check_fraction("min_lr_ratio", min_lr_ratio, closed=True)
+    if total_steps is not None:
+        check_positive_int("total_steps", total_steps, cure="None takes the Trainer's estimate")
+    if schedule is None:
+        if warmup_steps:
+            raise ValueError(
+                f"warmup_steps={warmup_steps!r} needs a schedule; pass schedule='constant' to "
+                "warm up and then keep the learning rate"
+            )
+        return None
+    if schedule == "constant" and total_steps is None:
+        return WarmupDecay(schedule, warmup_steps)
+    total = _estimated_steps(module) if total_steps is None else total_steps
+    if warmup_steps > total:
+        raise ValueError(
+            f"warmup_steps={warmup_steps!r} is longer than the run of total_steps={total!r}; lower "
+            "it, or train longer"
+        )
+    return WarmupDecay(schedule, warmup_steps, total, float(min_lr_ratio))
+
+
+def _estimated_steps(module: LightningModule) -> int:
+    trainer = _trainer_of(module)
+    if trainer is None:
+        raise ValueError(
+            "total_steps=None asks the Trainer for its number of steps, but the module is attached "
+            "to none; call optimizer_config in configure_optimizers, or pass total_steps"
+        )
+    estimate = trainer.estimated_stepping_batches
+    if math.isinf(estimate):
+        raise ValueError(
+            "total_steps=None asks the Trainer for its number of steps, which is unlimited; pass "
+            "total_steps, or give the Trainer max_steps or max_epochs"
+        )
+    return int(estimate)
+
+
+def _trainer_of(module: LightningModule) -> Trainer | None:
+    # The property ``module.trainer`` raises without one.
+    trainer: Trainer | None = module._trainer
+    return trainer
