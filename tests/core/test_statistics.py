@@ -1,4 +1,4 @@
-"""Pending sums: they add up, become the right means, and are summed over ranks by the right divisor."""
+"""Pending sums: they add up, become the right means, and are exchanged between ranks."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class TestPendingSums:
 
 
 class TestSynchronize:
-    """The exchange itself is tested with real processes; here, what is sent and what comes of it."""
+    """Real processes are another file's; here, what is sent and what comes of it."""
 
     @pytest.fixture
     def exchange(self, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Two processes are one: statistics do not depend on the number of ranks, replicas stay bit-equal."""
+"""Two processes are one: statistics do not depend on the number of ranks, replicas are equal."""
 
 from __future__ import annotations
 

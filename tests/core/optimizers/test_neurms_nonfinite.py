@@ -126,7 +126,7 @@ def test_statistics_that_overflow_although_the_gradient_does_not() -> None:
 
 
 class TestBackward:
-    """update="backward": what was written before the bad value cannot be taken back, so it is named."""
+    """With update="backward" what was written before cannot be taken back, so it is named."""
 
     @pytest.mark.parametrize("variant", ["U", "B", "F"])
     @pytest.mark.parametrize("where", ["D", "H"])

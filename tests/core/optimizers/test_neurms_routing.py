@@ -1,4 +1,4 @@
-"""Who is under NeuRMS's rule, who goes to AdamW, and what happens when that turns out in training."""
+"""Who is under NeuRMS's rule, who goes to AdamW, and what if that turns out in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""C (x) S: against dense Kronecker products; the common contract with moments beside the gradient."""
+"""C (x) S: against dense Kronecker products, and the contract with moments beside gradients."""
 
 from __future__ import annotations
 

@@ -1,0 +1,52 @@
+"""The command line: ``neurms demo | doctor | plan | report | bench``, also ``python -m neurms``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_EXTRA = {
+    "rich": "cli",
+    "tyro": "cli",
+    "lightning": "demo",
+    "pytorch_lightning": "demo",
+    "sklearn": "demo",
+    "optuna": "bench",
+    "scipy": "bench",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; None reads ``sys.argv``.
+
+    Returns:
+        The exit code: 0 when all went well, 1 for an error that was explained, 130 when
+        interrupted. Wrong usage leaves through ``SystemExit`` with code 2.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        from neurms.cli.commands import dispatch
+
+        return dispatch(words)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        print(f"error: {_cured(error)}", file=sys.stderr)
+        return 1
+
+
+def _cured(error: ImportError) -> str:
+    """Return a message that names the extra to install; re-raise what no extra cures."""
+    package = (error.name or "").partition(".")[0]
+    if package in _EXTRA:
+        return f'this command needs {package}: pip install "neurms[{_EXTRA[package]}]"'
+    # Our own import errors carry their cure and, unlike the interpreter's, no module's name.
+    if error.name is None:
+        return str(error)
+    raise error

@@ -1,0 +1,145 @@
+"""The sub-commands, and what runs each of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from neurms.core.errors import NeurmsError
+
+__all__ = ["dispatch"]
+
+_DESCRIPTION = """Optimizers that precondition a layer by the statistics of its units and features.
+
+Start with `neurms demo`; if something does not work, with `neurms doctor`."""
+
+
+def dispatch(words: Sequence[str]) -> int:
+    """Run the command that ``words`` spell; expected errors are printed, not raised."""
+    # A benchmark has options of its own, --help among them, so they are handed on unread.
+    if words[:1] == ["bench"] and len(words) > 1 and not words[1].startswith("-"):
+        return _explained(lambda: _bench(words[1], words[2:]))
+    commands: dict[str, Callable[..., int]] = {
+        "demo": demo,
+        "doctor": doctor,
+        "plan": plan,
+        "report": report,
+        "bench": bench,
+    }
+    return _explained(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="neurms",
+            description=_DESCRIPTION,
+            args=list(words) or ["--help"],
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    )
+
+
+def demo(
+    data: Literal["digits", "mnist", "fashion_mnist"] = "digits",
+    epochs: int | None = None,
+    seed: int = 0,
+    json: Path | None = None,
+) -> int:
+    """Train SGD, AdamW and NeuRMS-U/B/F on handwritten digits and compare them in a table.
+
+    Every number in the table is measured in this run: accuracy, seconds, bytes of optimizer state,
+    time of a step side by side, and how faithful NeuRMS's factored second moment is in each layer.
+
+    Args:
+        data: digits needs no download; the other two are looked for in the folder NEURMS_DATA and
+            in ~/.cache/neurms, then downloaded.
+        epochs: Passes over the training images; by default what the data set needs.
+        seed: Of the validation split, the first weights and the order of batches.
+        json: Write the figures to this file too.
+    """
+    from neurms.cli.demo import run
+
+    run(data, epochs, seed, json)
+    return 0
+
+
+def doctor() -> int:
+    """Show what neurms finds on this machine: versions, threads, compiler, backends, denormals.
+
+    The exit code is 1 if something that neurms needs is missing.
+    """
+    from neurms.cli.doctor import examine
+
+    return examine()
+
+
+def plan(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODULE:FUNCTION")],
+    optimizer: str = "neurms",
+) -> int:
+    """Print which rule each parameter of a model would get, why, and the bytes of its state.
+
+    Args:
+        model: Where the model comes from: a function without arguments that returns it, such as
+            my_package.models:build. The current folder is searched too.
+        optimizer: One of the library's own optimizers, by the name that neurms.create takes.
+    """
+    from neurms.cli.planning import table
+
+    print(table(model, optimizer))
+    return 0
+
+
+def report(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    other: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN2")] = None,
+    html: Path | None = None,
+    csv: Path | None = None,
+    partial: bool = False,
+) -> int:
+    """Show a profiled run again from its files, or set two runs side by side.
+
+    A run is the folder that the profiler wrote to (output=...), its run.jsonl, or a file that
+    report.to_json wrote.
+
+    Args:
+        run: The run.
+        other: A second run to compare it with, layer by layer.
+        html: Write the first run's report to this file, as a page that needs nothing else.
+        csv: Write the first run's rows to this file.
+        partial: Take what can be read of a run file that is cut off.
+    """
+    from neurms.cli.report import show
+
+    return show(run, other, html=html, csv=csv, partial=partial)
+
+
+def bench(name: Annotated[str | None, tyro.conf.Positional] = None) -> int:
+    """Run a benchmark of the checkout: neurms bench NAME [its options].
+
+    Without a name, list them. `neurms bench NAME --help` shows a benchmark's own options.
+
+    Args:
+        name: A file of benchmarks/, without its ending.
+    """
+    from neurms.cli.benchmarks import listing
+
+    print(listing())
+    return 0
+
+
+def _bench(name: str, arguments: Sequence[str]) -> int:
+    from neurms.cli.benchmarks import run
+
+    return run(name, arguments)
+
+
+def _explained(command: Callable[[], int]) -> int:
+    """Run a command; an error that its message explains becomes one line and exit code 1."""
+    try:
+        return command()
+    except NeurmsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

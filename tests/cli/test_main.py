@@ -1,0 +1,107 @@
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import neurms
+from neurms.cli import main
+
+
+def test_module_runs_and_hands_on_the_exit_code() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "neurms", "plan", "nowhere"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: 'nowhere' does not say where the model is")
+
+
+def test_without_a_command_shows_help(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "Start with `neurms demo`" in printed
+    for command in ("demo", "doctor", "plan", "bench"):
+        assert command in printed
+
+
+def test_unknown_option_is_a_usage_error(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--colour"])
+    assert end.value.code == 2
+    assert "--colour" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("lightning", "demo"), ("sklearn", "demo"), ("tyro", "cli")]
+)
+def test_missing_package_names_its_extra(monkeypatch, capsys, name, extra) -> None:
+    for module in [m for m in sys.modules if m.startswith(("neurms.cli.", f"{name}."))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    assert main(["demo", "--epochs", "1"]) == 1
+    assert f'pip install "neurms[{extra}]"' in capsys.readouterr().err
+
+
+def test_interrupt(monkeypatch, capsys) -> None:
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neurms.cli.doctor.examine", interrupt)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.fixture
+def models(monkeypatch, tmp_path):
+    (tmp_path / "my_models.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+            number = 3
+            def build():
+                return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+            def nothing():
+                return None
+            """
+        )
+    )
+    (tmp_path / "broken_models.py").write_text("import no_such_dependency\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("my_models", None)
+
+
+@pytest.mark.parametrize("optimizer", ["racs", "neurms"])
+def test_plan_is_the_optimizer_s(models, capsys, optimizer) -> None:
+    assert main(["plan", "my_models:build", "--optimizer", optimizer]) == 0
+    printed = capsys.readouterr().out
+    model = sys.modules["my_models"].build()
+    assert printed.strip() == str(neurms.create(optimizer, model).plan()).strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["my_models"], "write module:function"),
+        (["no_such_models:build"], "module 'no_such_models' was not found"),
+        (["my_models:missing"], "my_models has no function 'missing'"),
+        (["my_models:number"], "my_models has no function 'number'"),
+        (["my_models:nothing"], "returned NoneType; it must return an nn.Module"),
+        (["my_models:build", "--optimizer", "adan"], "--optimizer adan is not known"),
+        (["my_models:build", "--optimizer", "adamw"], "adamw is torch's own"),
+    ],
+)
+def test_plan_explains_what_is_wrong(models, capsys, words, message) -> None:
+    assert main(["plan", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_plan_shows_the_user_s_own_import_errors(models) -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        main(["plan", "broken_models:build"])
