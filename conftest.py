@@ -9,6 +9,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import random
+import tempfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +18,25 @@ import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+
+
+def _enter_scratch(namespace: dict[str, Any]) -> None:
+    # A page's examples may write files: they do it in a folder of their own.
+    namespace["_scratch"] = tempfile.TemporaryDirectory()
+    namespace["_home"] = os.getcwd()
+    os.chdir(namespace["_scratch"].name)
+
+
+def _leave_scratch(namespace: dict[str, Any]) -> None:
+    os.chdir(namespace["_home"])
+    namespace["_scratch"].cleanup()
+
+
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
     patterns=["README.md", "docs/*.md", "docs/**/*.md"],
+    setup=_enter_scratch,
+    teardown=_leave_scratch,
 ).pytest()
 
 
