@@ -19,7 +19,6 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 
-
 def _enter_scratch(namespace: dict[str, Any]) -> None:
     # A page's examples may write files: they do it in a folder of their own.
     namespace["_scratch"] = tempfile.TemporaryDirectory()

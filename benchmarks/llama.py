@@ -34,7 +34,7 @@ BATCH, CONTEXT = 16, 128
 RATES: dict[str, tuple[float, ...]] = {
     "adamw": (2e-3, 4e-3, 8e-3, 16e-3),
     "racs": (0.02, 0.04, 0.08, 0.16),
-    "rmnp": (0.01, 0.02, 0.04, 0.08),
+    "rmnp": (0.0025, 0.005, 0.01, 0.02),
     "alice": (0.01, 0.02, 0.04, 0.08),
     "muon": (0.01, 0.02, 0.04, 0.08),
     "shared_basis": (1e-3, 3e-3, 1e-2, 3e-2),
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(RATES), help="optimizers, by comma")
     parser.add_argument("--out", type=Path, default=RESULTS / "llama.json")
     arguments = parser.parse_args()
-    settings = {"batch": BATCH, "context": CONTEXT, "rates": RATES, "settings": SETTINGS}
+    settings = {"batch": BATCH, "context": CONTEXT, "optimizers": SETTINGS}
     record, data = Results(arguments.out, settings), prose()
     fallback_lr = tuned(record, data, "adamw", arguments.tune_steps, 0.0)
     for seed in range(arguments.seeds):

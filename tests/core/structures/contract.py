@@ -39,7 +39,6 @@ class TransformContract:
     """Inherit in ``tests/core/structures/test_<structure>.py`` and set ``transform``."""
 
     transform: Transform
-    shapes = [(6, 4), (4, 6), (5, 5)]
     scale_invariant = False
     """Whether multiplying all gradients by a constant leaves the updates unchanged."""
     permutes_units = True

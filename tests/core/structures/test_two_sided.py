@@ -45,7 +45,11 @@ class TestTwoSidedDiagonal(TransformContract):
 
     @pytest.mark.parametrize(
         ("settings", "message"),
-        [({"beta": 1.0}, "beta=1.0"), ({"iterations": 0}, "iterations=0"), ({"beta": -0.1}, "beta")],
+        [
+            ({"beta": 1.0}, "beta=1.0"),
+            ({"iterations": 0}, "iterations=0"),
+            ({"beta": -0.1}, "beta"),
+        ],
     )
     def test_bad_settings(self, settings: dict[str, float], message: str) -> None:
         with pytest.raises(ValueError, match=message):
