@@ -58,15 +58,18 @@ def two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     return q, s
 
 
-@two_sided_fit.native(lambda gradient, iterations: gradient.ndim == 2 and suits(gradient))
+@two_sided_fit.native(
+    lambda gradient, iterations: gradient.ndim == 2 and (suits(gradient) or suits(gradient.mT))
+)
 def _two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     kernels = library()
     assert kernels is not None
     m, n = gradient.shape
     q, s = gradient.new_empty(m), gradient.new_empty(n)
-    kernels.neurms_two_sided_fit(
-        pointer(gradient), m, n, iterations, TOLERANCE, pointer(q), pointer(s), threads()
-    )
+    rows = gradient.is_contiguous()
+    fit = kernels.neurms_two_sided_fit if rows else kernels.neurms_two_sided_fit_transposed
+    sizes = (m, n) if rows else (n, m)
+    fit(pointer(gradient), *sizes, iterations, TOLERANCE, pointer(q), pointer(s), threads())
     return q, s
 
 
@@ -87,10 +90,14 @@ def scaled_square_sum(gradient: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return _matvec(gradient.square(), right.square()).mul(left.square()).sum()
 
 
-@scaled_square_sum.native(lambda gradient, left, right: suits(gradient, left, right))
+@scaled_square_sum.native(
+    lambda gradient, left, right: suits(gradient, left, right) or suits(gradient.mT, left, right)
+)
 def _scaled_square_sum(gradient: Tensor, left: Tensor, right: Tensor) -> Tensor:
     kernels = library()
     assert kernels is not None
+    if not gradient.is_contiguous():
+        gradient, left, right = gradient.mT, right, left
     total = kernels.neurms_scaled_square_sum(
         pointer(gradient), *gradient.shape, pointer(left), pointer(right), threads()
     )
@@ -129,19 +136,23 @@ def two_sided_update_(
 
 
 @two_sided_update_.native(
-    lambda w, gradient, left, right, step, decay: suits(w, gradient, left, right)
+    lambda w, gradient, left, right, step, decay: (
+        suits(w, gradient, left, right) or suits(w.mT, gradient.mT, left, right)
+    )
 )
 def _two_sided_update_(
     w: Tensor, gradient: Tensor, left: Tensor, right: Tensor, step: Tensor, decay: Tensor
 ) -> Tensor:
     kernels = library()
     assert kernels is not None
+    by_rows = w.is_contiguous()
+    first, second = (left, right) if by_rows else (right, left)
     kernels.neurms_scaled_update(
         pointer(w),
         pointer(gradient),
-        *w.shape,
-        pointer(left),
-        pointer(right),
+        *(w if by_rows else w.mT).shape,
+        pointer(first),
+        pointer(second),
         float(step),
         float(decay),
         threads(),

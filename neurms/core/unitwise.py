@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from neurms.core.errors import NonFiniteError
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import FALLBACK, Head, Route, excluded, route_model
+from neurms.core.spans import span
 from neurms.core.statistics import PendingSums, synchronize, world_size
 from neurms.core.tapped import LayerOwner, TappedLayer
 from neurms.core.taps.activity import activity_of
@@ -211,12 +212,13 @@ class UnitwiseLayers:
         if world_size() == 1 or not self._layers or owner is None:
             return
         layers = list(self)
-        synchronize(
-            [layer.begin_synchronization() for layer in layers],
-            [layer.sizes for layer in layers],
-            owner.loss_reduction,
-            layers[0].weight,
-        )
+        with span("reduce", [layer.weight for layer in layers]):
+            synchronize(
+                [layer.begin_synchronization() for layer in layers],
+                [layer.sizes for layer in layers],
+                owner.loss_reduction,
+                layers[0].weight,
+            )
 
     def nonfinite_names(self) -> list[str]:
         """Return the layers whose observed statistics hold a NaN or an infinity."""
@@ -284,7 +286,8 @@ class UnitwiseLayers:
             _warn(
                 f"layer {layer.name!r} has a gradient but its module was never seen in a backward "
                 "pass, so its error signal is unknown and AdamW takes it; call the module itself "
-                "and loss.backward(), or name it in exclude"
+                "and loss.backward(), build the optimizer before a compiled model is first used, "
+                "or name the layer in exclude"
             )
         return lost
 

@@ -44,6 +44,41 @@ def test_two_sided_fit(shape: tuple[int, int], scale: float) -> None:
     torch.testing.assert_close(s.double(), truth_s, rtol=3e-6, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_two_sided_fit_of_a_matrix_stored_by_columns(shape: tuple[int, int], scale: float) -> None:
+    gradient = matrix(shape, scale).mT
+    q, s = two_sided_fit(gradient, 5)
+    truth_q, truth_s = two_sided_fit.eager(gradient.double(), 5)
+    torch.testing.assert_close(q.double(), truth_q, rtol=3e-6, atol=0)
+    torch.testing.assert_close(s.double(), truth_s, rtol=3e-6, atol=0)
+
+
+def test_two_sided_fit_by_columns_of_zeros_and_zero_rows() -> None:
+    gradient = matrix((300, 256))
+    gradient[7] = 0
+    gradient[:, 9] = 0
+    q, s = two_sided_fit(gradient.mT, 5)
+    assert s[7] == 0
+    assert q[9] == 0
+    assert q.isfinite().all()
+    q, s = two_sided_fit(torch.zeros(300, 256).mT, 5)
+    assert not q.any()
+    assert not s.any()
+
+
+def test_updates_of_a_weight_stored_by_columns(shape: tuple[int, int]) -> None:
+    w, gradient = matrix(shape).mT, matrix(shape, seed=1).mT
+    left, right = matrix((w.shape[0], 1), seed=2)[:, 0], matrix((w.shape[1], 1), seed=3)[:, 0]
+    wide = [x.double() for x in (w, gradient, left, right)]
+    total = scaled_square_sum(gradient, left, right)
+    torch.testing.assert_close(
+        total.double(), scaled_square_sum.eager(*wide[1:]), rtol=3e-6, atol=0
+    )
+    two_sided_update_(w, gradient, left, right, ONE * 0.1, ONE * 0.9)
+    two_sided_update_.eager(*wide, ONE * 0.1, ONE * 0.9)
+    torch.testing.assert_close(w.double(), wide[0], rtol=1e-5, atol=1e-5)
+
+
 def test_two_sided_fit_of_zeros_and_zero_rows() -> None:
     gradient = matrix((300, 256))
     gradient[7] = 0

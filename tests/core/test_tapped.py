@@ -212,6 +212,15 @@ class TestFollowingTheGradient:
             if count == 3:
                 module.weight.grad.mul_(0.5)
 
+    def test_ordinary_accumulation_reads_no_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # An accelerator would have to wait for each such look.
+        module, layer, _owner = self.tapped()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "any", lambda self: pytest.fail("read"))
+            for _ in range(4):
+                self.backward(module)
+        assert layer.pending.rows == 8
+
     @pytest.mark.parametrize("variant", ["U", "B"])
     @pytest.mark.parametrize("backwards", [1, 2, 3])
     @pytest.mark.parametrize("to_none", [True, False])

@@ -106,6 +106,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     matrix: list[Any] = [pointer, size, size]
     library.neurms_all_finite.argtypes = [pointer, size, number]
     library.neurms_two_sided_fit.argtypes = [*matrix, number, real, pointer, pointer, number]
+    fit = library.neurms_two_sided_fit_transposed
+    fit.argtypes = [*matrix, number, real, pointer, pointer, number]
     library.neurms_scaled_square_sum.argtypes = [*matrix, pointer, pointer, number]
     library.neurms_scaled_square_sum.restype = ctypes.c_double
     library.neurms_scaled_update.argtypes = [pointer, *matrix, pointer, pointer, real, real, number]

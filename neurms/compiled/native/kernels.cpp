@@ -181,6 +181,39 @@ int neurms_two_sided_fit(const float* g, int64_t m, int64_t n, int iterations, f
   }
 }
 
+// The same for a G that is stored by columns: `a` is its transpose, n x m and row-major. A round is one pass
+// again: rows of a give s, and while they are in cache their sum gives the next q. The first pass only finds the
+// magnitude of s, so that sums of a^2 s stay within float32.
+int neurms_two_sided_fit_transposed(const float* a, int64_t n, int64_t m, int iterations, float tolerance,
+                                    float* q, float* s, int threads) {
+  std::vector<double> columns(m), scratch;
+  std::vector<float> unit(m, 1.0f), last(m, 0.0f);
+  double factor = 1.0 / std::max(static_cast<double>(m), 1.0);
+  pass(a, n, m, unit.data(), static_cast<float>(factor), s, nullptr, scratch, threads);
+  double peak = kTiny;
+  for (int64_t i = 0; i < n; ++i) peak = std::max(peak, static_cast<double>(s[i]));
+  int round = 0;
+  while (true) {
+    ++round;
+    pass(a, n, m, unit.data(), static_cast<float>(factor / peak), s, columns.data(), scratch, threads);
+    double squares = 0, weight = 0, change = 0, top = 0;
+    for (int64_t i = 0; i < n; ++i) squares += static_cast<double>(s[i]) * s[i];
+    const double divisor = std::max(squares * peak, static_cast<double>(kTiny));
+    for (int64_t j = 0; j < m; ++j) {
+      q[j] = static_cast<float>(columns[j] / divisor);
+      weight += static_cast<double>(q[j]) * q[j];
+      change = std::max(change, std::abs(static_cast<double>(q[j]) - last[j]));
+      top = std::max(top, static_cast<double>(q[j]));
+      last[j] = unit[j] = q[j];
+    }
+    if (round == iterations || change <= tolerance * top) {
+      for (int64_t i = 0; i < n; ++i) s[i] = static_cast<float>(s[i] * peak);
+      return round;
+    }
+    factor = 1.0 / std::max(weight, static_cast<double>(kTiny));
+  }
+}
+
 // sum_ij (left_i g_ij right_j)^2
 double neurms_scaled_square_sum(const float* g, int64_t m, int64_t n, const float* left,
                                 const float* right, int threads) {

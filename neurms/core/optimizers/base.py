@@ -282,6 +282,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             states = [self.state[item.parameter] for item in batch]
             for state in states:
                 state["step"] += 1
+            if recipe.fused is not None and len(batch) == 1:
+                with span("update", [batch[0].parameter]):
+                    moved = self._fused(recipe.fused, batch[0])
+                if moved:
+                    continue
             with span("scale", [item.parameter for item in batch]):
                 gradients = [self._matrix(item, item.gradient) for item in batch]
                 updates = updates_of(recipe, batch, gradients, states)
@@ -296,7 +301,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if weight.numel() < BATCH_LIMIT or weight.data_ptr() != target.data_ptr():
             return False
         gradient = self._matrix(item, item.gradient)
-        if not (weight.is_contiguous() and gradient.is_contiguous()):
+        # By rows or, as Keras stores kernels, by columns; but both alike.
+        pair = (weight, gradient) if weight.is_contiguous() else (weight.mT, gradient.mT)
+        if not all(matrix.is_contiguous() for matrix in pair):
             return False
         state, lr = self.state[item.parameter], float(item.group["lr"])
         decay = 1.0 - lr * item.group["weight_decay"]

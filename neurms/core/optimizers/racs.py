@@ -11,6 +11,7 @@ from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.safeguards import NormGrowthLimiter, growth_factor
+from neurms.core.spans import span
 from neurms.core.structures.base import Context
 from neurms.core.structures.two_sided import TwoSidedDiagonal
 
@@ -94,9 +95,11 @@ def _fused_step(
     structure: TwoSidedDiagonal, limiter: NormGrowthLimiter, alpha: float, call: FusedStep
 ) -> None:
     """Take RACS's step in three kinds of pass over G, with nothing of its size allocated."""
-    structure.observe(call.gradient, call.state, Context(call.step))
-    left, right = structure.factors(call.state, call.step)
-    norm = scaled_square_sum(call.gradient, left, right).sqrt()
+    with span("reduce"):
+        structure.observe(call.gradient, call.state, Context(call.step))
+    with span("scale"):
+        left, right = structure.factors(call.state, call.step)
+        norm = scaled_square_sum(call.gradient, left, right).sqrt()
     eta = growth_factor(norm, call.state["phi"], limiter.gamma, call.step)
     step = eta.double() * (call.lr * alpha)
     two_sided_update_(call.weight, call.gradient, left, right, step, call.scalar(call.decay))

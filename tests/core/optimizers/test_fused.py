@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from neurms.core.optimizers.base import PreconditionedOptimizer
+from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.registry import create, optimizer_class
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -29,12 +31,23 @@ def test_fused_equals_the_transforms(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trajectories = []
-    for fused in (True, False):
-        cls = optimizer_class(name)
-        if not fused:
-            made = cls.recipe
-            monkeypatch.setattr(cls, "recipe", lambda s, made=made: replace(made(s), fused=None))
+    trajectories, calls = [], 0
+    cls = optimizer_class(name)
+    made = cls.recipe
+
+    def counted(settings: Mapping[str, Any]) -> Recipe:
+        recipe = made(settings)
+        assert recipe.fused is not None
+
+        def fused(call: FusedStep) -> None:
+            nonlocal calls
+            calls += 1
+            recipe.fused(call)  # type: ignore[misc]
+
+        return replace(recipe, fused=fused)
+
+    for recipe_of in (counted, lambda settings: replace(made(settings), fused=None)):
+        monkeypatch.setattr(cls, "recipe", recipe_of)
         generator = torch.Generator().manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(300, 256, generator=generator).to(dtype))
         optimizer = create(name, [parameter], backend=backend, lr=0.1, **settings)
@@ -45,5 +58,6 @@ def test_fused_equals_the_transforms(
             parameter.grad = gradient.to(dtype)
             optimizer.step()
         trajectories.append(parameter.detach().double())
+    assert calls == 3, "the fused step is what the first trajectory must have taken"
     tolerance = 1e-2 if dtype == torch.bfloat16 else 3e-6
     torch.testing.assert_close(*trajectories, rtol=tolerance, atol=tolerance)

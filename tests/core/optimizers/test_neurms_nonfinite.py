@@ -189,7 +189,7 @@ class TestBackward:
         with pytest.raises(NonFiniteError, match=r"'0\.weight'.*not applied.*: 6\.weight\. Lower"):
             optimizer.step()
         assert_same(before, snapshot(model, optimizer)["weights"])
-        optimizer.zero_grad()
+        model.zero_grad()
         cross_entropy(model, x, y).backward()
         optimizer.step()
 

@@ -170,18 +170,21 @@ class TestCompiled:
 
     @VARIANTS
     @UPDATES
-    @pytest.mark.parametrize("how", ["torch.compile", "model.compile", "optimizer first"])
+    @pytest.mark.parametrize("how", ["torch.compile", "used", "model.compile", "optimizer first"])
     def test_same_trajectory(self, how: str, update: str, variant: str) -> None:
         plain, one = pair(variant=variant, update=update)
         model = mlp()
         used: nn.Module = model
         settings: dict[str, Any] = {"variant": variant, "update": update, "lr": 0.05}
-        if how == "torch.compile":
+        if how in ("torch.compile", "used"):
             used = torch.compile(model, backend="aot_eager")  # type: ignore[assignment]
+            if how == "used":  # compiled without taps
+                used(vectors()[0]).sum().backward()
+                model.zero_grad()
             optimizer = NeuRMS(used, **settings)
         elif how == "model.compile":
             model.compile(backend="aot_eager")
-            used(vectors()[0]).sum().backward()  # compiled without taps
+            used(vectors()[0]).sum().backward()
             model.zero_grad()
             optimizer = NeuRMS(model, **settings)
         else:
