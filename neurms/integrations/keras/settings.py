@@ -1,0 +1,108 @@
+"""Settings of a rule as a Keras optimizer takes them: names, defaults, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from neurms.core.errors import check_real
+from neurms.core.optimizers.registry import optimizer_class
+from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
+from neurms.core.optimizers.unitwise_optimizer import UnitwiseOptimizer
+
+__all__ = ["base_rate", "check_backend", "check_settings", "default_rate", "setting_defaults"]
+
+_KERAS_DECIDES = {
+    "lr": "is called learning_rate in Keras",
+    "loss_scale": "is found in the LossScaleOptimizer or loss_scale_factor by itself",
+    "update": 'is always "step" in Keras, whose train step needs every gradient',
+}
+
+
+def check_backend(name: str) -> None:
+    """Raise unless Keras runs on torch.
+
+    Raises:
+        ValueError: It runs on another backend.
+    """
+    backend = keras.backend.backend()
+    if backend != "torch":
+        raise ValueError(
+            f"{name} is only supported with the torch backend of Keras: it updates torch tensors "
+            f"in place. The current backend is {backend!r}; set the environment variable "
+            "KERAS_BACKEND=torch before keras is imported"
+        )
+
+
+def default_rate(rule: str) -> float:
+    """Return the learning rate that a rule has unless told otherwise."""
+    return float(optimizer_class(rule).default_settings()["lr"])
+
+
+def setting_defaults(rule: str) -> dict[str, Any]:
+    """Return the settings that a rule's Keras optimizer takes beside Keras's own, with defaults."""
+    own = optimizer_class(rule).default_settings()
+    common = {k: v for k, v in COMMON_DEFAULTS.items() if k != "weight_decay"}
+    return {k: v for k, v in {**own, **common}.items() if k not in _KERAS_DECIDES}
+
+
+def check_settings(
+    rule: str, given: Mapping[str, Any], weight_decay: float | None
+) -> dict[str, Any]:
+    """Return all of a rule's settings, completed by defaults, lists as tuples.
+
+    Raises:
+        TypeError: The rule has no such setting, or Keras decides it.
+        ValueError: A setting is out of its range.
+    """
+    defaults = setting_defaults(rule)
+    for name in given:
+        if name in _KERAS_DECIDES:
+            raise TypeError(f"{name}={given[name]!r} {_KERAS_DECIDES[name]}; leave it out")
+        if name not in defaults:
+            raise TypeError(
+                f"{rule} has no setting {name!r}; its settings are {sorted(defaults)}, beside "
+                "Keras's own (learning_rate, weight_decay, clipnorm, use_ema, ...)"
+            )
+    settings = {**defaults, **{k: _tupled(v) for k, v in given.items()}}
+    decay = 0.0 if weight_decay is None else check_real("weight_decay", weight_decay)
+    check_common(rule, {k: v for k, v in settings.items() if k in COMMON_DEFAULTS})
+    _check_patterns(settings["exclude"])
+    optimizer_class(rule).recipe({**settings, "lr": default_rate(rule), "weight_decay": decay})
+    return settings
+
+
+def needs_taps(rule: str) -> bool:
+    """Return whether a rule reads the layers' inputs and error signals."""
+    return issubclass(optimizer_class(rule), UnitwiseOptimizer)
+
+
+def base_rate(learning_rate: Any) -> float:
+    """Return the learning rate that ``fallback_lr`` goes with.
+
+    A number is itself, a schedule its warm-up target or initial rate, or else its value at step 0.
+    """
+    if isinstance(learning_rate, float):
+        return learning_rate
+    if isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+        for name in ("warmup_target", "initial_learning_rate"):
+            rate = getattr(learning_rate, name, None)
+            if rate:
+                return float(rate)
+        return float(learning_rate(0))
+    # Keras has seen to it that nothing else than a callable gets here.
+    return float(learning_rate())
+
+
+def _tupled(value: Any) -> Any:
+    """Return lists, which is how JSON gives tuples back, as tuples: recipes are hashed."""
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
+def _check_patterns(patterns: Any) -> None:
+    if isinstance(patterns, str):
+        raise TypeError(
+            f"exclude={patterns!r} must be a sequence of patterns; write ({patterns!r},)"
+        )
