@@ -12,6 +12,7 @@ from neurms.core.safeguards import (
     Grafted,
     Grafting,
     NormGrowthLimiter,
+    RootMeanSquareClip,
     RowClip,
     TrustRatio,
 )
@@ -89,6 +90,23 @@ def rms_length(steps: Tensor, beta: float, correct: bool) -> Tensor:
     if correct:
         v = v / (1 - beta**count)
     return (steps[-1] / (v.sqrt() + 1e-8)).norm()
+
+
+class TestRootMeanSquareClip(TransformContract):
+    transform = RootMeanSquareClip(30.0)
+
+    def test_only_long_updates_are_shortened(self) -> None:
+        steps = gradients(3, 4, steps=2)
+        steps[0] *= 0.4 / steps[0].square().mean().sqrt()
+        steps[1] *= 2.0 / steps[1].square().mean().sqrt()
+        updates, state = run(RootMeanSquareClip(0.5), steps)
+        assert torch.equal(updates[0], steps[0])
+        torch.testing.assert_close(updates[1], steps[1] / 4)
+        assert state == {}
+
+    def test_bad_clip(self) -> None:
+        with pytest.raises(ValueError, match=r"clip=0\.0"):
+            RootMeanSquareClip(0.0)
 
 
 class TestGrafted(TransformContract):

@@ -50,10 +50,10 @@ class Shampoo(PreconditionedOptimizer):
 
     Reference:
         "Shampoo: Preconditioned Stochastic Tensor Optimization", Gupta et al., 2018, Algorithm 1;
-        averages, tiles and grafting as in "A Distributed Data-Parallel PyTorch Implementation of
-        the Distributed Shampoo Optimizer", Shi et al., 2023, whose AdaGrad form is the default.
-        Departure: its warm-up on the grafted method alone is left out; the roots are there from the
-        first step.
+        averages, tiles, merged dimensions and grafting as in "A Distributed Data-Parallel PyTorch
+        Implementation of the Distributed Shampoo Optimizer", Shi et al., 2023, whose AdaGrad form
+        is the default. Departure: its warm-up on the grafted method alone is left out; the roots
+        are there from the first step.
 
     Example:
         >>> import torch, neurms

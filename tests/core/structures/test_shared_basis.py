@@ -163,5 +163,4 @@ def _largest_tensor(transform: SharedBasisBlocks, steps: Tensor) -> int:
 
     with Recorder() as recorder:
         run(transform, steps)
-    # The list of gradients itself is among what the views' storages show.
     return recorder.largest
