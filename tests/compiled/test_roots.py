@@ -56,6 +56,31 @@ def test_eigh_tries_float32_again_in_float64(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close((vectors * values) @ vectors.T, matrix)
 
 
+def test_eigh_tries_again_where_lapack_returns_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch.linalg.eigh
+
+    def silent(matrix: Tensor) -> Any:
+        values, vectors = plain(matrix)
+        return (values * float("nan") if matrix.dtype == torch.float32 else values), vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", silent)
+    values, _ = roots.eigh(spectrum(3.0, 2.0, 1.0).float())
+    torch.testing.assert_close(values, torch.tensor([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-8, 1.0, 1e8, 1e30])
+def test_eigh_at_any_scale(scale: float) -> None:
+    # A singular block of zero and unlike columns: plain float32 LAPACK underflows on such.
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(32, 4, generator=generator) * torch.logspace(0, -3, 4)
+    columns[torch.rand(32, generator=generator) < 0.6] = 0
+    matrix = columns @ columns.T
+    values, vectors = roots.eigh(torch.stack([matrix * scale, matrix]))
+    torch.testing.assert_close(values[0] / scale, values[1], rtol=1e-5, atol=1e-5)
+    back = (vectors[0] * (values[0] / scale)) @ vectors[0].T
+    torch.testing.assert_close(back, matrix, rtol=1e-4, atol=1e-4)
+
+
 def test_eigh_gives_up_on_nan() -> None:
     with pytest.raises(torch.linalg.LinAlgError):
         roots.eigh(torch.full((3, 3), float("nan"), dtype=torch.float64))

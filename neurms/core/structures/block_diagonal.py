@@ -32,11 +32,15 @@ class BlockDiagonal(Structure):
         eps: Added to the square roots of the eigenvalues.
         block_size: Largest b; each matrix takes the largest divisor of n up to it.
         interval: Steps between two computations of the roots. With 1, or b = 1, they are not kept.
+            A root that V has outgrown is computed anew at once, see below.
 
     Reference:
         "Block Adam" of Yen et al., NeurIPS 2023, section 5. Settled here: eigenvalues below
         rounding (b ulp of the block's largest) count as that much, since blocks are singular in the
-        first steps.
+        first steps. With an ``interval`` a root may meet a gradient in a direction that V had not
+        seen, which it would blow up by 1/eps. As V holds (1 - beta) g g^T, |V^(-1/2) g|^2 is at
+        most (1 - beta^t) / (1 - beta) for a fresh root; a block beyond that bound gets its root at
+        once.
     """
 
     beta: float = 0.999
@@ -64,8 +68,15 @@ class BlockDiagonal(Structure):
         moment = state["second_moment"]
         g = gradient.unflatten(-1, moment.shape[-3:-1])
         moment.lerp_(g[..., :, None] * g[..., None, :], 1.0 - self.beta)
-        if "root" in state and is_due(context.step, self.interval):
+        if "root" not in state:
+            return
+        if is_due(context.step, self.interval):
             state["root"].copy_(self._root(moment, context.step))
+            return
+        scaled = (state["root"] @ g[..., None]).square().sum((-2, -1))
+        outdated = scaled > (1.0 - self.beta**context.step) / (1.0 - self.beta)
+        if bool(outdated.any()):
+            state["root"][outdated] = self._root(moment[outdated], context.step)
 
     def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
         """Return the preconditioned gradient (..., m, n)."""

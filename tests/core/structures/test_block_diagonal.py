@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from neurms.core.optimizers.plan import tensor_bytes
+from neurms.core.structures.base import Context
 from neurms.core.structures.block_diagonal import BlockDiagonal, block_width
 from tests.core.structures.contract import TransformContract, gradients, run
 
@@ -43,12 +44,29 @@ class TestBlockDiagonal(TransformContract):
             torch.testing.assert_close(updates[-1][i], expected, rtol=1e-7, atol=1e-9)
 
     def test_roots_are_kept_for_the_interval(self) -> None:
-        steps = gradients(3, 4, steps=4)
-        every, _ = run(BlockDiagonal(block_size=2), steps)
-        lazy, _ = run(BlockDiagonal(block_size=2, interval=3), steps)
+        steps = gradients(3, 4, steps=10)
+        steps[7:9] *= 0.5  # well within what the roots of step 7 have seen
+        every, _ = run(BlockDiagonal(beta=0.9, block_size=2), steps)
+        transform = BlockDiagonal(beta=0.9, block_size=2, interval=3)
+        lazy, state = run(transform, steps[:7])
         torch.testing.assert_close(lazy[0], every[0])
-        assert not torch.allclose(lazy[1], every[1])
-        torch.testing.assert_close(lazy[3], every[3])
+        torch.testing.assert_close(lazy[6], every[6])
+        root = state["root"].clone()
+        for number in (8, 9):
+            transform.observe(steps[number - 1], state, Context(number))
+            assert torch.equal(state["root"], root)
+        torch.testing.assert_close(transform(steps[9], state, Context(10)), every[9])
+        assert not torch.allclose(state["root"], root)
+
+    def test_an_old_root_does_not_blow_up_what_it_never_saw(self) -> None:
+        steps = torch.zeros(9, 2, 4, dtype=torch.float32)
+        steps[..., 0] = 1e-3
+        steps[5:, 0] = torch.tensor([0.0, 1e-3, 0.0, 0.0])  # unit 0 turns after step 5
+        lazy, _ = run(BlockDiagonal(beta=0.9, block_size=4, interval=100), steps)
+        every, _ = run(BlockDiagonal(beta=0.9, block_size=4), steps)
+        torch.testing.assert_close(lazy[5][0], every[5][0])
+        assert max(float(update.abs().max()) for update in lazy) <= 10**0.5
+        torch.testing.assert_close(lazy[8][1], every[8][1])
 
     @pytest.mark.parametrize(
         ("features", "size", "width"),
