@@ -37,7 +37,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "rmnp": (0.0025, 0.005, 0.01, 0.02),
     "alice": (0.01, 0.02, 0.04, 0.08),
     "muon": (0.01, 0.02, 0.04, 0.08),
-    "shared_basis": (1e-3, 3e-3, 1e-2, 3e-2),
+    "shared_basis": (1e-4, 3e-4, 1e-3, 3e-3),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"betas": (0.9, 0.95), "weight_decay": 0.0},
@@ -135,31 +135,43 @@ def tuned(record: Results, data: Any, name: str, steps: int, fallback_lr: float)
     return min(losses, key=losses.__getitem__)
 
 
-def table(record: Results, steps: int) -> str:
-    """Return the table: final loss, steps and seconds to AdamW's final loss, ratios."""
-    runs: dict[str, list[Any]] = {}
-    for key, run in record.runs.items():
-        if key.startswith("final") and key.endswith(f"steps={steps}"):
-            runs.setdefault(key.split()[1], []).append(run)
-    target = statistics.fmean(final(run) for run in runs["adamw"])
-    reference = statistics.fmean(run["curve"][-1][2] for run in runs["adamw"])
-    lines = [
-        f"AdamW's final loss {target:.4f}; ratios above 1 favour the optimizer of the row",
-        f"{'optimizer':14}{'loss':>9}{'std':>8}{'seconds':>9}{'step ratio':>12}"
-        f"{'eff. throughput':>17}",
-    ]
-    for name, own in runs.items():
-        losses = [final(run) for run in own]
-        seconds = statistics.fmean(run["curve"][-1][2] for run in own)
-        std = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        reached = _first_below(own, target)
-        ratios = (
-            f"{steps / reached[0]:>12.2f}{reference / reached[1]:>17.2f}"
-            if reached
-            else f"{'not reached':>12}{'':>17}"
+def rows(runs: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """Return, for each optimizer, its final loss and what it needs to reach AdamW's.
+
+    ``step_ratio`` is AdamW's steps over the optimizer's to AdamW's final loss; ``throughput`` is
+    the papers' effective throughput, AdamW's tokens over the optimizer's seconds to that loss,
+    relative to AdamW's own. Both are None where that loss was not reached.
+    """
+    by_name: dict[str, list[Any]] = {}
+    for key, run in runs.items():
+        kind, name, lr, *_ = key.replace("lr=", "").split()
+        if kind == "final" and key.endswith(f"steps={steps}") and lr == _best(runs, name):
+            by_name.setdefault(name, []).append((lr, run))
+    target = statistics.fmean(final(run) for _, run in by_name["adamw"])
+    reference = statistics.fmean(run["curve"][-1][2] for _, run in by_name["adamw"])
+    table = []
+    for name, own in by_name.items():
+        losses = [final(run) for _, run in own]
+        reached = _first_below([run for _, run in own], target)
+        table.append(
+            {
+                "optimizer": name,
+                "lr": own[0][0],
+                "seeds": len(own),
+                "loss": statistics.fmean(losses),
+                "std": statistics.stdev(losses) if len(losses) > 1 else None,
+                "seconds": statistics.fmean(run["curve"][-1][2] for _, run in own),
+                "step_ratio": steps / reached[0] if reached else None,
+                "throughput": reference / reached[1] if reached else None,
+            }
         )
-        lines.append(f"{name:14}{statistics.fmean(losses):9.4f}{std:8.4f}{seconds:9.1f}{ratios}")
-    return "\n".join(lines)
+    return table
+
+
+def _best(runs: dict[str, Any], name: str) -> str:
+    """Return the tuned rate as written in the keys."""
+    tuning = {key: final(run) for key, run in runs.items() if key.startswith(f"tune {name} ")}
+    return min(tuning, key=tuning.__getitem__).split("lr=")[1].split()[0]
 
 
 def _first_below(runs: list[Any], target: float) -> tuple[int, float] | None:
@@ -191,7 +203,8 @@ def main() -> None:
             record.run(
                 key, lambda n=name, r=lr, s=seed: train(data, n, r, s, arguments.steps, fallback_lr)
             )
-    print(table(record, arguments.steps))
+    for row in rows(record.runs, arguments.steps):
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+"""Write ``docs/results.md`` from the results kept in the repository.
+
+python -m benchmarks.tables          # rewrite the page
+python -m benchmarks.tables --check  # fail if the page is not what the files say
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+from benchmarks.llama import rows as llama_rows
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+
+HEAD = """# Results
+
+Every table here is written by `python -m benchmarks.tables` from a file under
+`benchmarks/results/`, which also holds the settings, versions and machine of its runs. Seconds come
+from a small shared machine and are good for rough ratios only.
+"""
+
+MNIST = """## MNIST, two epochs
+
+`neurms bench mnist`: a 784-512-512-10 ReLU network, batch 128, cosine schedule, 2 epochs. The
+learning rate of each method is the best of the same grid on held-out training images; test accuracy
+is the mean over {seeds} seeds, compared with AdamW seed by seed (difference in points, p of a
+paired t-test).
+
+{table}
+
+AdamW, SGD with momentum and NeuRMS-U cannot be told apart here. NeuRMS-F and B stand behind, and U
+without momentum does too.
+"""
+
+LLAMA = """## A small LLaMA on English prose
+
+`python -m benchmarks.llama`: bytes as tokens, 3 layers, width 128, context {context}, batch
+{batch}, {steps} steps with warmup and cosine. Every optimizer had at least four learning rates,
+{tune} steps each, a factor of two or three apart, until the best lay inside or the budget was
+spent, then {seeds} at the best one. Parameters outside the rule go to AdamW at the rate that is
+best for AdamW alone. Step ratio: AdamW's steps over the optimizer's to AdamW's final loss.
+Effective throughput: the same in seconds. Above 1 is better than AdamW; a dash means that AdamW's
+final loss was not reached.
+
+{table}
+
+Muon, Alice and RACS need fewer steps than AdamW, in the published order of Alice and RACS. RMNP
+does not at this scale, where its paper has it level with Muon: its best rate, .01, lies inside the
+grid, so it is not a matter of the rate alone. SharedBasis is a convex-optimisation method and stays
+far behind in {steps} steps.
+"""
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, first column left, the others right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def mnist(content: dict[str, Any]) -> str:
+    """Return the MNIST section."""
+    lines = []
+    for row in content["summary"]:
+        against = row.get("against_baseline")
+        lines.append(
+            [
+                row["method"],
+                f"{row['lr']:g}",
+                f"{row['mean']:.4f}",
+                f"{row['std']:.4f}",
+                f"{100 * against['difference']:+.2f}" if against else "",
+                f"{against['p']:.3f}" if against else "",
+                f"{row['cpu_seconds']:.1f}",
+            ]
+        )
+    header = ["method", "lr", "test accuracy", "std", "minus AdamW", "p", "CPU s"]
+    return MNIST.format(seeds=len(content["summary"][0]["scores"]), table=markdown(header, lines))
+
+
+def llama(content: dict[str, Any]) -> str:
+    """Return the language model's section."""
+    steps, tune = 600, 200
+    found = sorted(llama_rows(content["runs"], steps), key=lambda row: row["loss"])
+    show: Callable[[float | None], str] = lambda x: "-" if x is None else f"{x:.2f}"  # noqa: E731
+    lines = [
+        [
+            row["optimizer"],
+            row["lr"],
+            f"{row['loss']:.4f}",
+            "-" if row["std"] is None else f"{row['std']:.4f}",
+            f"{row['seconds']:.0f}",
+            show(row["step_ratio"]),
+            show(row["throughput"]),
+        ]
+        for row in found
+    ]
+    header = ["optimizer", "lr", "loss", "std", "s", "step ratio", "effective throughput"]
+    counts = sorted({row["seeds"] for row in found})
+    seeds = f"{' to '.join(map(str, counts))} seed{'' if counts == [1] else 's'}"
+    settings = content["settings"]
+    return LLAMA.format(
+        context=settings["context"],
+        batch=settings["batch"],
+        steps=steps,
+        tune=tune,
+        seeds=seeds,
+        table=markdown(header, lines),
+    )
+
+
+def page() -> str:
+    """Return the page that the results files make."""
+    made = [
+        make(json.loads((RESULTS / f"{make.__name__}.json").read_text())) for make in (mnist, llama)
+    ]
+    return "\n".join([HEAD, *made])
+
+
+def main() -> None:
+    """Write the page, or check it."""
+    if "--check" in sys.argv[1:]:
+        if PAGE.read_text() != page():
+            raise SystemExit(
+                "docs/results.md is not what benchmarks/results says; run it without --check"
+            )
+    else:
+        PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
