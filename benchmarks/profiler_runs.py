@@ -73,7 +73,7 @@ def train(name: str, steps: int | None) -> ProfilerReport:
     steps = steps or default
     optimizer = neurms.NeuRMS(model, lr=lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, steps))
-    every = max(steps // 40, 1)
+    every = max(steps // 24, 1)
     with neurms.profile(model, optimizer, every_n_steps=every, warmup_steps=5) as profiler:
         for step in range(steps):
             inputs, targets = next(batches)

@@ -17,7 +17,7 @@ from neurms.compiled.native.build import CACHE_VARIABLE, compiler, library
 
 __all__ = ["CACHE_VARIABLE", "LEAST_ELEMENTS", "compiler", "library", "pointer", "suits", "threads"]
 
-LEAST_ELEMENTS = 1 << 16
+LEAST_ELEMENTS = 1 << 15
 """Below, eager calls are as fast and a short run would not earn the compiler's seconds back."""
 
 
