@@ -18,9 +18,10 @@ from neurms.core.structures.base import Context
 __all__ = ["Item", "batches", "updates_of", "gathered", "nonfinite_names"]
 
 BATCH_LIMIT = 1 << 15
-"""Elements below which equal matrices are stacked. Measured on twelve of them, one thread: at 64 x 64 a
-stack takes .3 to .8 of the time of one by one (RACS, RMNP, Muon, Alice, LAMB, Shampoo), at 128 x 128
-.5 to 1.05, at 255 x 255 it is 1.1 to 2.6 times slower, since copies then cost more than calls."""
+"""Elements below which equal matrices are stacked. Measured on twelve of them, one thread: at 64 x
+64 a stack takes .3 to .8 of the time of one by one (RACS, RMNP, Muon, Alice, LAMB, Shampoo), at 128
+x 128 .5 to 1.05, at 255 x 255 it is 1.1 to 2.6 times slower, since copies then cost more than
+calls."""
 
 
 @dataclass(frozen=True, eq=False)
