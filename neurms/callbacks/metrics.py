@@ -1,0 +1,293 @@
+"""The profiler's statistics as torchmetrics Metrics: over time, and over ranks.
+
+Each is usable alone, in any loop: ``update`` with what a step shows, ``compute`` for everything
+seen so far on all ranks, ``reset`` to begin anew.
+
+====================================  ============================================================
+:class:`FactorizationCorrelation`     rho = corr(G_ij^2, v_i u_j)
+:class:`FactorizationError`           ||E[d^2 h^2] - E[d^2] E[h^2]|| / ||E[d^2 h^2]||
+:class:`UnitMoments`                  mean square of every unit (or feature), dead ones
+:class:`RowDominance`                 r_avg, r_min, r_max of a momentum
+:class:`ClippedFraction`              share of factors at a bound
+:class:`SubspaceEnergy`               share of the gradient's energy in a subspace
+====================================  ============================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurms.compiled.correlation import correlation_from_sums, correlation_sums
+from neurms.core.dominance import row_dominance
+from neurms.core.extras import require
+from neurms.core.layout import Layout, default_layout
+
+require("torchmetrics", extra="report")
+
+from torchmetrics import Metric  # noqa: E402
+
+__all__ = [
+    "ClippedFraction",
+    "FactorizationCorrelation",
+    "FactorizationError",
+    "RowDominance",
+    "SubspaceEnergy",
+    "UnitMoments",
+]
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+class FactorizationCorrelation(Metric):
+    """Pearson's correlation of G_ij^2 and v_i u_j over all entries of all updates.
+
+    Five sums in float64, from one pass over G without ever forming v u^T. Sums of row blocks of G
+    add up to those of G, so that ranks may hold different rows; ranks with the same G change
+    nothing. Over time all entries of all steps count as one population, large gradients weighing
+    more; for a mean of per-step correlations average the values of ``forward``.
+
+    Args:
+        layout: How G is seen as units x features; None takes axis 0 as units.
+        **settings: For ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = FactorizationCorrelation()
+        >>> g = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+        >>> metric.update(g, torch.tensor([1.0, 9.0]), torch.tensor([1.0, 4.0]))
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    sums: Tensor
+    count: Tensor
+
+    def __init__(self, layout: Layout | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.layout = layout
+        self.add_state("sums", _zeros(5), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, gradient: Tensor, v: Tensor, u: Tensor) -> None:
+        """Take one gradient.
+
+        Args:
+            gradient: G in the parameter's shape.
+            v: Unit second moments (units,), any positive factor drops out within a step.
+            u: Feature second moments (features,).
+        """
+        layout = self.layout or default_layout(gradient)
+        plain = layout.groups == layout.taps == 1
+        g = layout.matrix(gradient) if plain else layout.blocks(gradient)
+        self.sums += correlation_sums.eager(g.detach(), v, u).to(self.sums)
+        self.count += gradient.numel()
+
+    def compute(self) -> Tensor:
+        """Return rho, 0-d float64; NaN where one side is constant."""
+        return correlation_from_sums(self.sums, int(self.count))
+
+
+class FactorizationError(Metric):
+    """|| E[d^2 h^2] - E[d^2] E[h^2] ||_F / || E[d^2 h^2] ||_F over all rows seen.
+
+    Args:
+        units: m.
+        features: n.
+        **settings: For ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = FactorizationError(2, 1)
+        >>> metric.update(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([[1.0], [3.0]]))
+        >>> metric.compute()
+        tensor(0., dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    joint: Tensor
+    unit_sums: Tensor
+    feature_sums: Tensor
+    rows: Tensor
+
+    def __init__(self, units: int, features: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.add_state("joint", _zeros(units, features), dist_reduce_fx="sum")
+        self.add_state("unit_sums", _zeros(units), dist_reduce_fx="sum")
+        self.add_state("feature_sums", _zeros(features), dist_reduce_fx="sum")
+        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, errors: Tensor, inputs: Tensor) -> None:
+        """Take rows of D (..., units) and H (..., features), their leading axes alike."""
+        d = errors.detach().reshape(-1, errors.shape[-1]).double().square()
+        h = inputs.detach().reshape(-1, inputs.shape[-1]).double().square()
+        self.joint += d.T @ h
+        self.unit_sums += d.sum(0)
+        self.feature_sums += h.sum(0)
+        self.rows += d.shape[0]
+
+    def compute(self) -> Tensor:
+        """Return the error, 0-d float64; NaN before anything was seen."""
+        factored = self.unit_sums[:, None] * self.feature_sums / self.rows
+        error: Tensor = (self.joint - factored).norm() / self.joint.norm()
+        return error
+
+
+class UnitMoments(Metric):
+    """Mean square of every unit's error signal, or of every feature's input.
+
+    Args:
+        count: Number of units or features.
+        **settings: For ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = UnitMoments(2)
+        >>> metric.update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> metric.compute(), metric.dead()
+        (tensor([5., 0.], dtype=torch.float64), tensor(1))
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    sums: Tensor
+    rows: Tensor
+
+    def __init__(self, count: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.add_state("sums", _zeros(count), dist_reduce_fx="sum")
+        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, signals: Tensor) -> None:
+        """Take rows of D or H, shape (..., count)."""
+        rows = signals.detach().reshape(-1, signals.shape[-1]).double()
+        self.sums += rows.square().sum(0)
+        self.rows += rows.shape[0]
+
+    def compute(self) -> Tensor:
+        """Return the mean squares, shape (count,), float64."""
+        return self.sums / self.rows
+
+    def dead(self) -> Tensor:
+        """Return the number of units that never had a signal on this rank."""
+        return (self.sums == 0).sum()
+
+
+class RowDominance(Metric):
+    """r_i = (V V^T)_ii / mean_{j != i} |(V V^T)_ij|: mean of r_avg, least r_min, greatest r_max.
+
+    Args:
+        **settings: For ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = RowDominance()
+        >>> metric.update(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+        >>> {name: value.item() for name, value in metric.compute().items()}
+        {'r_avg': 1.5, 'r_min': 1.0, 'r_max': 2.0}
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    seen: Tensor
+    least: Tensor
+    greatest: Tensor
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.add_state("total", _zeros(), dist_reduce_fx="sum")
+        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("least", _zeros() + torch.inf, dist_reduce_fx="min")
+        self.add_state("greatest", _zeros() - torch.inf, dist_reduce_fx="max")
+
+    def update(self, matrix: Tensor) -> None:
+        """Take a momentum V (m, n); one without two rows that are not zero is passed over."""
+        found = row_dominance(matrix.detach())
+        if found is None:
+            return
+        self.total += found.r_avg
+        self.seen += 1
+        self.least = self.least.clamp(max=found.r_min)
+        self.greatest = self.greatest.clamp(min=found.r_max)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``r_avg``, ``r_min`` and ``r_max``, each 0-d float64."""
+        return {"r_avg": self.total / self.seen, "r_min": self.least, "r_max": self.greatest}
+
+
+class ClippedFraction(Metric):
+    """Share of factors that stand at a bound.
+
+    Args:
+        low: Lower bound.
+        high: Upper bound.
+        **settings: For ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = ClippedFraction(0.0, 100.0)
+        >>> metric.update(torch.tensor([1.0, 100.0]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    clipped: Tensor
+    seen: Tensor
+
+    def __init__(self, low: float, high: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.low, self.high = low, high
+        self.add_state("clipped", _zeros(), dist_reduce_fx="sum")
+        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, factors: Tensor) -> None:
+        """Take a layer's factors, any shape."""
+        self.clipped += ((factors <= self.low) | (factors >= self.high)).sum()
+        self.seen += factors.numel()
+
+    def compute(self) -> Tensor:
+        """Return the share, 0-d float64."""
+        return self.clipped / self.seen
+
+
+class SubspaceEnergy(Metric):
+    """||U^T G||^2 / ||G||^2 over all updates: what a low-rank method keeps of the gradients.
+
+    Args:
+        on_features: Whether U spans features, (n, r), instead of units, (m, r).
+        **settings: For ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = SubspaceEnergy()
+        >>> metric.update(torch.tensor([[3.0], [4.0]]), torch.tensor([[1.0], [0.0]]))
+        >>> metric.compute()
+        tensor(0.3600, dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    kept: Tensor
+    total: Tensor
+
+    def __init__(self, on_features: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.on_features = on_features
+        self.add_state("kept", _zeros(), dist_reduce_fx="sum")
+        self.add_state("total", _zeros(), dist_reduce_fx="sum")
+
+    def update(self, gradient: Tensor, basis: Tensor) -> None:
+        """Take G (m, n) and an orthonormal basis U."""
+        g, u = gradient.detach().double(), basis.detach().double()
+        self.kept += (g @ u if self.on_features else u.T @ g).square().sum()
+        self.total += g.square().sum()
+
+    def compute(self) -> Tensor:
+        """Return the share, 0-d float64."""
+        return self.kept / self.total

@@ -1,0 +1,179 @@
+"""Which plots a report shows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from neurms.callbacks.profiler.advice import HOLDS
+from neurms.callbacks.profiler.formats import bytes_text, number
+from neurms.callbacks.profiler.rows import LayerRow
+from neurms.callbacks.profiler.svg import Axis, Line, bars, boxes, colour, lines, stacked
+
+if TYPE_CHECKING:
+    from neurms.callbacks.profiler.report import ProfilerReport
+
+__all__ = ["figures", "fitted_law"]
+
+SHOWN = 40
+"""Layers in one plot of bars; more are left to the table."""
+
+_PARTS = ("forward", "backward", "reduce", "scale", "update")
+_PART_COLOURS = ("#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#999999")
+
+
+def figures(report: ProfilerReport) -> list[tuple[str, str, str]]:
+    """Return (title, plot and legend, what one should know about it) of every plot."""
+    found = [
+        _over_time(report, "rho", "ρ", "Faithfulness ρ during training", _RHO),
+        _share_of_ceiling(report),
+        _over_time(report, "factorization_error", "error", "Error of the factorisation", _ERROR),
+        _overhead(report),
+        _time_split(report),
+        _levels(report, "unit_levels", "v: mean square of the error signal", "Units"),
+        _levels(report, "feature_levels", "u: mean square of the input", "Features"),
+        _dominance(report),
+        _memory(report),
+    ]
+    return [figure for figure in found if figure is not None]
+
+
+def fitted_law(rows: Sequence[LayerRow]) -> float | None:
+    """Return a of the law overhead = a / min(m, n), fitted in logarithms; None without overhead."""
+    logs = [math.log(row.overhead * row.width) for row in rows if row.overhead > 0]
+    return math.exp(statistics.fmean(logs)) if logs else None
+
+
+_RHO = (
+    "corr(G², v uᵀ), one line for each layer. One gradient is noise around E[G²]: even an exact "
+    "factorisation shows at most 1/√3 = 0.58."
+)
+_ERROR = (
+    "‖E[d²h²] - E[d²]E[h²]‖ / ‖E[d²h²]‖ on the rows themselves: 0 where a row's error and its "
+    "input are unrelated in size."
+)
+
+
+def _over_time(
+    report: ProfilerReport, key: str, label: str, title: str, note: str
+) -> tuple[str, str, str] | None:
+    series = [
+        Line(row.layer, report.history(row.layer, key), colour(index, len(report)))
+        for index, row in enumerate(report)
+    ]
+    series = [line for line in series if line.points]
+    if not series:
+        return None
+    plot = lines(series, Axis("step"), Axis(label, bounds=(0.0,)))
+    return title, plot + _legend(series), note
+
+
+def _share_of_ceiling(report: ProfilerReport) -> tuple[str, str, str] | None:
+    series = []
+    for index, row in enumerate(report):
+        ceiling = dict(report.history(row.layer, "rho_ceiling"))
+        points = [
+            (s, r / ceiling[s]) for s, r in report.history(row.layer, "rho") if ceiling.get(s)
+        ]
+        series.append(Line(row.layer, points, colour(index, len(report))))
+    series = [line for line in series if line.points]
+    if not series:
+        return None
+    steps = [p[0] for line in series for p in line.points]
+    limit = Line("taken to hold", [(min(steps), HOLDS), (max(steps), HOLDS)], "#888888", "dashed")
+    plot = lines([*series, limit], Axis("step"), Axis("ρ / ceiling", bounds=(0.0, 1.0)))
+    note = (
+        "ρ as a share of what an exact factorisation would show for these v and u; above the "
+        f"dashed line ({HOLDS}) the advice takes it to hold."
+    )
+    return "ρ against its ceiling", plot + _legend([*series, limit]), note
+
+
+def _overhead(report: ProfilerReport) -> tuple[str, str, str] | None:
+    rows = [row for row in report if row.overhead > 0]
+    law = fitted_law(rows)
+    if law is None:
+        return None
+    series = [
+        Line(row.layer, [(row.width, row.overhead)], colour(index, len(report)), "points")
+        for index, row in enumerate(report)
+        if row.overhead > 0
+    ]
+    widths = sorted({row.width for row in rows})
+    ends = (widths[0], widths[-1]) if len(widths) > 1 else (widths[0] / 2, widths[0] * 2)
+    fit = Line(f"{number(law)} / min(m, n)", [(w, law / w) for w in ends], "#888888", "dashed")
+    plot = lines([*series, fit], Axis("min(m, n)", log=True), Axis("overhead", log=True))
+    note = "(reduce + scale) / the layer's time. The cost law says ∝ 1/min(m, n); dashed: its fit."
+    return "Overhead against width", plot + _legend([*series, fit]), note
+
+
+def _time_split(report: ProfilerReport) -> tuple[str, str, str]:
+    rows = [
+        (row.layer, [getattr(row, f"{part}_us") / 1e3 for part in _PARTS]) for row in report[:SHOWN]
+    ]
+    legend = [Line(p, [], c) for p, c in zip(_PARTS, _PART_COLOURS, strict=True)]
+    note = "Milliseconds of a step, medians. " + _left_out(report)
+    return "Where the time goes", stacked(rows, _PART_COLOURS, "ms") + _legend(legend), note
+
+
+def _levels(report: ProfilerReport, key: str, label: str, what: str) -> tuple[str, str, str] | None:
+    rows = [
+        (row.layer, getattr(row, key), colour(index, len(report)))
+        for index, row in enumerate(report)
+        if getattr(row, key) is not None and max(getattr(row, key)) > 0
+    ]
+    if not rows:
+        return None
+    note = f"{what} at the last profiled step: all, 5–95 %, 25–75 %, median. " + _left_out(report)
+    return f"Distribution of {label[0]}", boxes(rows[:SHOWN], label), note
+
+
+def _dominance(report: ProfilerReport) -> tuple[str, str, str] | None:
+    series = []
+    for index, row in enumerate(report):
+        points = [
+            (int(s["step"]), float(s["layers"][row.layer]["dominance"][0]))
+            for s in report.run.samples
+            if s["layers"].get(row.layer, {}).get("dominance") is not None
+        ]
+        points = [p for p in points if math.isfinite(p[1])]
+        series.append(Line(row.layer, points, colour(index, len(report))))
+    series = [line for line in series if line.points]
+    if not series:
+        return None
+    plot = lines(series, Axis("step"), Axis("r_avg", log=True, bounds=(1.0,)))
+    note = (
+        "Mean of r_i = |V Vᵀ|ᵢᵢ / mean|V Vᵀ|ᵢⱼ of the momentum: RMNP's premise is that it is large."
+    )
+    return "Dominance of the rows", plot + _legend(series), note
+
+
+def _memory(report: ProfilerReport) -> tuple[str, str, str] | None:
+    forecast = report.run.totals.get("memory") or {}
+    measured = report.state_bytes
+    rows = [(name, float(count), bytes_text(count), "#56b4e9") for name, count in forecast.items()]
+    rows.sort(key=lambda row: row[1])
+    if measured is not None:
+        name = f"{report.run.header.get('optimizer', 'this run')}, measured"
+        rows.insert(0, (name, float(measured), bytes_text(measured), "#d55e00"))
+    if not rows:
+        return None
+    note = "Optimizer state of this model, as predicted for default settings."
+    return "Memory by optimizer", bars(rows), note
+
+
+def _legend(series: Sequence[Line]) -> str:
+    entries = "".join(
+        f'<li><i style="background:{line.colour}"></i>{escape(line.name)}</li>' for line in series
+    )
+    many = len(series) > 10
+    body = f'<ul class="legend">{entries}</ul>'
+    return f"<details><summary>{len(series)} lines</summary>{body}</details>" if many else body
+
+
+def _left_out(report: ProfilerReport) -> str:
+    more = len(report) - SHOWN
+    return f"{more} more layers are in the table." if more > 0 else ""

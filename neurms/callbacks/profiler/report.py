@@ -1,0 +1,224 @@
+"""The report of a profiled run: rows, table, files, advice."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+from neurms.callbacks.profiler.advice import Advice, advise
+from neurms.callbacks.profiler.rows import LayerRow, rows_of
+from neurms.callbacks.profiler.runs import Run, read_run
+from neurms.core.extras import require
+
+__all__ = ["ProfilerReport"]
+
+
+class ProfilerReport(Sequence[LayerRow]):
+    """Rows, one for each layer, and what was measured of the whole process.
+
+    Args:
+        run: The profiled run.
+
+    Example:
+        >>> import torch, neurms
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+        ... )
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> with neurms.profile(model, optimizer, every_n_steps=1, warmup_steps=0) as profiler:
+        ...     for _ in range(4):
+        ...         optimizer.zero_grad()
+        ...         model(torch.randn(8, 6)).square().mean().backward()
+        ...         optimizer.step()
+        >>> report = profiler.report()
+        >>> report[0].layer, report[0].state_bytes, len(report.steps)
+        ('0', 140, 4)
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._rows = rows_of(run.header.get("layers", {}), run.samples)
+
+    @classmethod
+    def read(cls, path: str | Path, *, partial: bool = False) -> ProfilerReport:
+        """Read a run back, see :func:`~neurms.callbacks.profiler.runs.read_run`."""
+        return cls(read_run(path, partial=partial))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> LayerRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LayerRow]: ...
+    def __getitem__(self, index: int | slice) -> LayerRow | Sequence[LayerRow]:
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[LayerRow]:
+        return iter(self._rows)
+
+    # ---------------------------------------------------------------- totals
+
+    @property
+    def steps(self) -> list[int]:
+        """Numbers of the steps that were looked at, counted from 0."""
+        return [int(sample["step"]) for sample in self.run.samples]
+
+    @property
+    def rss_bytes(self) -> int | None:
+        """Resident memory at the last profiled step."""
+        return self._last("rss_bytes")
+
+    @property
+    def peak_rss_bytes(self) -> int | None:
+        """Peak of the resident memory."""
+        return self._last("peak_rss_bytes")
+
+    @property
+    def device_peak_bytes(self) -> int | None:
+        """Peak of the accelerator's memory, None without one."""
+        return self._last("device_peak_bytes")
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Measured bytes of all optimizer state."""
+        return self._last("state_bytes")
+
+    @cached_property
+    def step_ms(self) -> float | None:
+        """Median milliseconds of a step that was not looked at (of one that was, if all were)."""
+        plain = self.run.totals.get("step_ms")
+        return float(plain) if plain is not None else self.profiled_step_ms
+
+    @cached_property
+    def profiled_step_ms(self) -> float | None:
+        """Median milliseconds of a step that was looked at, the profiler's own work included."""
+        return self._median("step_ms")
+
+    @cached_property
+    def profiler_ms(self) -> float | None:
+        """Median milliseconds that looking at a step cost."""
+        return self._median("profiler_ms")
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Batch rows of the first layer, per second of a step that was not looked at."""
+        batch = self._median("batch")
+        return batch / self.step_ms * 1e3 if batch and self.step_ms else None
+
+    @property
+    def rho(self) -> float | None:
+        """Mean of the layers' rho."""
+        found = [row.rho for row in self if row.rho is not None]
+        return statistics.fmean(found) if found else None
+
+    @property
+    def overhead(self) -> float | None:
+        """(reduce + scale) / time, over all layers together."""
+        total = sum(row.total_us for row in self)
+        return sum(row.reduce_us + row.scale_us for row in self) / total if total else None
+
+    def history(self, layer: str, key: str) -> list[tuple[int, float]]:
+        """Return (step, value) of one of a layer's numbers over the profiled steps.
+
+        Args:
+            layer: The layer's name.
+            key: Such as ``"rho"``, ``"factorization_error"`` or ``"reduce_us"``.
+
+        Raises:
+            KeyError: The run has no such layer.
+        """
+        if layer not in self.run.header["layers"]:
+            raise KeyError(
+                f"layer={layer!r} was not profiled; layers are {[r.layer for r in self]}"
+            )
+        values = [(int(s["step"]), s["layers"].get(layer, {}).get(key)) for s in self.run.samples]
+        # NaN (a constant on one side) is the only number that is not itself.
+        return [(step, float(v)) for step, v in values if v is not None and v == v]
+
+    # ---------------------------------------------------------------- what people look at
+
+    def advice(self) -> list[Advice]:
+        """Return which rule suits which layer, and why; see :func:`advise`."""
+        return advise(self)
+
+    def table(self) -> Any:
+        """Return a ``rich.table.Table`` of the rows; ``rich.print`` shows it.
+
+        Raises:
+            ImportError: rich is not installed.
+        """
+        from neurms.callbacks.profiler.table import rich_table
+
+        require("rich", extra="report")
+        return rich_table(self)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows; vectors take one column for each entry.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        rows = [_flat(row) for row in self]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with Path(path).open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the whole run, from which :meth:`read` makes this report again.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        Path(path).write_text(self.run.dumps() + "\n", encoding="utf-8")
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a page that needs nothing beside itself: plots, table, advice.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        from neurms.callbacks.profiler.html import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
+    # ---------------------------------------------------------------- helpers
+
+    def _last(self, key: str) -> int | None:
+        found = [s[key] for s in self.run.samples if s.get(key) is not None]
+        return int(found[-1]) if found else None
+
+    def _median(self, key: str) -> float | None:
+        found = [float(s[key]) for s in self.run.samples if s.get(key) is not None]
+        return statistics.median(found) if found else None
+
+
+def _flat(row: LayerRow) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for entry in fields(row):
+        value = getattr(row, entry.name)
+        if entry.name == "dominance":
+            found = value or (None, None, None, None)
+            names = ("r_avg", "r_min", "r_max", "dominance_rows")
+            flat |= dict(zip(names, found, strict=True))
+        elif entry.name == "steps":
+            flat |= {"first_step": value[0], "last_step": value[1]}
+        elif entry.name == "shape":
+            flat["shape"] = "x".join(map(str, value))
+        elif entry.name.endswith("_levels"):
+            short = "v" if entry.name.startswith("unit") else "u"
+            for name, number in zip(_LEVEL_NAMES, value or (None,) * 7, strict=True):
+                flat[f"{short}_{name}"] = number
+        else:
+            flat[entry.name] = value
+    return flat
+
+
+_LEVEL_NAMES = ("min", "q05", "q25", "median", "q75", "q95", "max")

@@ -1,0 +1,235 @@
+"""Run files: written as a training goes on, read back whole or with what was saved of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import TextIOBase
+from pathlib import Path
+from typing import Any
+
+from neurms.core.errors import NeurmsError
+
+__all__ = ["RUN_FILE", "Run", "RunFileError", "RunWriter", "read_run"]
+
+RUN_FILE = "run.jsonl"
+"""Name of the run file in an output folder."""
+
+_FORMAT = "neurms-profile"
+_VERSION = 1
+
+
+class RunFileError(NeurmsError, ValueError):
+    """A run file is damaged, unfinished where that matters, or no run file at all."""
+
+
+@dataclass
+class Run:
+    """A profiled training.
+
+    Args:
+        header: Model, optimizer, environment, and the layers' constant properties.
+        samples: One entry for each step that was looked at.
+        totals: Steps, step time and memory forecasts; empty for a run that was cut off.
+        finished: Whether the run came to its end.
+    """
+
+    header: dict[str, Any]
+    samples: list[dict[str, Any]]
+    totals: dict[str, Any] = field(default_factory=dict)
+    finished: bool = True
+
+    def dumps(self) -> str:
+        """Return the run as one JSON document."""
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "header": self.header,
+            "samples": self.samples,
+            "totals": self.totals,
+        }
+        return json.dumps(_plain(content), indent=None, separators=(",", ":"), allow_nan=False)
+
+
+class RunWriter:
+    """Appends to a run file, a line for each step that was looked at.
+
+    A training is worth more than its profile: what cannot be written any more is said once, as a
+    warning, and the training goes on.
+
+    Args:
+        path: The run file.
+        stream: It, open for writing.
+    """
+
+    def __init__(self, path: Path, stream: TextIOBase) -> None:
+        self.path = path
+        self._stream: TextIOBase | None = stream
+        self._described: Any = None
+
+    @classmethod
+    def opened(cls, folder: str | Path, header: dict[str, Any]) -> RunWriter:
+        """Create the folder if need be and begin its run file.
+
+        Raises:
+            OSError: The folder cannot be made or written.
+            FileExistsError: It holds a run already.
+        """
+        path = Path(folder) / RUN_FILE
+        if path.exists():
+            raise FileExistsError(
+                f"output={str(folder)!r} holds a run already ({path.name}); name another folder, "
+                "or move that run away"
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = path.open("x", encoding="utf-8")
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"output={str(folder)!r} cannot be written ({error.strerror}); name another "
+                "folder, or leave output out and save profiler.report() later",
+            ) from error
+        writer = cls(path, stream)
+        writer._write({"format": _FORMAT, "version": _VERSION, "header": header})
+        writer._described = header
+        return writer
+
+    def add(self, sample: dict[str, Any], header: dict[str, Any]) -> None:
+        """Append one sample, and the header if what it says has changed since."""
+        changed = _plain(header) != _plain(self._described)
+        self._described = json.loads(json.dumps(_plain(header)))
+        self._write({"header": header, "sample": sample} if changed else {"sample": sample})
+
+    def close(self, totals: dict[str, Any]) -> None:
+        """Write the end of the run and close the file."""
+        self._write({"totals": totals})
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(json.dumps(_plain(line), allow_nan=False) + "\n")
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            stream, self._stream = self._stream, None
+            with suppress(OSError, ValueError):
+                stream.close()
+            warnings.warn(
+                f"the profile can no longer be written to {str(self.path)!r} ({error}); training "
+                "goes on, and profiler.report() still holds everything",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def read_run(path: str | Path, *, partial: bool = False) -> Run:
+    """Read a run back.
+
+    Args:
+        path: An output folder, its run file, or what ``report.to_json`` wrote.
+        partial: Take what can be read of a run file that is cut off in the middle of a line.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RunFileError: The file is cut off or holds something else.
+    """
+    path = Path(path)
+    file = path / RUN_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{str(file)!r} does not exist; give the folder that the profiler wrote to "
+            f"(output=...), its {RUN_FILE}, or a file written by report.to_json"
+        )
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunFileError(f"{str(file)!r} is not a run file: {error}") from error
+    first, _, rest = text.partition("\n")
+    if not rest.strip():
+        return _from_document(first, file)
+    return _from_lines(text, file, partial)
+
+
+def _from_document(text: str, file: Path) -> Run:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        whole = f'{{"format":"{_FORMAT}"' in text.replace(" ", "")[:40]
+        what = "is cut off or damaged" if whole else "is not a run file"
+        raise RunFileError(
+            f"{str(file)!r} {what} (character {error.pos:,} of {len(text):,}: {error.msg}); if the "
+            f"run had an output folder, its {RUN_FILE} may still hold it"
+        ) from error
+    _check_format(content, file)
+    if "samples" not in content:
+        # A run file of which there is only the first line.
+        return Run(_revived(content["header"]), [], finished=False)
+    parts = (_revived(content[key]) for key in ("header", "samples", "totals"))
+    return Run(*parts)
+
+
+def _from_lines(text: str, file: Path, partial: bool) -> Run:
+    lines = text.splitlines()
+    run = Run({}, [], finished=False)
+    for number, line in enumerate(lines, start=1):
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError as error:
+            if partial and run.header:
+                break
+            raise RunFileError(
+                f"{str(file)!r} is cut off or damaged in line {number} of {len(lines)}, after "
+                f"{len(run.samples)} profiled steps; read those with partial=True "
+                "(neurms report --partial)"
+            ) from error
+        if number == 1:
+            _check_format(content, file)
+        run.header = _revived(content.get("header", run.header))
+        if "sample" in content:
+            run.samples.append(_revived(content["sample"]))
+        if "totals" in content:
+            run.totals, run.finished = _revived(content["totals"]), True
+    return run
+
+
+def _check_format(content: Any, file: Path) -> None:
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise RunFileError(f"{str(file)!r} is not a run file of the profiler")
+    if content.get("version") != _VERSION:
+        raise RunFileError(
+            f"{str(file)!r} has version {content.get('version')!r} of the run format, and this "
+            f"neurms reads version {_VERSION}; read it with the neurms that wrote it"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON's form of a value: infinities as strings, since JSON has no numbers for them.
+
+    Seven digits are more than a measurement has, and make the files half as long.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        # What was not measured is left out: every reader asks with .get().
+        return {str(k): _plain(entry) for k, entry in value.items() if entry is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _revived(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _revived(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_revived(entry) for entry in value]
+    return math.inf if value == "inf" else -math.inf if value == "-inf" else value

@@ -1,0 +1,327 @@
+"""The profiler for Keras models on the torch backend."""
+
+from __future__ import annotations
+
+import statistics
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import torch
+from torch import Tensor
+
+from neurms.callbacks.profiler.clock import Shares
+from neurms.callbacks.profiler.engine import Profiler
+from neurms.callbacks.profiler.optimizer_view import OptimizerView
+from neurms.callbacks.profiler.report import ProfilerReport
+from neurms.callbacks.profiler.runs import RunWriter
+from neurms.callbacks.profiler.scalars import layer_scalars
+from neurms.callbacks.profiler.subjects import Subject, chosen_subjects
+from neurms.core.errors import check_fraction, check_positive_int
+from neurms.core.extras import require
+from neurms.core.optimizers.plan import tensor_bytes
+from neurms.core.taps.hooks import HookTap
+from neurms.core.taps.signals import ShowsSignals, SignalSink
+from neurms.integrations.keras.layout import kernel_activity, kernel_layout
+from neurms.integrations.keras.optimizer import NeurmsOptimizer
+from neurms.integrations.keras.owners import innermost
+from neurms.integrations.keras.routing import parameter_of
+from neurms.integrations.keras.taps import ActivationTap
+from neurms.integrations.keras.training import loss_scale_of
+
+__all__ = ["PreconditionerProfiler"]
+
+
+class PreconditionerProfiler(keras.callbacks.Callback):
+    """Shows what each layer pays for its preconditioner, and whether the factorisation holds.
+
+    Every ``every_n_steps`` batches of ``fit`` one is looked at; see
+    :class:`~neurms.callbacks.profiler.engine.Profiler` for what is measured. The mean rho and the
+    share of overhead enter the logs of those batches, and each layer's, as ``neurms/<layer>/rho``
+    and ``neurms/<layer>/overhead``, those of the epochs, where History, CSVLogger and TensorBoard
+    find them; a table is printed when training ends. It works with every optimizer, this library's
+    or Keras's own.
+
+    A layer's forward and backward hold its activation, which is part of a Keras layer's call. For
+    convolutions the factorisation's error is not measured, everything else is. With gradient
+    accumulation a step is one batch.
+
+    Args:
+        every_n_steps: Distance between two batches that are looked at.
+        warmup_steps: Batches before the first of them.
+        layers: Name patterns of the layers to profile; None takes all.
+        beta: Decay of the averages of v and u for each step, where the optimizer keeps none.
+        output: Folder for the run file that ``neurms report`` reads; None writes none.
+        max_elements: Entries of a kernel beyond which a part of its units is looked at.
+        print_table: Whether a table is printed when training ends.
+
+    Raises:
+        ValueError: A setting is out of its range.
+
+    Example:
+        >>> import numpy
+        >>> model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2, "relu")])
+        >>> model.compile(optimizer="adam", loss="mse")
+        >>> profiler = PreconditionerProfiler(every_n_steps=1, warmup_steps=0, print_table=False)
+        >>> x, y = numpy.ones((8, 3)), numpy.ones((8, 2))
+        >>> history = model.fit(x, y, batch_size=4, verbose=0, callbacks=[profiler])
+        >>> [(row.layer.partition("_")[0], row.shape, row.rows) for row in profiler.report()]
+        [('dense', (3, 2), 4)]
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        warmup_steps: int = 10,
+        layers: Sequence[str] | None = None,
+        beta: float = 0.99,
+        output: str | Path | None = None,
+        max_elements: int = 2**22,
+        print_table: bool = True,
+    ) -> None:
+        super().__init__()
+        check_positive_int("every_n_steps", every_n_steps)
+        check_positive_int("warmup_steps", warmup_steps, low=0)
+        check_fraction("beta", beta)
+        self.settings: dict[str, Any] = {
+            "every_n_steps": every_n_steps,
+            "warmup_steps": warmup_steps,
+            "layers": layers,
+            "beta": beta,
+            "max_elements": max_elements,
+        }
+        self.output = output
+        self.print_table = print_table
+        self.profiler: _KerasProfiler | None = None
+        self._logged = 0
+
+    def report(self) -> ProfilerReport:
+        """Return the report of the last fit, finished or not.
+
+        Raises:
+            RuntimeError: No fit has started.
+        """
+        if self.profiler is None:
+            raise RuntimeError("PreconditionerProfiler has seen no training yet; call model.fit")
+        return self.profiler.report()
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Take the hooks of a fit that ended badly off; Keras has no callback for errors."""
+        if self.profiler is not None:
+            self.profiler.detach()
+        self.profiler = None
+        self._logged = 0
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Begin with the first batch, when layers and optimizer are built; look when it is due."""
+        if self.profiler is None:
+            self.profiler = _KerasProfiler(self.model, self.output, **self.settings)
+        self.profiler.begin_batch()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """End the batch and log it if it was looked at."""
+        if self.profiler is None:
+            return
+        before = len(self.profiler.samples)
+        self.profiler.end_step()
+        if logs is not None and len(self.profiler.samples) > before:
+            found = layer_scalars(self.profiler.samples[-1])
+            logs.update({k: found[k] for k in ("neurms/rho", "neurms/overhead") if k in found})
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Log each layer's means over the epoch's batches that were looked at."""
+        if self.profiler is None or logs is None:
+            return
+        found = [layer_scalars(sample) for sample in self.profiler.samples[self._logged :]]
+        self._logged = len(self.profiler.samples)
+        names = {k for scalars in found for k in scalars if k.endswith(("/rho", "/overhead"))}
+        for name in sorted(names):
+            values = [scalars[name] for scalars in found if name in scalars]
+            logs[name] = statistics.fmean(values)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Close the run and print the table."""
+        if self.profiler is None:
+            return
+        self.profiler.detach()
+        if self.print_table and self.profiler.samples:
+            rich: Any = require("rich", extra="report")
+            rich.print(self.report().table())
+
+
+class _KerasProfiler(Profiler):
+    """The engine, driven by a callback instead of a torch optimizer's hooks."""
+
+    def __init__(self, model: Any, output: str | Path | None, **settings: Any) -> None:
+        self.every_n_steps = settings.pop("every_n_steps")
+        self.warmup_steps = settings.pop("warmup_steps")
+        subjects = chosen_subjects(_subjects(model), settings.pop("layers"), type(model).__name__)
+        # The engine of our own exists from the first batch on; taps must not wait for it.
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        scale = weakref.proxy(model.optimizer)
+        self._begin_with(
+            model,
+            subjects,
+            _view(model, subjects),
+            loss_reduction="mean",
+            loss_scale=lambda: loss_scale_of(scale),
+            **settings,
+        )
+        self._keras_optimizer = model.optimizer
+        self._due_at = self._due_after(0)
+        self._wake_at = self._due_at - (self.every_n_steps > 1 and self._due_at > 0)
+        self._writer = RunWriter.opened(output, self._header()) if output is not None else None
+
+    def begin_batch(self) -> None:
+        """Look at this batch if it is due."""
+        super()._next()
+        if self._stopwatch is not None:
+            self._time_apply()
+
+    def _next(self) -> None:
+        """Leave the beginning of a step to its batch."""
+
+    def _time_apply(self) -> None:
+        optimizer, stopwatch = self._keras_optimizer, self._stopwatch
+        assert stopwatch is not None
+        # Our own optimizers tell what they do for which layer themselves.
+        shares: Shares = {None: 1.0}
+        if not self.view.optimizers:
+            keras_model: Any = self.model
+            shares = self._shares([parameter_of(v) for v in keras_model.trainable_variables])
+        original = optimizer.apply
+
+        def apply(*arguments: Any, **named: Any) -> Any:
+            with stopwatch.span("step", shares):
+                return original(*arguments, **named)
+
+        # Not setattr, which would have Keras track what is only lent.
+        vars(optimizer)["apply"] = apply
+
+    def _stop_looking(self) -> None:
+        vars(self._keras_optimizer).pop("apply", None)
+        super()._stop_looking()
+
+    def _memory(self) -> dict[str, int]:
+        # The forecasts read torch modules; Keras's own layers hide their orientation from them.
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class _KerasSubject(Subject):
+    def tap(self, sink: SignalSink) -> ShowsSignals:
+        return _ActivationSignalTap(self, sink)
+
+
+class _ActivationSignalTap(ShowsSignals, ActivationTap):
+    """Shows D and H of a Keras layer, whose Z passes where it is activated."""
+
+    def __init__(self, subject: Subject, sink: SignalSink) -> None:
+        layer: Any = subject.module
+        HookTap.__init__(
+            self,
+            layer.torch_params,
+            subject.weight,
+            sink,
+            activity=subject.activity,
+            features=True,
+        )
+        self._layer = weakref.ref(layer)
+        self._replaced = {}
+        self._inputs = None
+
+
+def _subjects(model: Any) -> list[Subject]:
+    found: dict[int, Subject] = {}
+    for layer in model._flatten_layers(include_self=True):
+        kernel = getattr(layer, "_kernel", getattr(layer, "kernel", None))
+        if not isinstance(kernel, keras.Variable) or not kernel.trainable:
+            continue
+        if getattr(layer, "lora_enabled", False) or not hasattr(layer, "activation"):
+            continue
+        layout, activity = kernel_layout(layer, kernel), kernel_activity(layer)
+        if layout is None or activity is None:
+            continue
+        own = (v for v in layer._trainable_variables if v is not kernel)
+        biases = tuple(parameter_of(v) for v in own)
+        subject = _KerasSubject(layer.name, layer, parameter_of(kernel), biases, layout, activity)
+        found.setdefault(id(kernel), subject)
+    names = [subject.name for subject in found.values()]
+    if len(set(names)) == len(names):
+        return list(found.values())
+    # Layers of nested models may share their names; their paths differ.
+    return [_renamed(subject) for subject in found.values()]
+
+
+def _renamed(subject: Subject) -> Subject:
+    layer: Any = subject.module
+    return _KerasSubject(
+        layer.path, layer, subject.weight, subject.biases, subject.layout, subject.activity
+    )
+
+
+def _view(model: Any, subjects: Sequence[Subject]) -> OptimizerView:
+    optimizer = innermost(model.optimizer)
+    if isinstance(optimizer, NeurmsOptimizer):
+        return _OurView(optimizer)
+    return _ForeignView(optimizer, model)
+
+
+class _OurView(OptimizerView):
+    """The torch engine inside one of this library's Keras optimizers."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__([optimizer._built_engine()])
+        self._keras = optimizer
+
+    @property
+    def name(self) -> str:
+        """Class name of the Keras optimizer."""
+        return type(self._keras).__name__
+
+
+class _ForeignView(OptimizerView):
+    """One of Keras's own optimizers: lists of variables, one entry for each trainable variable."""
+
+    def __init__(self, optimizer: Any, model: Any) -> None:
+        super().__init__([])
+        self._keras = optimizer
+        variables = model.trainable_variables
+        self._index = {parameter_of(v): i for i, v in enumerate(variables)}
+        self._count = len(variables)
+
+    @property
+    def name(self) -> str:
+        """Class name of the optimizer."""
+        return type(self._keras).__name__
+
+    def rule_of(self, parameter: Tensor) -> str:
+        """Return the optimizer's name: it has one rule."""
+        return self.name
+
+    def state_of(self, parameter: Tensor) -> Mapping[str, Any]:
+        """Return the entries of the optimizer's lists that belong to a parameter."""
+        index = self._index.get(parameter)
+        found: dict[str, Tensor] = {}
+        for name, value in vars(self._keras).items():
+            if index is None or name.startswith("_trainable") or not isinstance(value, list):
+                continue
+            if len(value) == self._count and isinstance(value[index], keras.Variable):
+                found[_TORCH_NAMES.get(name, name)] = parameter_of(value[index]).detach()
+        return found
+
+    def predicted_bytes(self, parameters: Any) -> int | None:
+        """Return None: there is no forecast for other libraries' optimizers."""
+        return None
+
+    def total_bytes(self) -> int:
+        """Return the bytes of all that the optimizer keeps."""
+        with torch.no_grad():
+            return sum(tensor_bytes(parameter_of(v)) for v in self._keras.variables)
+
+
+_TORCH_NAMES = {"momentums": "momentum", "_momentums": "momentum"}

@@ -1,0 +1,193 @@
+"""The profiler in a real Trainer: loggers, progress bar, precision, callbacks beside it."""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import neurms
+from neurms.callbacks import NeuRMSCallback, PreconditionerProfiler
+from neurms.callbacks.profiler import read_run
+from neurms.core import spans
+from tests.callbacks.profiler import truth
+
+
+class Module(LightningModule):
+    def __init__(self, name: str = "sgd", fail_at: int | None = None) -> None:
+        super().__init__()
+        self.net = truth.mlp()
+        self.optimizer_name = name
+        self.fail_at = fail_at
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        if index == self.fail_at:
+            raise RuntimeError("out of luck")
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        self.log("loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer_name == "neurms":
+            return neurms.NeuRMS(self.net, variant="F", momentum=0.9)
+        return neurms.create(self.optimizer_name, self.net.parameters(), lr=0.05)
+
+
+def loader(batch: int = 8) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(48, 12, generator=generator)
+    targets = torch.randint(4, (48,), generator=generator)
+    return DataLoader(TensorDataset(inputs, targets), batch)
+
+
+def fit(
+    module: Module, *callbacks: Any, folder: Path, logger: Any = False, **settings: Any
+) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        logger=logger,
+        max_epochs=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=1,
+        log_every_n_steps=1,
+        **settings,
+    )
+    trainer.fit(module, loader(), loader())
+    return trainer
+
+
+def profiler(**settings: Any) -> PreconditionerProfiler:
+    common = {"every_n_steps": 2, "warmup_steps": 1, "print_table": False}
+    return PreconditionerProfiler(**(common | settings))
+
+
+def test_numbers_reach_the_csv_logger_and_the_progress_bar(tmp_path: Path) -> None:
+    watcher = profiler()
+    logger = CSVLogger(tmp_path)
+    trainer = fit(Module("neurms"), watcher, folder=tmp_path, logger=logger)
+    logger.save()
+    with (Path(logger.log_dir) / "metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    logged = [float(row["neurms/net.2/rho"]) for row in rows if row.get("neurms/net.2/rho")]
+    assert logged == pytest.approx([r for _, r in watcher.report().history("net.2", "rho")])
+    steps = [int(row["step"]) for row in rows if row.get("neurms/net.2/rho")]
+    assert len(steps) == 3
+    assert watcher.report().steps == [1, 3, 5]
+    for what in ("overhead", "reduce_us", "r_avg", "factorization_error", "clipped_units"):
+        assert f"neurms/net.0/{what}" in rows[0]
+    assert "neurms/rho" in trainer.progress_bar_metrics
+    assert 0 < trainer.progress_bar_metrics["neurms/overhead"] < 1
+
+
+@pytest.mark.parametrize("name", ["neurms", "adamw", "racs"])
+def test_training_is_bit_identical_with_the_profiler(name: str, tmp_path: Path) -> None:
+    modules = [Module(name), Module(name)]
+    fit(modules[0], profiler(every_n_steps=1), folder=tmp_path)
+    fit(modules[1], folder=tmp_path)
+    for watched, alone in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        assert torch.equal(watched, alone)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_the_callback_the_gradient_is_seen_unscaled(first: bool, tmp_path: Path) -> None:
+    watcher, beside = profiler(every_n_steps=1, warmup_steps=0), NeuRMSCallback(variant="F")
+    callbacks = [watcher, beside] if first else [beside, watcher]
+    module = Module("sgd")
+    dump = truth.Dump(module.net[2])
+    seen: list[None] = []
+
+    class Close(PreconditionerProfiler):
+        def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            dump.close()
+            seen.append(None)
+
+    fit(module, *callbacks, Close(every_n_steps=1000, warmup_steps=1000), folder=tmp_path)
+    v, u = truth.averaged(dump.windows, 0.99)
+    found = watcher.report().history("net.2", "rho")[-1][1]
+    assert found == pytest.approx(truth.rho(dump.windows[-1]["g"], v, u), abs=1e-5)
+    assert watcher.report()[1].rule == "neurms + SGD"
+    assert watcher.report()[1].scale_us > 0
+
+
+def test_micro_batches_are_one_step(tmp_path: Path) -> None:
+    watcher = profiler(every_n_steps=1, warmup_steps=0)
+    fit(Module("neurms"), watcher, folder=tmp_path, accumulate_grad_batches=3)
+    assert watcher.report().steps == [0, 1]
+    assert watcher.report()[0].rows == 24
+
+
+def test_bfloat16_autocast_and_clipping(tmp_path: Path) -> None:
+    watcher = profiler(every_n_steps=1)
+    fit(Module("neurms"), watcher, folder=tmp_path, precision="bf16-mixed", gradient_clip_val=0.1)
+    assert all(math.isfinite(row.rho or math.nan) for row in watcher.report())
+
+
+def test_the_run_file_is_written_and_holds_the_steps(tmp_path: Path) -> None:
+    watcher = profiler(output=tmp_path / "run")
+    fit(Module("adamw"), watcher, folder=tmp_path)
+    run = read_run(tmp_path / "run")
+    assert run.finished
+    assert run.header["optimizer"] == "AdamW"
+    assert [sample["step"] for sample in run.samples] == [1, 3, 5]
+
+
+def test_a_failing_training_keeps_its_profile_and_no_hooks(tmp_path: Path) -> None:
+    watcher = profiler(output=tmp_path / "run", every_n_steps=1)
+    module = Module("adamw", fail_at=4)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(module, watcher, folder=tmp_path)
+    assert len(read_run(tmp_path / "run").samples) == 3
+    assert watcher.report().steps == [1, 2, 3]
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.net.modules())
+    assert spans._observer is None
+
+
+def test_a_second_fit_counts_on_and_reports_itself(tmp_path: Path) -> None:
+    watcher, module = profiler(every_n_steps=1, warmup_steps=0), Module("adamw")
+    fit(module, watcher, folder=tmp_path)
+    fit(module, watcher, folder=tmp_path)
+    assert watcher.report().steps == list(range(6))
+
+
+def test_the_table_is_printed_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    fit(Module("neurms"), profiler(print_table=True), folder=tmp_path)
+    assert "NeuRMS: layers" in capsys.readouterr().out
+
+
+def test_bad_names_stop_before_training(tmp_path: Path) -> None:
+    module = Module()
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(ValueError, match="matches no layer"):
+        fit(module, profiler(layers=["encoder.*"]), folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_barebones_trainers_are_profiled_without_logs(tmp_path: Path) -> None:
+    watcher = profiler(every_n_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(barebones=True, max_epochs=1, callbacks=[watcher], accelerator="cpu")
+        trainer.fit(Module("adamw"), loader())
+    assert len(watcher.report().steps) == 5
+
+
+def test_no_report_before_a_fit() -> None:
+    with pytest.raises(RuntimeError, match="has seen no training yet"):
+        profiler().report()
