@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from neurms.core.extras import require
-from neurms.core.scale_summary import scale_summary
+from neurms.core.unitwise.scale_summary import scale_summary
 
 keras = require("keras", extra="keras")
 

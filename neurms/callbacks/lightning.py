@@ -24,13 +24,13 @@ from neurms.core.extras import require
 from neurms.core.optimizers.neurms import NeuRMS
 from neurms.core.optimizers.plan import Plan
 from neurms.core.optimizers.settings import NonFinite
-from neurms.core.preconditioner import GradientPreconditioner
-from neurms.core.preconditioner_checks import checked_settings
 from neurms.core.routing import Head
-from neurms.core.scale_summary import scale_summary
-from neurms.core.statistics import LossReduction
 from neurms.core.structures.unit_feature import Clip
-from neurms.core.tapped import TappedLayer, Variant
+from neurms.core.unitwise.checks import checked_settings
+from neurms.core.unitwise.preconditioner import GradientPreconditioner
+from neurms.core.unitwise.scale_summary import scale_summary
+from neurms.core.unitwise.statistics import LossReduction
+from neurms.core.unitwise.tapped import TappedLayer, Variant
 
 require("lightning", extra="lightning")
 

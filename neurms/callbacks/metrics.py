@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.correlation import correlation_from_sums, correlation_sums
-from neurms.core.dominance import row_dominance
+from neurms.core.diagnostics.dominance import row_dominance
 from neurms.core.extras import require
 from neurms.core.layout import Layout, default_layout
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from neurms.core.extras import require
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.neurms import NeuRMS
-from neurms.core.preconditioner_checks import default_settings
-from neurms.core.tapped import TappedLayer
+from neurms.core.unitwise.checks import default_settings
+from neurms.core.unitwise.tapped import TappedLayer
 
 require("lightning", extra="lightning")
 

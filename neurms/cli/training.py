@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from neurms.cli.data import Split
 from neurms.cli.methods import Budget, Method, perceptron
-from neurms.core.diagnostics import FactorizationProbe
+from neurms.core.diagnostics.probe import FactorizationProbe
 from neurms.core.optimizers.plan import tensor_bytes
 
 __all__ = ["Outcome", "fit", "quiet_lightning"]

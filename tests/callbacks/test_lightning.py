@@ -220,7 +220,7 @@ def test_without_a_scaler_a_bad_step_can_be_skipped():
 def test_signature_has_every_setting_with_its_default():
     import inspect
 
-    from neurms.core.preconditioner_checks import default_settings
+    from neurms.core.unitwise.checks import default_settings
 
     parameters = inspect.signature(NeuRMSCallback).parameters
     given = {p.name: p.default for p in parameters.values() if p.name != "log"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neurms.callbacks.profiler.rows import LayerRow
-from neurms.core.dominance import Dominance
+from neurms.core.diagnostics.dominance import Dominance
 
 __all__ = ["Advice", "advise"]
 

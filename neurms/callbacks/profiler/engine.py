@@ -23,11 +23,11 @@ from neurms.callbacks.profiler.process import process_memory
 from neurms.callbacks.profiler.report import ProfilerReport
 from neurms.callbacks.profiler.runs import Run, RunWriter
 from neurms.callbacks.profiler.subjects import Subject, subjects_of
+from neurms.core.diagnostics.spans import SpanKind, observed_by
 from neurms.core.errors import check_choice, check_fraction, check_positive_int
-from neurms.core.spans import SpanKind, observed_by
-from neurms.core.statistics import LossReduction, synchronize, world_size
-from neurms.core.tapped import TappedLayer
 from neurms.core.taps.hooks import forget_compiled_graphs
+from neurms.core.unitwise.statistics import LossReduction, synchronize, world_size
+from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["Profiler", "profile"]
 
@@ -65,8 +65,9 @@ class Profiler:
         loss_scale: Callable that returns a GradScaler's current scale, or None.
         output: Folder for the run file, which grows as training goes on; None keeps all in memory.
         max_elements: Entries of a weight beyond which E[d^2 h^2] is formed for a part of its units.
-        preconditioner: The :class:`~neurms.core.preconditioner.GradientPreconditioner` beside a
-            foreign optimizer.
+        preconditioner: The
+            :class:`~neurms.core.unitwise.preconditioner.GradientPreconditioner` beside a foreign
+            optimizer.
 
     Raises:
         ValueError: A setting is out of its range, or a pattern matches no layer.
@@ -340,7 +341,7 @@ class Profiler:
     def span(
         self, kind: SpanKind, parameters: Sequence[Tensor] | None
     ) -> AbstractContextManager[None]:
-        """Time a piece of an optimizer's work (:class:`~neurms.core.spans.Observer`)."""
+        """Time a piece of an optimizer's work (an ``Observer`` of spans)."""
         stopwatch = self._stopwatch
         if stopwatch is None:
             return nullcontext()

@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from neurms.callbacks.profiler.subjects import Subject
-from neurms.core.dominance import Dominance, row_dominance
-from neurms.core.extension import LowRank, flips
+from neurms.core.diagnostics.dominance import Dominance, row_dominance
+from neurms.core.diagnostics.unit_statistics import limiter_hit, subspace_energy
+from neurms.core.low_rank.extension import LowRank, flips
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.plan import meta_like, tensor_bytes
-from neurms.core.scale_summary import at_bounds
-from neurms.core.statistics import PendingSums
 from neurms.core.structures.shared_basis import SharedBasisBlocks
-from neurms.core.tapped import TappedLayer
-from neurms.core.unit_statistics import limiter_hit, subspace_energy
+from neurms.core.unitwise.scale_summary import at_bounds
+from neurms.core.unitwise.statistics import PendingSums
+from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["OptimizerView"]
 
@@ -31,7 +31,8 @@ class OptimizerView:
     Args:
         optimizers: The optimizers; each parameter belongs to one of them at most.
         preconditioner: Iterable of the tapped layers of a
-            :class:`~neurms.core.preconditioner.GradientPreconditioner` beside them, or None.
+            :class:`~neurms.core.unitwise.preconditioner.GradientPreconditioner` beside them, or
+            None.
     """
 
     def __init__(

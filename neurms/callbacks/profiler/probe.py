@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neurms.callbacks.profiler.clock import Stopwatch
 from neurms.callbacks.profiler.subjects import Subject
 from neurms.callbacks.profiler.timing import LayerTimer
-from neurms.core.factorization import (
+from neurms.core.diagnostics.factorization import (
     correlation_ceiling,
     factor_correlation,
     factorization_error,
@@ -21,10 +21,10 @@ from neurms.core.factorization import (
     spaced,
     square_products,
 )
-from neurms.core.statistics import LossReduction, PendingSums
+from neurms.core.diagnostics.unit_statistics import dead_units, levels
 from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.protocol import Sums
-from neurms.core.unit_statistics import dead_units, levels
+from neurms.core.unitwise.statistics import LossReduction, PendingSums
 
 __all__ = ["Averages", "LayerProbe", "Values"]
 

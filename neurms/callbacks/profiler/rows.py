@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neurms.core.dominance import Dominance
+from neurms.core.diagnostics.dominance import Dominance
 
 __all__ = ["LayerRow", "law_share", "rows_of"]
 

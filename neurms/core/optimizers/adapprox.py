@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Unpack
 
 from neurms.core.errors import check_betas, check_positive_int
-from neurms.core.momentum import Momentum
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.safeguards import RootMeanSquareClip
 from neurms.core.structures.low_rank_moment import LowRankMoment
+from neurms.core.transforms.momentum import Momentum
+from neurms.core.transforms.safeguards import RootMeanSquareClip
 
 __all__ = ["Adapprox"]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neurms.compiled.backends import use_backend
+from neurms.core.diagnostics.spans import gradients_ready, span
 from neurms.core.errors import NonFiniteError, check_real
 from neurms.core.optimizers.checkpoint import restore, verified
 from neurms.core.optimizers.fallback import adamw_state, adamw_update_
@@ -40,7 +41,6 @@ from neurms.core.routing import (
     route_model,
     route_tensors,
 )
-from neurms.core.spans import gradients_ready, span
 
 __all__ = ["Params", "PreconditionedOptimizer"]
 

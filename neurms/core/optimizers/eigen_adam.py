@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from neurms.core.bias_correction import BiasCorrection
 from neurms.core.errors import check_betas
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.structures.base import Transform
 from neurms.core.structures.eigen_basis import EigenBasis
+from neurms.core.transforms.bias_correction import BiasCorrection
 
 __all__ = ["EigenAdam"]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from neurms.core.bias_correction import BiasCorrection
 from neurms.core.errors import check_betas, check_real
-from neurms.core.extension import LowRank
+from neurms.core.low_rank.extension import LowRank
+from neurms.core.low_rank.residuals import ScaledResidual
+from neurms.core.low_rank.subspaces import SingularSubspace
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.residuals import ScaledResidual
 from neurms.core.structures.projected_diagonal import ProjectedDiagonal
-from neurms.core.subspaces import SingularSubspace
+from neurms.core.transforms.bias_correction import BiasCorrection
 
 __all__ = ["Fira"]
 

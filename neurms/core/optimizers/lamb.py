@@ -8,8 +8,8 @@ from typing import Any, Unpack
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.safeguards import CoupledDecay, TrustRatio
 from neurms.core.structures.diagonal import Diagonal
+from neurms.core.transforms.safeguards import CoupledDecay, TrustRatio
 
 __all__ = ["LAMB"]
 

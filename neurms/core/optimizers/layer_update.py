@@ -11,9 +11,9 @@ from torch import Tensor
 from neurms.compiled.agc import row_clip_
 from neurms.compiled.gemm import accumulate_gemm_, update_gemm_
 from neurms.compiled.update import scaled_momentum_update_, scaled_update_
+from neurms.core.diagnostics.spans import span
 from neurms.core.layout import Layout
 from neurms.core.optimizers.work import Item
-from neurms.core.spans import span
 
 __all__ = ["write_gemm_update_", "write_update_"]
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Unpack
 
 from neurms.core.errors import check_betas, check_positive_int
-from neurms.core.extension import LowRank
+from neurms.core.low_rank.extension import LowRank
+from neurms.core.low_rank.residuals import OptimalCompensation
+from neurms.core.low_rank.subspaces import FirstBasis, TrackedSubspace
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.residuals import OptimalCompensation
 from neurms.core.structures.two_sided_eigen import TwoSidedEigen
-from neurms.core.subspaces import FirstBasis, TrackedSubspace
 
 __all__ = ["LowRankSOAP"]
 

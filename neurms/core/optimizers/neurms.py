@@ -12,9 +12,9 @@ from neurms.core.errors import check_choice, check_fraction, check_real
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.optimizers.unitwise_optimizer import UnitwiseOptimizer
-from neurms.core.statistics import LossReduction
 from neurms.core.structures.unit_feature import Clip, UnitFeatureDiagonal
-from neurms.core.tapped import Variant
+from neurms.core.unitwise.statistics import LossReduction
+from neurms.core.unitwise.tapped import Variant
 
 __all__ = ["NeuRMS"]
 

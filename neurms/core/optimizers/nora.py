@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from neurms.core.momentum import Momentum
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.shape_scale import ShapeScale
 from neurms.core.structures.one_sided_diagonal import RowNormalized, WithoutRadialPart
+from neurms.core.transforms.momentum import Momentum
+from neurms.core.transforms.shape_scale import ShapeScale
 
 __all__ = ["Nora"]
 

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, Unpack
 
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_update_
+from neurms.core.diagnostics.spans import span
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.safeguards import NormGrowthLimiter, growth_factor
-from neurms.core.spans import span
 from neurms.core.structures.base import Context
 from neurms.core.structures.two_sided import TwoSidedDiagonal
+from neurms.core.transforms.safeguards import NormGrowthLimiter, growth_factor
 
 __all__ = ["RACS"]
 

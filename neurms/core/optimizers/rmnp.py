@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any, Unpack
 
 from neurms.compiled.row_update import row_normalized_update_
-from neurms.core.momentum import Momentum
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.shape_scale import ShapeScale
 from neurms.core.structures.one_sided_diagonal import FLOOR, RowNormalized
+from neurms.core.transforms.momentum import Momentum
+from neurms.core.transforms.shape_scale import ShapeScale
 
 __all__ = ["RMNP"]
 

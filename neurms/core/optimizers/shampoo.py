@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Unpack
 
 from neurms.core.errors import check_choice, check_fraction
-from neurms.core.momentum import Momentum
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.safeguards import Grafted, Grafting
 from neurms.core.structures.adapters import Averaged, Flattened, Tiled
 from neurms.core.structures.kronecker import Kronecker
+from neurms.core.transforms.momentum import Momentum
+from neurms.core.transforms.safeguards import Grafted, Grafting
 
 __all__ = ["Shampoo", "accumulation_betas"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from neurms.core.momentum import Momentum
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.safeguards import Grafted, Grafting
 from neurms.core.structures.shared_basis import SharedBasisBlocks
+from neurms.core.transforms.momentum import Momentum
+from neurms.core.transforms.safeguards import Grafted, Grafting
 
 __all__ = ["SharedBasis"]
 

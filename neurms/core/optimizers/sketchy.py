@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from neurms.core.momentum import Momentum
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.optimizers.shampoo import accumulation_betas
-from neurms.core.safeguards import Grafted, Grafting
 from neurms.core.structures.adapters import Averaged
 from neurms.core.structures.kronecker_sketch import KroneckerSketch
+from neurms.core.transforms.momentum import Momentum
+from neurms.core.transforms.safeguards import Grafted, Grafting
 
 __all__ = ["Sketchy"]
 

@@ -10,19 +10,19 @@ from typing import Any, ClassVar, Literal, Never
 import torch
 from torch import Tensor, nn
 
+from neurms.core.diagnostics.spans import span
 from neurms.core.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.layer_update import write_gemm_update_, write_update_
 from neurms.core.optimizers.work import Item
 from neurms.core.precision import compute_dtype
 from neurms.core.routing import FALLBACK, Head, Route
-from neurms.core.spans import span
-from neurms.core.statistics import LossReduction
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from neurms.core.tapped import TappedLayer, Variant
 from neurms.core.taps.guard import GradientGuard
 from neurms.core.taps.protocol import Sums
-from neurms.core.unitwise import UnitwiseLayers, neurms_routes
+from neurms.core.unitwise.layers import UnitwiseLayers, neurms_routes
+from neurms.core.unitwise.statistics import LossReduction
+from neurms.core.unitwise.tapped import TappedLayer, Variant
 
 __all__ = ["UnitwiseOptimizer"]
 
@@ -32,7 +32,7 @@ _UNSEEN = "its layer was never seen in a backward pass"
 class UnitwiseOptimizer(PreconditionedOptimizer):
     """An optimizer whose rule reads D and H of tapped layers; :class:`NeuRMS` has the settings.
 
-    It is what :class:`~neurms.core.tapped.TappedLayer` calls its owner.
+    It is what :class:`~neurms.core.unitwise.tapped.TappedLayer` calls its owner.
 
     Args:
         model: The model whose layers are tapped.

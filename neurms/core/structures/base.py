@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neurms.core.spans import span
+from neurms.core.diagnostics.spans import span
 
 __all__ = ["Context", "Moments", "State", "Structure", "Transform"]
 

@@ -8,11 +8,11 @@ from typing import Literal
 from torch import Tensor
 
 from neurms.core.errors import check_choice
-from neurms.core.extension import flips
-from neurms.core.residuals import column_scale
-from neurms.core.safeguards import frobenius
+from neurms.core.low_rank.extension import flips
+from neurms.core.low_rank.residuals import column_scale
+from neurms.core.low_rank.subspaces import Subspace
 from neurms.core.structures.base import Context, State, Structure
-from neurms.core.subspaces import Subspace
+from neurms.core.transforms.safeguards import frobenius
 
 __all__ = ["ProjectedScaling", "ScaleType"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from neurms.compiled.backends import validate_backend
-from neurms.core.spans import span
+from neurms.core.diagnostics.spans import span
 from neurms.core.taps.accumulation import destination, is_ordinary
 from neurms.core.taps.activity import Activity, activity_of
 from neurms.core.taps.protocol import Sink, Sums

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.core.statistics import PendingSums
-from neurms.core.tapped import TappedLayer
+from neurms.core.unitwise.statistics import PendingSums
+from neurms.core.unitwise.tapped import TappedLayer
 from neurms.integrations.keras.engine import Engine, KerasLayers, KerasTappedLayer, TappedEngine
 from neurms.integrations.keras.optimizer import NeurmsOptimizer
 from neurms.integrations.keras.owners import Surroundings, innermost

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from neurms.core.routing import Route
-from neurms.core.tapped import TappedLayer
 from neurms.core.taps.hooks import HookTap
+from neurms.core.unitwise.tapped import TappedLayer
 from neurms.integrations.keras.layout import kernel_activity
 
 __all__ = ["ActivationTap"]

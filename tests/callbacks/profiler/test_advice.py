@@ -140,7 +140,7 @@ def test_embeddings_single_units_and_short_runs() -> None:
 @pytest.mark.parametrize("decades", [1.0, 2.0, 4.0])
 def test_the_ceiling_is_what_exact_factors_show(decades: float) -> None:
     """Normal entries of variance v_i u_j: rho comes out at its ceiling, far below 1."""
-    from neurms.core.factorization import correlation_ceiling, factor_correlation
+    from neurms.core.diagnostics.factorization import correlation_ceiling, factor_correlation
     from neurms.core.layout import Layout
 
     generator = torch.Generator().manual_seed(0)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import neurms
 from neurms.callbacks.profiler import profile
-from neurms.core import spans
-from neurms.core.preconditioner import GradientPreconditioner
+from neurms.core.diagnostics import spans
+from neurms.core.unitwise.preconditioner import GradientPreconditioner
 from tests.callbacks.profiler import truth
 
 BETA = 0.9

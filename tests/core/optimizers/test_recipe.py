@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from neurms.core.momentum import Momentum
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe, stack_states
-from neurms.core.safeguards import TrustRatio
 from neurms.core.structures.base import Context, Transform
 from neurms.core.structures.diagonal import Diagonal
 from neurms.core.structures.one_sided_diagonal import RowNormalized
+from neurms.core.transforms.momentum import Momentum
+from neurms.core.transforms.safeguards import TrustRatio
 
 
 def chain(*transforms: Transform, **settings: Any) -> Recipe:

@@ -8,10 +8,10 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from neurms.core.momentum import Momentum
 from neurms.core.optimizers import registry
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
+from neurms.core.transforms.momentum import Momentum
 
 NAME = "plain"
 

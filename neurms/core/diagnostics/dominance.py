@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neurms.core.factorization import spaced
+from neurms.core.diagnostics.factorization import spaced
 
 __all__ = ["Dominance", "row_dominance"]
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from neurms.core.preconditioner import GradientPreconditioner
-from neurms.core.scale_summary import scale_summary
+from neurms.core.unitwise.preconditioner import GradientPreconditioner
+from neurms.core.unitwise.scale_summary import scale_summary
 
 
 def observed(v: list[float], u: list[float] | None = None, **settings) -> GradientPreconditioner:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from neurms.core.factorization import (
+from neurms.core.diagnostics.factorization import (
     correlation_ceiling,
     factorization_error,
     gradient_margins,

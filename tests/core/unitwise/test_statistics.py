@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from neurms.core import statistics
-from neurms.core.statistics import PendingSums, synchronize, world_size
 from neurms.core.taps import Sums
+from neurms.core.unitwise import statistics
+from neurms.core.unitwise.statistics import PendingSums, synchronize, world_size
 
 
 def sums(d: Tensor, h: Tensor | None = None) -> Sums:

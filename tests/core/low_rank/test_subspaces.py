@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.bases import leading_basis
+from neurms.core.low_rank.subspaces import (
+    RandomSubspace,
+    SingularSubspace,
+    Subspace,
+    TrackedSubspace,
+)
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context, State
-from neurms.core.subspaces import RandomSubspace, SingularSubspace, Subspace, TrackedSubspace
 from tests.core.structures.contract import gradients
 
 

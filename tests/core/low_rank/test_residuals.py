@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from neurms.core.residuals import OptimalCompensation, Projection, ScaledResidual, column_scale
+from neurms.core.low_rank.residuals import (
+    OptimalCompensation,
+    Projection,
+    ScaledResidual,
+    column_scale,
+)
 from neurms.core.structures.base import Context, State
 from tests.core.structures.contract import gradients
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neurms.core.bias_correction import BiasCorrection
 from neurms.core.structures.projected_diagonal import ProjectedDiagonal
+from neurms.core.transforms.bias_correction import BiasCorrection
 from tests.core.structures.contract import TransformContract, gradients, run
 
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from neurms.compiled.backends import validate_backend
+from neurms.core.diagnostics.factorization import factor_correlation
 from neurms.core.errors import check_choice, check_fraction
-from neurms.core.factorization import factor_correlation
 from neurms.core.routing import Route
-from neurms.core.statistics import LossReduction, PendingSums
 from neurms.core.structures.base import Moments
 from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.hooks import HookTap, forget_compiled_graphs
 from neurms.core.taps.protocol import Sums
-from neurms.core.unitwise import neurms_routes
+from neurms.core.unitwise.layers import neurms_routes
+from neurms.core.unitwise.statistics import LossReduction, PendingSums
 
 __all__ = ["FactorizationProbe"]
 

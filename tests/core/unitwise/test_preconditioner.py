@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import neurms
 from neurms.core.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
-from neurms.core.preconditioner import GradientPreconditioner
 from neurms.core.taps.hooks import HookTap
+from neurms.core.unitwise.preconditioner import GradientPreconditioner
 
 
 def mlp(dtype=torch.float64) -> nn.Module:

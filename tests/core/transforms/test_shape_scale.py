@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.optim._muon import _adjust_lr
 
-from neurms.core.shape_scale import ShapeScale
 from neurms.core.structures.base import Context
+from neurms.core.transforms.shape_scale import ShapeScale
 from tests.core.structures.contract import TransformContract
 
 

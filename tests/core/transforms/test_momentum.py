@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neurms.core.momentum import Momentum
 from neurms.core.structures.base import Context
+from neurms.core.transforms.momentum import Momentum
 from tests.core.structures.contract import TransformContract, gradients, run
 
 

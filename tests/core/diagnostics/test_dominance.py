@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurms.core.dominance import row_dominance
+from neurms.core.diagnostics.dominance import row_dominance
 from tests.callbacks.profiler import truth
 
 

@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neurms.compiled.backends import use_backend
+from neurms.core.diagnostics.spans import gradients_ready, span
 from neurms.core.errors import NonFiniteError, UnsupportedTrainingError
-from neurms.core.gradient_scaling import precondition_gradient_
 from neurms.core.layout import default_layout
 from neurms.core.optimizers.layer_update import write_gemm_update_
 from neurms.core.optimizers.neurms import NeuRMS
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
 from neurms.core.optimizers.work import Item, nonfinite_names
 from neurms.core.precision import compute_dtype
-from neurms.core.preconditioner_checks import backward_problem, checked_settings, verified_state
 from neurms.core.routing import FALLBACK, Route
-from neurms.core.spans import gradients_ready, span
-from neurms.core.statistics import LossReduction, synchronize, world_size
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from neurms.core.tapped import TappedLayer, Variant
 from neurms.core.taps.guard import GradientGuard
 from neurms.core.taps.protocol import Sums
-from neurms.core.unitwise import UnitwiseLayers, neurms_routes
+from neurms.core.unitwise.checks import backward_problem, checked_settings, verified_state
+from neurms.core.unitwise.gradient_scaling import precondition_gradient_
+from neurms.core.unitwise.layers import UnitwiseLayers, neurms_routes
+from neurms.core.unitwise.statistics import LossReduction, synchronize, world_size
+from neurms.core.unitwise.tapped import TappedLayer, Variant
 
 __all__ = ["GradientPreconditioner"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from neurms.core.routing import route_model
-from neurms.core.statistics import LossReduction
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from neurms.core.tapped import TappedLayer, Variant
 from neurms.core.taps import HookTap, Sink, Sums, UpdateSink
+from neurms.core.unitwise.statistics import LossReduction
+from neurms.core.unitwise.tapped import TappedLayer, Variant
 
 
 class Owner:

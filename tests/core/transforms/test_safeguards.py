@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from neurms.core.optimizers.plan import tensor_bytes
-from neurms.core.safeguards import (
+from neurms.core.structures.base import Context
+from neurms.core.structures.diagonal import Diagonal
+from neurms.core.structures.one_sided_diagonal import RowNormalized
+from neurms.core.structures.two_sided import TwoSidedDiagonal
+from neurms.core.transforms.safeguards import (
     CoupledDecay,
     Grafted,
     Grafting,
@@ -16,10 +20,6 @@ from neurms.core.safeguards import (
     RowClip,
     TrustRatio,
 )
-from neurms.core.structures.base import Context
-from neurms.core.structures.diagonal import Diagonal
-from neurms.core.structures.one_sided_diagonal import RowNormalized
-from neurms.core.structures.two_sided import TwoSidedDiagonal
 from tests.core.structures.contract import TransformContract, gradients, run
 
 

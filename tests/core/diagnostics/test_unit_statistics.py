@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from neurms.core.safeguards import limited
-from neurms.core.unit_statistics import LEVELS, dead_units, levels, limiter_hit, subspace_energy
+from neurms.core.diagnostics.unit_statistics import (
+    LEVELS,
+    dead_units,
+    levels,
+    limiter_hit,
+    subspace_energy,
+)
+from neurms.core.transforms.safeguards import limited
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from neurms.core.tapped import TappedLayer
+from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["at_bounds", "scale_summary"]
 

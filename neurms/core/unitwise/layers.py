@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from neurms.core.diagnostics.spans import span
 from neurms.core.errors import NonFiniteError
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import FALLBACK, Head, Route, excluded, route_model
-from neurms.core.spans import span
-from neurms.core.statistics import PendingSums, synchronize, world_size
-from neurms.core.tapped import LayerOwner, TappedLayer
 from neurms.core.taps.activity import activity_of
 from neurms.core.taps.backward import BackwardUpdateTap, is_tapped_linear
 from neurms.core.taps.guard import GradientGuard
 from neurms.core.taps.hooks import HookTap, forget_compiled_graphs
 from neurms.core.taps.protocol import Sums
+from neurms.core.unitwise.statistics import PendingSums, synchronize, world_size
+from neurms.core.unitwise.tapped import LayerOwner, TappedLayer
 
 __all__ = ["UnitwiseLayers", "neurms_routes"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import neurms
-from neurms.core import spans
+from neurms.core.diagnostics import spans
 
 
 class Recorder:

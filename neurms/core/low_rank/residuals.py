@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from neurms.core.errors import check_fraction, check_real
-from neurms.core.safeguards import frobenius, limited
 from neurms.core.structures.base import Context, State
+from neurms.core.transforms.safeguards import frobenius, limited
 
 __all__ = ["OptimalCompensation", "Projection", "Residual", "ScaledResidual", "column_scale"]
 

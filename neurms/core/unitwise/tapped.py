@@ -10,15 +10,15 @@ from torch import Tensor
 
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.scaling import ema_
+from neurms.core.diagnostics.spans import span, spanned
 from neurms.core.routing import Route
-from neurms.core.spans import span, spanned
-from neurms.core.statistics import LossReduction, PendingSums, synchronize
 from neurms.core.structures.base import Context, Moments
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.protocol import Sums
+from neurms.core.unitwise.statistics import LossReduction, PendingSums, synchronize
 
 __all__ = ["LayerOwner", "TappedLayer", "Variant"]
 

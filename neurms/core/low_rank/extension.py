@@ -8,9 +8,9 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from neurms.core.errors import check_choice, check_real
-from neurms.core.residuals import Projection, Residual
+from neurms.core.low_rank.residuals import Projection, Residual
+from neurms.core.low_rank.subspaces import RandomSubspace, Subspace
 from neurms.core.structures.base import Context, State, Structure
-from neurms.core.subspaces import RandomSubspace, Subspace
 
 __all__ = ["LowRank", "Transpose", "flips"]
 
@@ -58,7 +58,7 @@ class LowRank(Structure):
     Example:
         >>> import torch
         >>> from neurms.core.structures.projected_diagonal import ProjectedDiagonal
-        >>> from neurms.core.subspaces import SingularSubspace
+        >>> from neurms.core.low_rank.subspaces import SingularSubspace
         >>> galore = LowRank(ProjectedDiagonal((0.0, 0.0)), SingularSubspace(rank=1))
         >>> gradient = torch.tensor([[3.0, 0.0, 3.0], [0.0, 0.5, 0.0]])
         >>> galore(gradient, galore.init(gradient), Context(step=1)).abs()

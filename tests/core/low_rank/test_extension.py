@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from neurms.core.extension import LowRank, Transpose, flips
+from neurms.core.low_rank.extension import LowRank, Transpose, flips
+from neurms.core.low_rank.residuals import OptimalCompensation, ScaledResidual
+from neurms.core.low_rank.subspaces import RandomSubspace, SingularSubspace, TrackedSubspace
 from neurms.core.optimizers.plan import tensor_bytes
-from neurms.core.residuals import OptimalCompensation, ScaledResidual
 from neurms.core.structures.base import Context, Structure
 from neurms.core.structures.eigen_basis import EigenBasis
 from neurms.core.structures.projected_diagonal import ProjectedDiagonal
 from neurms.core.structures.two_sided import TwoSidedDiagonal
 from neurms.core.structures.two_sided_eigen import TwoSidedEigen
-from neurms.core.subspaces import RandomSubspace, SingularSubspace, TrackedSubspace
 from tests.core.structures.contract import TransformContract, gradients, run
 
 ALICE = TrackedSubspace(3, interval=3, leading=3, beta=0.9)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import neurms
-from neurms.core.diagnostics import FactorizationProbe
+from neurms.core.diagnostics.probe import FactorizationProbe
 
 
 def correlation(g, v, u):

@@ -1,0 +1,1 @@
+"""What a layer's statistics say: rho, dominance, quantiles, and spans of time."""

@@ -1,0 +1,1 @@
+"""The low-rank extension: any structure in a tracked, switched, compensated subspace."""

@@ -1,0 +1,1 @@
+"""Transforms beside the structures: momentum, safeguards, factors of the shape."""

@@ -1,0 +1,1 @@
+"""NeuRMS beneath its optimizer: tapped layers, pending statistics, gradients scaled in place."""
