@@ -1,0 +1,74 @@
+"""The optimizer's step alone, on one matrix, against torch's fused AdamW.
+
+    neurms bench kernels --threads 2
+
+Fresh gradients in every round, denormals flushed, medians of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import neurms
+from benchmarks.harness import RESULTS, Results
+from benchmarks.interleaved import Turn, interleaved, shown
+
+SHAPES = ((1024, 1024), (4096, 1024), (4096, 4096))
+OURS = ("rmnp", "racs")
+
+
+def turn(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Turn:
+    """Return a turn that steps on a fresh gradient."""
+
+    def prepare(number: int) -> object:
+        parameter.grad = torch.randn_like(parameter)
+        return optimizer.step
+
+    return prepare  # type: ignore[return-value]
+
+
+def contenders(shape: tuple[int, int]) -> dict[str, Turn]:
+    """Return what is compared at one shape; each has a matrix of its own."""
+    made: dict[str, Turn] = {}
+    for name in ("adamw fused", "adamw", "sgd fused", *OURS, *(f"{n} eager" for n in OURS)):
+        parameter = torch.nn.Parameter(0.02 * torch.randn(shape))
+        kind, _, form = name.partition(" ")
+        ours = kind in OURS
+        settings = {"backend": form or "auto"} if ours else {"fused": form == "fused"}
+        made[name] = turn(neurms.create(kind, [parameter], lr=1e-3, **settings), parameter)
+    return made
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--muon", action="store_true", help="torch.optim.Muon against RMNP too")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = Results(arguments.out, {"threads": arguments.threads})
+    for shape in SHAPES:
+        torch.manual_seed(0)
+        found = interleaved(contenders(shape), "adamw fused", rounds=arguments.rounds)
+        key = f"{shape[0]}x{shape[1]}"
+        print(f"{key}, {arguments.threads} threads\n{shown(found)}", flush=True)
+        results.runs[key] = found
+    if arguments.muon:
+        parameters = [torch.nn.Parameter(0.02 * torch.randn(4096, 1024)) for _ in range(2)]
+        pair = {
+            "rmnp": turn(neurms.RMNP([parameters[0]]), parameters[0]),
+            "torch.optim.Muon": turn(torch.optim.Muon([parameters[1]]), parameters[1]),
+        }
+        found = interleaved(pair, "rmnp", rounds=10)
+        print(f"against Muon, 4096x1024\n{shown(found)}", flush=True)
+        results.runs["muon 4096x1024"] = found
+    results.save()
+
+
+if __name__ == "__main__":
+    main()
