@@ -25,6 +25,8 @@ from neurms.compiled._tiles import (
     tile_length,
 )
 from neurms.compiled.backends import kernel
+from neurms.compiled.native import suits
+from neurms.compiled.two_sided import two_sided_update_
 
 
 def _scalar(value: Tensor, w: Tensor) -> Tensor:
@@ -133,6 +135,23 @@ def scaled_update_(
             keep,
         )
     return w
+
+
+def _has_both_scales(
+    w: Tensor, g: Tensor, s: Tensor | None, c: Tensor | None, lr: Tensor, decay: Tensor | None
+) -> bool:
+    """Return whether the native two-sided update takes this call; U's one pass needs no help."""
+    if s is None or c is None or w.dim() != 2 or g.shape != w.shape:
+        return False
+    return s.shape + c.shape == w.shape and suits(w, g, s, c)
+
+
+@scaled_update_.native(_has_both_scales)
+def _two_sided(
+    w: Tensor, g: Tensor, s: Tensor, c: Tensor, lr: Tensor, decay: Tensor | None
+) -> Tensor:
+    keep = torch.ones((), dtype=torch.float64) if decay is None else decay
+    return two_sided_update_(w, g, s, c, lr, keep)
 
 
 @kernel

@@ -16,6 +16,7 @@ from neurms.compiled.native import LEAST_ELEMENTS, compiler, suits
 from neurms.compiled.native import build as native_build
 from neurms.compiled.row_update import row_normalized_update_
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_update_
+from neurms.compiled.update import scaled_update_
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
 
@@ -125,6 +126,17 @@ def test_scaled_square_sum_and_update(shape: tuple[int, int]) -> None:
     )
     two_sided_update_(w, gradient, left, right, ONE * 0.1, ONE * 0.9)
     two_sided_update_.eager(*wide, ONE * 0.1, ONE * 0.9)
+    torch.testing.assert_close(w.double(), wide[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_scaled_update_with_both_scales(shape: tuple[int, int], decay: float | None) -> None:
+    gradient, w = matrix(shape), matrix(shape, seed=1)
+    s, c = torch.rand(shape[0]) + 0.1, torch.rand(shape[1]) + 0.1
+    wide = [x.double() for x in (w, gradient, s, c)]
+    keep = None if decay is None else ONE * decay
+    scaled_update_(w, gradient, s, c, ONE * 0.1, keep)
+    scaled_update_.eager(*wide, ONE * 0.1, keep)
     torch.testing.assert_close(w.double(), wide[0], rtol=1e-6, atol=1e-6)
 
 
