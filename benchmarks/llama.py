@@ -35,6 +35,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "adamw": (2e-3, 4e-3, 8e-3, 16e-3),
     "racs": (0.02, 0.04, 0.08, 0.16),
     "rmnp": (0.0025, 0.005, 0.01, 0.02),
+    "rmnp-momentum.8": (0.0025, 0.005, 0.01, 0.02),
     "alice": (0.01, 0.02, 0.04, 0.08),
     "muon": (0.01, 0.02, 0.04, 0.08),
     "shared_basis": (1e-4, 3e-4, 1e-3, 3e-3),
@@ -42,6 +43,7 @@ RATES: dict[str, tuple[float, ...]] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"betas": (0.9, 0.95), "weight_decay": 0.0},
     "muon": {"weight_decay": 0.0},
+    "rmnp-momentum.8": {"momentum": 0.8},
     "alice": {"rank": 32, "leading": 10, "interval": 50},
     "shared_basis": {"rank": 16},
 }
@@ -92,7 +94,7 @@ def train(
     settings = dict(SETTINGS.get(name, {}), lr=lr)
     if name != "adamw":
         settings |= {"fallback_lr": fallback_lr, "fallback_betas": (0.9, 0.95)}
-    optimizer = neurms.create(name, model, **settings)
+    optimizer = neurms.create(name.partition("-")[0], model, **settings)
     warmup = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, warmup, steps))
     generator = torch.Generator().manual_seed(10_000 + seed)
