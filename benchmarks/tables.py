@@ -50,11 +50,9 @@ final loss was not reached.
 {table}
 
 Muon, Alice and RACS need fewer steps than AdamW at their papers' settings. RMNP does not at its
-own momentum of .95, whose best rate lies inside the grid; what was tried for 200 steps at lr .01:
-momentum .9 and .8 (2.107 and 2.067 against 2.198), no look-ahead (2.313), no factor of the shape
-(2.178), weight decay .1 (2.195), the head under the rule (2.204). So it is the length of its memory
-in a run this short, and the row with momentum .8 (chosen afterwards) needs fewer steps than AdamW,
-too. SharedBasis, at the lowest rate of its grid, stays behind in {steps} steps.
+own momentum of .95, whose best rate lies inside the grid; with momentum .8 (chosen afterwards, its
+best rate at the grid's upper edge) it does, so in a run this short its memory is too long.
+SharedBasis, at the lowest rate of its grid, stays behind in {steps} steps.
 """
 
 
