@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as encoder
 import platform
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ import torch
 
 import neurms
 from neurms.cli.environment import compiler, environment, flush_denormals, versions
+from neurms.cli.kernel_times import kernel_times
 from neurms.compiled.backends import BACKENDS, use_backend
+from neurms.compiled.native.build import cache_folder, library
 from neurms.compiled.reductions import column_square_sum
 
 __all__ = ["Finding", "examine", "findings"]
@@ -36,13 +39,30 @@ class Finding(NamedTuple):
     detail: str
 
 
-def examine() -> int:
-    """Print the findings; return 1 if something needed is missing, else 0."""
+def examine(*, kernels: bool = False, json: bool = False) -> int:
+    """Print the findings; return 1 if something needed is missing, else 0.
+
+    Args:
+        kernels: Also time what each kernel gets from each backend, in a few seconds.
+        json: Print one JSON object instead of text.
+    """
     found = list(findings())
+    times = kernel_times() if kernels else []
+    missing = [finding.subject for finding in found if finding.verdict == "missing"]
+    if json:
+        record = {"findings": [f._asdict() for f in found], "kernels": [t._asdict() for t in times]}
+        print(encoder.dumps(record, indent=1))
+        return 1 if missing else 0
     width = max(len(finding.subject) for finding in found)
     for verdict, subject, detail in found:
         print(f"{verdict:<7}  {subject:<{width}}  {detail}")
-    missing = [finding.subject for finding in found if finding.verdict == "missing"]
+    if times:
+        print("\nmicroseconds a call, and against eager")
+    for row in times:
+        print(
+            f"{row.kernel:<24}{row.size:>5}  {row.backend:<12}{row.microseconds:>10.1f}"
+            f"  x{row.ratio:.2f}"
+        )
     print(f"\nMissing: {', '.join(missing)}" if missing else "\nNothing is missing.")
     return 1 if missing else 0
 
@@ -60,6 +80,14 @@ def findings() -> Iterator[Finding]:
         "C++ compiler",
         path or 'none found: backend="inductor" runs eager; install g++ or set CXX',
     )
+    yield Finding(
+        "ok" if library() else "note",
+        "native kernels",
+        "built" if library() else 'none: backend="auto" runs eager',
+    )
+    yield Finding("ok", "kernel cache", str(cache_folder()))
+    onednn = torch.backends.mkldnn.is_available()
+    yield Finding("ok" if onednn else "note", "oneDNN", "available" if onednn else "not built in")
     yield from _backends(path)
     yield _denormals()
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -24,6 +24,7 @@ from neurms.compiled.backends import (
 )
 from neurms.compiled.correlation import correlation_from_sums, correlation_sums
 from neurms.compiled.gemm import accumulate_gemm_, update_gemm_
+from neurms.compiled.native import warm_up
 from neurms.compiled.reductions import channel_square_sum, column_square_sum
 from neurms.compiled.scaling import ema_, relative_scale_factors, scale_factors
 from neurms.compiled.update import scale_gradient_, scaled_momentum_update_, scaled_update_
@@ -49,4 +50,5 @@ __all__ = [
     "update_gemm_",
     "use_backend",
     "validate_backend",
+    "warm_up",
 ]

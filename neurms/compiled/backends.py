@@ -29,11 +29,17 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 import torch
 
 from neurms.compiled._forms import InductorForm, script
+from neurms.compiled._operators import operator
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 BACKENDS = ("auto", "eager", "inductor", "torchscript")
+
+PROMPT = "prompt"
+"""``auto`` for a caller that knows it has large operands, too: native forms whatever the size.
+
+For :meth:`Kernel.on` alone: whether a model is large is its owner's to say, not a user's."""
 
 _backend: ContextVar[str] = ContextVar("neurms_backend", default="auto")
 
@@ -50,7 +56,7 @@ def validate_backend(name: str) -> str:
     Raises:
         ValueError: If the name is unknown.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         choices = ", ".join(repr(choice) for choice in BACKENDS)
         raise ValueError(f"backend={name!r} is unknown; choose one of {choices}")
     return name
@@ -62,8 +68,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (the default outside any block), ``"eager"``, ``"inductor"`` or
-            ``"torchscript"``. ``"auto"`` is the eager definition: it needs no warm-up, and eager's
-            row tiles already keep its temporaries in cache.
+            ``"torchscript"``. ``"auto"`` is the native form where there is one that suits the
+            operands, else the eager definition.
 
     Yields:
         Nothing.
@@ -106,6 +112,8 @@ class Kernel(Generic[P, R]):
         self._inductor = InductorForm(fn)
         self._native: Callable[P, R] | None = None
         self._suits: Callable[..., bool] = lambda *args: False
+        self._fits: Callable[..., bool] = lambda *args: False
+        self._operator: Callable[..., R] | None = None
         self._lock = threading.Lock()
         self._forms: dict[str, Callable[P, R]] = {}
         functools.update_wrapper(self, fn)
@@ -113,8 +121,14 @@ class Kernel(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run on the current backend."""
         if torch.compiler.is_compiling():
-            return self.eager(*args, **kwargs)
+            return self._traced(*args, **kwargs)
         return self.on(_backend.get())(*args, **kwargs)
+
+    def _traced(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """What stands for a call in a graph: off the CPU and without a native form, its insides."""
+        if self._operator is None or kwargs or not all(_is_on_cpu(arg) for arg in args):
+            return self.eager(*args, **kwargs)
+        return self._operator(*args)
 
     def on(self, backend: str) -> Callable[P, R]:
         """The form that runs on one backend, whatever the context and the thread.
@@ -130,49 +144,80 @@ class Kernel(Generic[P, R]):
         """
         form = self._forms.get(backend)
         if form is None:
-            validate_backend(backend)
+            if backend != PROMPT:
+                validate_backend(backend)
             with self._lock:
                 form = self._forms.setdefault(backend, self._make(backend))
         return form
 
     def _make(self, backend: str) -> Callable[P, R]:
+        if backend == PROMPT and self._native is not None:
+            return self._prompt(self._native, self._fits)
         if backend == "auto" and self._native is not None:
-            return torch.no_grad()(self._positional(self._chosen))
+            return _without_grad(self._positional(self._chosen))
         if backend == "torchscript":
-            return torch.no_grad()(script(self.eager))
+            return _without_grad(script(self.eager))
         if backend == "inductor":
-            return torch.no_grad()(self._positional(self._inductor))
-        return torch.no_grad()(self.eager)
+            return _without_grad(self._positional(self._inductor))
+        return _without_grad(self.eager)
 
     def native(
-        self, suits: Callable[..., bool]
+        self,
+        suits: Callable[..., bool],
+        mutates: tuple[str, ...] = (),
+        fits: Callable[..., bool] | None = None,
+        returns: str | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorate a native form of this kernel, which ``auto`` takes where ``suits(*args)``.
 
+        Graphs of torch.compile then hold the kernel as one operator.
+
         Args:
             suits: Says whether the native form serves these operands; the eager one does else.
+            mutates: Names of the arguments that the kernel writes into.
+            fits: ``suits`` but for the operands' size, for :data:`PROMPT`.
+            returns: Name of the argument that the kernel returns, if it returns one.
 
         Returns:
             A decorator that returns the function it is given.
         """
 
         def register(form: Callable[..., Any]) -> Callable[..., Any]:
-            self._native, self._suits = form, suits
+            self._native, self._suits, self._fits = form, suits, fits or suits
+            self._operator = operator(self.eager, self._run_in_graph, mutates, returns)
             return form
 
         return register
+
+    def _run_in_graph(self, *args: Any) -> R:
+        return cast(Callable[..., R], self.on("auto"))(*args)
 
     def _chosen(self, *args: Any) -> R:
         native: Callable[..., R] = self._native or self.eager
         return native(*args) if self._suits(*args) else cast(Callable[..., R], self.eager)(*args)
 
+    def _prompt(self, native: Callable[..., R], fits: Callable[..., bool]) -> Callable[P, R]:
+        """Return a form without layers of calls, which cost more than a small native kernel."""
+        otherwise = _without_grad(self._positional(self.eager))
+        length = len(inspect.signature(self.eager).parameters)
+
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if len(args) == length and fits(*args):
+                return native(*args)
+            return otherwise(*args, **kwargs)
+
+        return run
+
     def _positional(self, form: Callable[..., R]) -> Callable[P, R]:
         signature = inspect.signature(self.eager)
         length = len(signature.parameters)
+        defaults = tuple(p.default for p in signature.parameters.values())
+        needed = sum(default is inspect.Parameter.empty for default in defaults)
 
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            if len(args) == length:
-                return form(*args)
+            # Binding costs more than a small kernel.
+            if not kwargs and needed <= len(args) <= length:
+                return form(*args, *defaults[len(args) :])
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             return form(*bound.args)
@@ -186,6 +231,22 @@ class Kernel(Generic[P, R]):
     def __repr__(self) -> str:
         """The kernel's name and signature home."""
         return f"<kernel {self.__module__}.{self.__name__}>"  # type: ignore[attr-defined]
+
+
+def _is_on_cpu(arg: object) -> bool:
+    return not isinstance(arg, torch.Tensor) or arg.device.type == "cpu"
+
+
+def _without_grad(form: Callable[P, R]) -> Callable[P, R]:
+    """Return ``form`` run under no_grad, whose context costs more than a small kernel."""
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled():
+            return form(*args, **kwargs)
+        with torch.no_grad():
+            return form(*args, **kwargs)
+
+    return run
 
 
 def kernel(fn: Callable[P, R]) -> Kernel[P, R]:

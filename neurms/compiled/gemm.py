@@ -7,11 +7,14 @@ read with ``float``, which on an accelerator waits for the device.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
-@torch.no_grad()
+
 def update_gemm_(
     w: Tensor,
     errors: Tensor,
@@ -50,12 +53,13 @@ def update_gemm_(
             f"errors {tuple(errors.shape)} and activations {tuple(activations.shape)} do not "
             f"multiply to w {tuple(w.shape)}; pass (rows, m) and (rows, n), batch axes flattened"
         )
-    return w.addmm_(
-        errors.t().to(w.dtype), activations.to(w.dtype), beta=float(decay), alpha=-float(lr)
-    )
+    # The context costs more than a small product.
+    with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
+        return w.addmm_(
+            errors.t().to(w.dtype), activations.to(w.dtype), beta=float(decay), alpha=-float(lr)
+        )
 
 
-@torch.no_grad()
 def accumulate_gemm_(
     velocity: Tensor, errors: Tensor, activations: Tensor, momentum: float | Tensor
 ) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "damped_power",
+    "eigenvalues",
     "eigh",
     "frequent_directions",
     "inverse_root",
@@ -58,6 +59,18 @@ def _lapack_eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     finite = bool(values.isfinite().all()) and bool(vectors.isfinite().all())
     return (values, vectors) if finite or matrix.dtype == torch.float64 else None
+
+
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Return eigenvalues (..., d), ascending, of symmetric matrices (..., d, d).
+
+    A third of the time of :func:`eigh` for batches of small matrices, with its second attempt.
+    """
+    try:
+        found = torch.linalg.eigvalsh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return eigh(matrix)[0]
+    return found if bool(found.isfinite().all()) else eigh(matrix)[0]
 
 
 def relative_floor(values: Tensor) -> Tensor:

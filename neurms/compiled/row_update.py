@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from neurms.compiled.backends import kernel
-from neurms.compiled.native import library, pointer, suits, threads
+from neurms.compiled.native import library, suits, threads
 
 __all__ = ["row_normalized_update_"]
 
@@ -42,7 +43,8 @@ def row_normalized_update_(
 
     Reference:
         RMNP, arXiv 2603.20527, and its authors' code. The native form reads each operand once: a
-        row is still in cache when its norm is known.
+        row is still in cache when its norm is known. Where all three are stored by columns, as
+        Keras has its kernels, it takes two walks.
 
     Example:
         >>> import torch
@@ -57,9 +59,11 @@ def row_normalized_update_(
     return w.mul_(decay.to(w.device, w.dtype)).sub_(unit.mul_(step.to(w.device, w.dtype)))
 
 
-@row_normalized_update_.native(
-    lambda w, momentum, gradient, *settings: suits(w, momentum, gradient)
-)
+def _suits(w: Tensor, momentum: Tensor, gradient: Tensor, *settings: object) -> bool:
+    return suits(w, momentum, gradient) or suits(w.mT, momentum.mT, gradient.mT)
+
+
+@row_normalized_update_.native(_suits, mutates=("w", "momentum"), returns="w")
 def _row_normalized_update_(
     w: Tensor,
     momentum: Tensor,
@@ -72,16 +76,23 @@ def _row_normalized_update_(
 ) -> Tensor:
     kernels = library()
     assert kernels is not None
-    kernels.neurms_row_normalized_update(
-        pointer(w),
-        pointer(momentum),
-        pointer(gradient),
-        *w.shape,
+    by_rows = w.is_contiguous()
+    update = (
+        kernels.neurms_row_normalized_update
+        if by_rows
+        else kernels.neurms_row_normalized_update_transposed
+    )
+    update(
+        w.data_ptr(),
+        momentum.data_ptr(),
+        gradient.data_ptr(),
+        *(w if by_rows else w.mT).shape,
         mu,
-        int(nesterov),
+        nesterov,
         float(step),
         float(decay),
         floor,
         threads(),
     )
+    increment_version((w, momentum))
     return w

@@ -8,7 +8,8 @@ from torch import Tensor
 from neurms.compiled.backends import kernel
 
 
-def _inverse_root(v: Tensor, correction: Tensor, eps: float, v_min: float) -> Tensor:
+def inverse_root(v: Tensor, correction: Tensor, eps: float, v_min: float) -> Tensor:
+    """Return ``max(v / correction + eps, v_min)^(-1/2)``."""
     corrected = v / correction.to(v.device, v.dtype)
     return corrected.add_(eps).clamp_(min=v_min).rsqrt_()
 
@@ -40,7 +41,7 @@ def scale_factors(
         >>> scale_factors(torch.tensor([4.0, 0.0]), torch.tensor(1.0), 0.0, 1e-12, 0.0, 100.0)
         tensor([  0.5000, 100.0000])
     """
-    return _inverse_root(v, correction, eps, v_min).clamp_(low, high)
+    return inverse_root(v, correction, eps, v_min).clamp_(low, high)
 
 
 @kernel
@@ -73,7 +74,7 @@ def relative_scale_factors(
         >>> relative_scale_factors(v, torch.tensor(1.0), 0.0, 1e-12, 10.0)
         tensor([ 1.,  1., 10.])
     """
-    s = _inverse_root(v, correction, eps, v_min)
+    s = inverse_root(v, correction, eps, v_min)
     if s.numel() == 0:
         return s
     # Of each layer by itself where several are stacked.

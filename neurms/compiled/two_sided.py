@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from neurms.compiled.backends import kernel
-from neurms.compiled.native import library, pointer, suits, threads
+from neurms.compiled.native import is_plain, library, suits, threads
 
-__all__ = ["scaled_square_sum", "two_sided_fit", "two_sided_update_"]
+__all__ = ["scaled_square_sum", "two_sided_fit", "two_sided_scales_", "two_sided_update_"]
 
-TOLERANCE = 1e-6
-"""Relative change of q below which the native power iteration stops before its last round."""
+TOLERANCE = 5e-7
+"""Relative error, of each entry of q and s, at which the native power iteration stops early.
+
+A round's largest relative change bounds that of every later round, because a positive matrix
+brings positive vectors nearer in Hilbert's projective metric (Birkhoff); the ratio of two changes
+estimates how much of the last one is left.
+"""
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     product: Tensor = torch.matmul(matrix, vector.unsqueeze(-1)).squeeze(-1)
     return product
+
+
+def _power_iteration(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    squares = gradient.square()
+    # The least normal number, spelled out: TorchScript knows no torch.finfo.
+    tiny = 2.2250738585072014e-308 if squares.dtype == torch.float64 else 1.1754943508222875e-38
+    s = squares.mean(-2)
+    q = squares.new_zeros(squares.shape[:-1])
+    for rounds in range(iterations):
+        if rounds > 0:
+            s = _matvec(squares.mT, q) / q.square().sum(-1, keepdim=True).clamp(min=tiny)
+        # ||s||^2 underflows long before s does, so s enters normalised by its largest entry.
+        peak = s.amax(-1, keepdim=True).clamp(min=tiny)
+        unit = s / peak
+        q = _matvec(squares, unit) / (unit.square().sum(-1, keepdim=True) * peak).clamp(min=tiny)
+    return q, s
 
 
 @kernel
@@ -35,7 +57,7 @@ def two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
 
     Reference:
         Structured-Fisher paper, Algorithm 1 (RACS), five rounds. The native form takes q and the
-        next s from one pass over G, and stops early once q has settled to 1e-6.
+        next s from one pass over G, and stops early at TOLERANCE.
 
     Example:
         >>> import torch
@@ -44,23 +66,14 @@ def two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         tensor([[ 1.,  4.],
                 [ 4., 16.]])
     """
-    squares = gradient.square()
-    tiny = torch.finfo(squares.dtype).tiny
-    s = squares.mean(-2)
-    q = squares.new_zeros(squares.shape[:-1])
-    for rounds in range(iterations):
-        if rounds > 0:
-            s = _matvec(squares.mT, q) / q.square().sum(-1, keepdim=True).clamp(min=tiny)
-        # ||s||^2 underflows long before s does, so s enters normalised by its largest entry.
-        peak = s.amax(-1, keepdim=True).clamp(min=tiny)
-        unit = s / peak
-        q = _matvec(squares, unit) / (unit.square().sum(-1, keepdim=True) * peak).clamp(min=tiny)
-    return q, s
+    return _power_iteration(gradient, iterations)
 
 
-@two_sided_fit.native(
-    lambda gradient, iterations: gradient.ndim == 2 and (suits(gradient) or suits(gradient.mT))
-)
+def _is_stored(gradient: Tensor) -> bool:
+    return gradient.ndim == 2 and (suits(gradient) or suits(gradient.mT))
+
+
+@two_sided_fit.native(lambda gradient, iterations: _is_stored(gradient))
 def _two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     kernels = library()
     assert kernels is not None
@@ -69,8 +82,76 @@ def _two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     rows = gradient.is_contiguous()
     fit = kernels.neurms_two_sided_fit if rows else kernels.neurms_two_sided_fit_transposed
     sizes = (m, n) if rows else (n, m)
-    fit(pointer(gradient), *sizes, iterations, TOLERANCE, pointer(q), pointer(s), threads())
+    fit(gradient.data_ptr(), *sizes, iterations, TOLERANCE, q.data_ptr(), s.data_ptr(), threads())
     return q, s
+
+
+@kernel
+def two_sided_scales_(
+    gradient: Tensor, q: Tensor, s: Tensor, iterations: int, fresh: float, correction: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Average the fit of :func:`two_sided_fit`, and say how it scales this gradient.
+
+    ``q <- q + fresh (q' - q)`` for the gradient's own q', the same for s; ``left = correction /
+    sqrt(q)``, ``right = 1 / sqrt(s)``, each zero where the average is.
+
+    Args:
+        gradient: G, shape (m, n), float32 or float64.
+        q: Average over units, shape (m,); overwritten.
+        s: Average over features, shape (n,); overwritten.
+        iterations: Rounds of the fit.
+        fresh: Weight of this gradient's fit.
+        correction: Factor of ``left``.
+
+    Returns:
+        left (m,), right (n,), and ``||left_i G_ij right_j||`` as a 0-d tensor.
+
+    Reference:
+        Structured-Fisher paper, Algorithm 1 (RACS). The native form spends no pass over G on the
+        norm: with ``right`` known, the fit's last pass has its sums.
+
+    Example:
+        >>> import torch
+        >>> g, q, s = torch.tensor([[1.0, 2.0], [2.0, 4.0]]), torch.zeros(2), torch.zeros(2)
+        >>> *_, norm = two_sided_scales_(g, q, s, 2, 1.0, 1.0)
+        >>> norm
+        tensor(2.)
+    """
+    new_q, new_s = _power_iteration(gradient, iterations)
+    q.lerp_(new_q, fresh)
+    s.lerp_(new_s, fresh)
+    left = torch.where(q > 0, q.rsqrt(), torch.zeros_like(q)) * correction
+    right = torch.where(s > 0, s.rsqrt(), torch.zeros_like(s))
+    square = _matvec(gradient.square(), right.square()).mul(left.square()).sum()
+    return left, right, square.sqrt()
+
+
+@two_sided_scales_.native(
+    lambda gradient, q, s, *settings: _is_stored(gradient) and is_plain(q) and is_plain(s),
+    mutates=("q", "s"),
+)
+def _two_sided_scales_(
+    gradient: Tensor, q: Tensor, s: Tensor, iterations: int, fresh: float, correction: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = library()
+    assert kernels is not None
+    left, right = torch.empty_like(q), torch.empty_like(s)
+    norm = kernels.neurms_two_sided_scales(
+        gradient.data_ptr(),
+        *gradient.shape,
+        not gradient.is_contiguous(),
+        iterations,
+        TOLERANCE,
+        fresh,
+        correction,
+        q.data_ptr(),
+        s.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        threads(),
+    )
+    increment_version((q, s))
+    return left, right, torch.tensor(norm, dtype=torch.float32)
 
 
 @kernel
@@ -99,7 +180,7 @@ def _scaled_square_sum(gradient: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if not gradient.is_contiguous():
         gradient, left, right = gradient.mT, right, left
     total = kernels.neurms_scaled_square_sum(
-        pointer(gradient), *gradient.shape, pointer(left), pointer(right), threads()
+        gradient.data_ptr(), *gradient.shape, left.data_ptr(), right.data_ptr(), threads()
     )
     return gradient.new_tensor(total)
 
@@ -138,7 +219,9 @@ def two_sided_update_(
 @two_sided_update_.native(
     lambda w, gradient, left, right, step, decay: (
         suits(w, gradient, left, right) or suits(w.mT, gradient.mT, left, right)
-    )
+    ),
+    mutates=("w",),
+    returns="w",
 )
 def _two_sided_update_(
     w: Tensor, gradient: Tensor, left: Tensor, right: Tensor, step: Tensor, decay: Tensor
@@ -148,13 +231,14 @@ def _two_sided_update_(
     by_rows = w.is_contiguous()
     first, second = (left, right) if by_rows else (right, left)
     kernels.neurms_scaled_update(
-        pointer(w),
-        pointer(gradient),
+        w.data_ptr(),
+        gradient.data_ptr(),
         *(w if by_rows else w.mT).shape,
-        pointer(first),
-        pointer(second),
+        first.data_ptr(),
+        second.data_ptr(),
         float(step),
         float(decay),
         threads(),
     )
+    increment_version(w)
     return w

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from neurms.compiled._tiles import (
     accumulator,
@@ -25,8 +26,7 @@ from neurms.compiled._tiles import (
     tile_length,
 )
 from neurms.compiled.backends import kernel
-from neurms.compiled.native import suits
-from neurms.compiled.two_sided import two_sided_update_
+from neurms.compiled.native import LEAST_ELEMENTS, fits, library, threads
 
 
 def _scalar(value: Tensor, w: Tensor) -> Tensor:
@@ -137,21 +137,41 @@ def scaled_update_(
     return w
 
 
-def _has_both_scales(
+def _is_matrix(
     w: Tensor, g: Tensor, s: Tensor | None, c: Tensor | None, lr: Tensor, decay: Tensor | None
 ) -> bool:
-    """Return whether the native two-sided update takes this call; U's one pass needs no help."""
-    if s is None or c is None or w.dim() != 2 or g.shape != w.shape:
+    """Return whether the native step takes this call: a matrix with one factor a row or column."""
+    return w.numel() >= LEAST_ELEMENTS and _is_any_matrix(w, g, s, c, lr, decay)
+
+
+def _is_any_matrix(
+    w: Tensor, g: Tensor, s: Tensor | None, c: Tensor | None, lr: Tensor, decay: Tensor | None
+) -> bool:
+    if w.dim() != 2 or g.shape != w.shape or not fits(w, g, s, c):
         return False
-    return s.shape + c.shape == w.shape and suits(w, g, s, c)
+    units = s is None or s.shape == w.shape[:1]
+    return units and (c is None or c.shape == w.shape[1:])
 
 
-@scaled_update_.native(_has_both_scales)
-def _two_sided(
-    w: Tensor, g: Tensor, s: Tensor, c: Tensor, lr: Tensor, decay: Tensor | None
+@scaled_update_.native(_is_matrix, mutates=("w",), returns="w", fits=_is_any_matrix)
+def _scaled_step_(
+    w: Tensor, g: Tensor, s: Tensor | None, c: Tensor | None, lr: Tensor, decay: Tensor | None
 ) -> Tensor:
-    keep = torch.ones((), dtype=torch.float64) if decay is None else decay
-    return two_sided_update_(w, g, s, c, lr, keep)
+    kernels = library()
+    assert kernels is not None
+    kernels.neurms_scaled_step(
+        w.data_ptr(),
+        g.data_ptr(),
+        *w.shape,
+        None if s is None else s.data_ptr(),
+        None if c is None else c.data_ptr(),
+        float(lr),
+        1.0 if decay is None else float(decay),
+        threads(),
+    )
+    # Autograd must know, as of any write: a graph that is kept has saved this weight.
+    increment_version(w)
+    return w
 
 
 @kernel

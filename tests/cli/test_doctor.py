@@ -1,6 +1,10 @@
+import json
+from functools import partial
+
 import torch
 
 from neurms.cli import doctor, main
+from neurms.cli.kernel_times import BACKENDS_TIMED, kernel_times
 
 
 def verdicts():
@@ -41,3 +45,16 @@ def test_denormals_are_left_as_they_are() -> None:
     list(doctor.findings())
     tiny = torch.tensor([torch.finfo(torch.float32).tiny])
     assert float(tiny / 2) > 0
+
+
+def test_json_holds_findings_and_every_kernel_on_every_backend(capsys, monkeypatch) -> None:
+    quick = partial(kernel_times, sizes=(8,), rounds=2)
+    monkeypatch.setattr(doctor, "kernel_times", quick)
+    assert main(["doctor", "--kernels", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert {"torch", "native kernels", "oneDNN"} <= {f["subject"] for f in record["findings"]}
+    pairs = {(row["kernel"], row["backend"]) for row in record["kernels"]}
+    kernels = {kernel for kernel, _ in pairs}
+    assert len(kernels) == 7
+    assert pairs == {(kernel, backend) for kernel in kernels for backend in BACKENDS_TIMED}
+    assert all(row["microseconds"] > 0 for row in record["kernels"])

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from neurms.compiled import use_backend
-from neurms.compiled.finite import all_finite
+from neurms.compiled.finite import all_finite, are_finite
 from neurms.compiled.native import LEAST_ELEMENTS, compiler, suits
 from neurms.compiled.native import build as native_build
 from neurms.compiled.row_update import row_normalized_update_
-from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_update_
+from neurms.compiled.two_sided import (
+    scaled_square_sum,
+    two_sided_fit,
+    two_sided_scales_,
+    two_sided_update_,
+)
 from neurms.compiled.update import scaled_update_
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
@@ -200,3 +205,69 @@ def test_build_is_cached_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert native_build._load() is not None
     assert [made.stat().st_mtime_ns] == [path.stat().st_mtime_ns for path in tmp_path.iterdir()]
     assert made.stat().st_mtime_ns == stamp
+
+
+STRUCTURES = {
+    "noise": lambda m, n: matrix((m, n)),
+    "columns of many sizes": lambda m, n: matrix((m, n)) * torch.logspace(-6, 0, n),
+    "rows and columns of many sizes": lambda m, n: (
+        matrix((m, n)) * torch.logspace(-4, 0, n) * torch.logspace(-5, 0, m)[:, None]
+    ),
+    "low rank": lambda m, n: matrix((m, 3), seed=1) @ matrix((3, n), seed=2),
+    "heavy tails": lambda m, n: matrix((m, n)) * matrix((m, n), seed=1).abs() ** 4,
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("fresh", [0.1, 1.0])
+def test_two_sided_scales(structure: str, by_columns: bool, fresh: float) -> None:
+    gradient = STRUCTURES[structure](257, 300)
+    gradient = gradient.mT if by_columns else gradient
+    q, s = torch.rand(gradient.shape[0]), torch.rand(gradient.shape[1])
+    wide_q, wide_s = q.double(), s.double()
+    found = (*two_sided_scales_(gradient, q, s, 5, fresh, 0.7), q, s)
+    truth = two_sided_scales_.eager(gradient.double(), wide_q, wide_s, 5, fresh, 0.7)
+    for one, other in zip(found, (*truth, wide_q, wide_s), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_norm_shows_a_bad_element(bad: float, by_columns: bool) -> None:
+    gradient = matrix((257, 300))
+    gradient[100, 200] = bad
+    gradient = gradient.mT if by_columns else gradient
+    *_, norm = two_sided_scales_(
+        gradient, torch.zeros(gradient.shape[0]), torch.zeros(gradient.shape[1]), 5, 0.1, 1.0
+    )
+    assert not norm.isfinite()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e25])
+def test_row_normalized_update_stored_by_columns(
+    shape: tuple[int, int], nesterov: bool, scale: float
+) -> None:
+    w, gradient = matrix(shape, seed=1).mT, matrix(shape, scale).mT
+    momentum = matrix(shape, scale, seed=2).mT
+    wide = [w.double(), momentum.double(), gradient.double()]
+    step, decay = ONE * 0.02, ONE * 0.999
+    row_normalized_update_(w, momentum, gradient, 0.95, nesterov, step, decay, 1e-35)
+    row_normalized_update_.eager(*wide, 0.95, nesterov, step, decay, 1e-35)
+    torch.testing.assert_close(w.double(), wide[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(momentum.double(), wide[1], rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_what_is_written_natively_is_seen_by_autograd() -> None:
+    w = matrix((256, 256))
+    before = w._version
+    row_normalized_update_(w, torch.zeros_like(w), matrix((256, 256)), 0.9, True, ONE, ONE, 1e-12)
+    assert w._version > before
+
+
+@pytest.mark.parametrize("backend", ["inductor", "torchscript"])
+def test_gradients_are_checked_whatever_the_backend(backend: str) -> None:
+    with use_backend(backend):
+        assert are_finite([torch.ones(3), torch.ones(LEAST_ELEMENTS)])
+        assert not are_finite([torch.tensor([float("nan")])])

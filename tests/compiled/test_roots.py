@@ -131,3 +131,18 @@ def test_randomized_svd_is_the_best_fit(shape: tuple[int, ...]) -> None:
     best = (left[..., :3] * sigma[..., None, :3]) @ right[..., :3, :]
     torch.testing.assert_close(q @ u.mT, best, rtol=0, atol=1e-7)
     torch.testing.assert_close(q.mT @ q, torch.eye(3).to(q).expand_as(q.mT @ q))
+
+
+def test_eigenvalues_are_those_of_eigh() -> None:
+    matrices = torch.stack([spectrum(9.0, -2.0, 0.1, 1e-4, seed=s) for s in range(3)])
+    torch.testing.assert_close(roots.eigenvalues(matrices), roots.eigh(matrices)[0])
+
+
+def test_eigenvalues_try_again_where_lapack_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(matrix: Tensor) -> Tensor:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", refuse)
+    matrix = spectrum(3.0, 2.0, 1.0)
+    expected = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(roots.eigenvalues(matrix), expected)

@@ -9,16 +9,36 @@ uninterrupted one would.
 from __future__ import annotations
 
 import ctypes
+import os
 
 import torch
 from torch import Tensor
 
-from neurms.compiled.native.build import CACHE_VARIABLE, compiler, library
+from neurms.compiled.native.build import CACHE_VARIABLE, compiler, library, warm_up
 
-__all__ = ["CACHE_VARIABLE", "LEAST_ELEMENTS", "compiler", "library", "pointer", "suits", "threads"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "LEAST_ELEMENTS",
+    "compiler",
+    "fits",
+    "is_plain",
+    "library",
+    "pointer",
+    "suits",
+    "threads",
+    "warm_up",
+]
 
 LEAST_ELEMENTS = 1 << 15
 """Below, eager calls are as fast and a short run would not earn the compiler's seconds back."""
+
+
+def fits(*operands: Tensor | None) -> bool:
+    """Return whether native kernels can read these operands, however small; builds the library."""
+    for operand in operands:
+        if operand is not None and not is_plain(operand):
+            return False
+    return library() is not None
 
 
 def suits(matrix: Tensor, *others: Tensor | None) -> bool:
@@ -28,9 +48,7 @@ def suits(matrix: Tensor, *others: Tensor | None) -> bool:
         matrix: The operand whose size decides.
         *others: Further operands; None for absent ones.
     """
-    if matrix.numel() < LEAST_ELEMENTS:
-        return False
-    return all(_is_plain(x) for x in (matrix, *others) if x is not None) and library() is not None
+    return matrix.numel() >= LEAST_ELEMENTS and fits(matrix, *others)
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -39,14 +57,34 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def threads() -> int:
-    """Return how many threads torch may use here, which the kernels keep to."""
-    return torch.get_num_threads()
+    """Return how many threads torch may use here, which the kernels keep to.
+
+    A forked child gets one: it inherits OpenMP's record of threads, but not the threads, and would
+    wait for them for ever.
+    """
+    return 1 if _forked else torch.get_num_threads()
 
 
-def _is_plain(tensor: Tensor) -> bool:
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is what the kernels read: contiguous float32 on the CPU."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.dtype == torch.float32
-        and tensor.device.type == "cpu"
+        type(tensor) in _PLAIN
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
         and tensor.is_contiguous()
     )

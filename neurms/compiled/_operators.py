@@ -1,0 +1,62 @@
+"""Kernels as operators of ``torch.library``, which graphs of torch.compile can hold.
+
+A traced call of a kernel that has a native form becomes ``torch.ops.neurms.NAME``; when the graph
+runs, it does what a plain call does under ``backend="auto"``. Outside of graphs nothing goes
+through the dispatcher, which costs more than a small kernel.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["operator"]
+
+
+def operator(
+    definition: Callable[..., Any],
+    run: Callable[..., Any],
+    mutates: tuple[str, ...],
+    returns: str | None,
+) -> Callable[..., Any] | None:
+    """Register a kernel and return the operator, called as the kernel is.
+
+    Args:
+        definition: The eager definition; it also says what comes out of which shapes.
+        run: What the operator does.
+        mutates: Names of the arguments that are written into.
+        returns: Name of the argument that the kernel returns, None for a fresh result.
+
+    Returns:
+        None for what a graph cannot hold: a kernel whose result is no tensor.
+    """
+    signature = inspect.signature(definition)
+    if "Tensor" not in str(signature.return_annotation):
+        return None
+    schema = torch.library.infer_schema(definition, mutates_args=mutates)
+    if returns:  # which an operator may not do
+        schema = schema.rpartition("->")[0] + "-> ()"
+
+    def apply(*args: Any) -> Any:
+        result = run(*args)
+        return None if returns else result
+
+    def shapes(*args: Any) -> Any:
+        return None if returns else definition(*args)
+
+    name = f"neurms::{definition.__name__}"
+    made = torch.library.custom_op(name, apply, mutates_args=mutates, schema=schema)
+    made.register_fake(shapes)
+    call = getattr(torch.ops.neurms, definition.__name__).default
+    if not returns:
+        return call  # type: ignore[no-any-return]
+    place = list(signature.parameters).index(returns)
+
+    def in_place(*args: Any) -> Any:
+        call(*args)
+        return args[place]
+
+    return in_place

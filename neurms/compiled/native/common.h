@@ -1,0 +1,31 @@
+// What the native kernels share. Plain C interfaces, contiguous row-major float32, no torch headers, so that a
+// build takes a second. The eager definitions of neurms/compiled are the specification.
+//
+// Floating point: no -ffast-math (it would flush denormals in the whole process, for everybody);
+// `omp simd reduction` is what allows sums to be vectorised.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include <omp.h>
+
+namespace {
+
+constexpr int64_t kLine = 16;  // floats in a cache line
+constexpr float kTiny = 1.17549435e-38f;
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range share(int64_t count, int part, int parts, int64_t multiple) {
+  const int64_t blocks = (count + multiple - 1) / multiple;
+  const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+  return {std::min(first * multiple, count), std::min(last * multiple, count)};
+}
+
+}  // namespace

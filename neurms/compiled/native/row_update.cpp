@@ -1,0 +1,140 @@
+// RMNP's step in one walk over the rows of W, M and G: M <- mu M + (1 - mu) G; R = M or, Nesterov, (1 - mu) G + mu M;
+// W_i <- decay W_i - step R_i / max(||R_i||, floor).
+
+#include "common.h"
+
+namespace {
+
+constexpr int64_t kChunk = 256;  // elements summed in float32 before they enter a float64 total
+constexpr int64_t kFlush = 32;   // rows summed in float32 before they enter the float64 totals
+
+struct Rule {
+  float fresh, a, b, step, decay, floor;
+
+  Rule(float mu, bool nesterov, float step, float decay, float floor)
+      : fresh(1.0f - mu), a(nesterov ? fresh : 0.0f), b(nesterov ? mu : 1.0f), step(step), decay(decay), floor(floor) {}
+
+  // step / max(norm, floor). Where squares have under- or overflowed: the norm again, through the largest entry.
+  float scale(double squares, const float* m, const float* g, int64_t count, int64_t stride) const {
+    double norm = std::sqrt(squares);
+    if (squares < 1e-30 || !std::isfinite(squares)) {
+      float peak = 0;
+      for (int64_t j = 0; j < count; ++j) peak = std::max(peak, std::fabs(a * g[j * stride] + b * m[j * stride]));
+      double exact = 0;
+      for (int64_t j = 0; j < count && peak > 0; ++j) {
+        const double r = static_cast<double>(a * g[j * stride] + b * m[j * stride]) / peak;
+        exact += r * r;
+      }
+      norm = std::sqrt(exact) * peak;
+    }
+    return step / std::max(static_cast<float>(norm), floor);
+  }
+};
+
+// The hardware fetches ahead within a page only, and not across rows: the row of W while M and G are read, the next
+// rows of M and G while W is written.
+inline void fetch(const float* x, int64_t count) {
+  for (int64_t j = 0; j < count; j += kLine) __builtin_prefetch(x + j);
+}
+
+inline void fetch_to_write(const float* x, int64_t count) {
+  for (int64_t j = 0; j < count; j += kLine) __builtin_prefetch(x + j, 1);
+}
+
+// Advances M's row; returns the sum of squares of R's.
+double advance_row(const Rule& rule, const float* w, float* m, const float* g, int64_t n) {
+  double squares = 0;
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
+    const int64_t end = std::min(n, chunk + kChunk);
+    fetch_to_write(w + chunk, end - chunk);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = chunk; j < end; ++j) {
+      m[j] += rule.fresh * (g[j] - m[j]);
+      const float r = rule.a * g[j] + rule.b * m[j];
+      sum += r * r;
+    }
+    squares += sum;
+  }
+  return squares;
+}
+
+void move_row(const Rule& rule, float scale, float* w, const float* m, const float* g, int64_t n, int64_t next) {
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
+    const int64_t end = std::min(n, chunk + kChunk);
+    if (next) {
+      fetch_to_write(m + next + chunk, end - chunk);
+      fetch(g + next + chunk, end - chunk);
+    }
+#pragma omp simd
+    for (int64_t j = chunk; j < end; ++j) w[j] = rule.decay * w[j] - scale * (rule.a * g[j] + rule.b * m[j]);
+  }
+}
+
+// The same for n rows that hold a piece of every unit: advances M, and adds up the squares of each column of R.
+void advance_columns(const Rule& rule, float* m, const float* g, int64_t n, int64_t units, double* totals) {
+  std::vector<float> sums(units, 0.0f);
+  for (int64_t i = 0; i < n; ++i) {
+    float* mi = m + i * units;
+    const float* gi = g + i * units;
+#pragma omp simd
+    for (int64_t j = 0; j < units; ++j) {
+      mi[j] += rule.fresh * (gi[j] - mi[j]);
+      const float r = rule.a * gi[j] + rule.b * mi[j];
+      sums[j] += r * r;
+    }
+    if (i % kFlush == kFlush - 1 || i == n - 1)
+      for (int64_t j = 0; j < units; ++j) totals[j] += sums[j], sums[j] = 0;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void neurms_row_normalized_update(float* w, float* momentum, const float* g, int64_t m, int64_t n, float mu,
+                                  int nesterov, float step, float decay, float floor, int threads) {
+  const Rule rule(mu, nesterov, step, decay, floor);
+#pragma omp parallel num_threads(threads)
+  {
+    const Range rows = share(m, omp_get_thread_num(), omp_get_num_threads(), 1);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      float *wi = w + i * n, *mi = momentum + i * n;
+      const float* gi = g + i * n;
+      const double squares = advance_row(rule, wi, mi, gi, n);
+      move_row(rule, rule.scale(squares, mi, gi, n, 1), wi, mi, gi, n, i + 1 < rows.end ? n : 0);
+    }
+  }
+}
+
+// The same for matrices that are stored by columns, n x m in memory. Two walks: a strip of columns that would fit a
+// cache touches a page for every few elements, and lines at strides of a power of two drive each other out.
+void neurms_row_normalized_update_transposed(float* w, float* momentum, const float* g, int64_t n, int64_t m, float mu,
+                                             int nesterov, float step, float decay, float floor, int threads) {
+  const Rule rule(mu, nesterov, step, decay, floor);
+  std::vector<double> totals(static_cast<size_t>(m) * threads, 0.0);
+  std::vector<float> scales(m);
+#pragma omp parallel num_threads(threads)
+  {
+    const int id = omp_get_thread_num(), parts = omp_get_num_threads();
+    const Range rows = share(n, id, parts, 1);
+    advance_columns(rule, momentum + rows.begin * m, g + rows.begin * m, rows.end - rows.begin, m,
+                    totals.data() + static_cast<size_t>(m) * id);
+#pragma omp barrier
+    const Range own = share(m, id, parts, kLine);
+    for (int64_t j = own.begin; j < own.end; ++j) {
+      double squares = 0;
+      for (int t = 0; t < parts; ++t) squares += totals[static_cast<size_t>(m) * t + j];
+      scales[j] = rule.scale(squares, momentum + j, g + j, n, m);
+    }
+#pragma omp barrier
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      float* wi = w + i * m;
+      const float *mi = momentum + i * m, *gi = g + i * m, *scale = scales.data();
+#pragma omp simd
+      for (int64_t j = 0; j < m; ++j) wi[j] = rule.decay * wi[j] - scale[j] * (rule.a * gi[j] + rule.b * mi[j]);
+    }
+  }
+}
+
+}  // extern "C"
