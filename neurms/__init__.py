@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from neurms.callbacks import metrics as metrics
     from neurms.callbacks.profiler import profile as profile
     from neurms.compiled.backends import use_backend as use_backend
+    from neurms.core.distributed.joining import JoinableOptimizer as JoinableOptimizer
     from neurms.core.optimizers.adapprox import Adapprox as Adapprox
     from neurms.core.optimizers.alice import Alice as Alice
     from neurms.core.optimizers.apollo import APOLLO as APOLLO
@@ -70,6 +71,7 @@ _EXPORTS = {
     "create": "neurms.core.optimizers.registry",
     "available": "neurms.core.optimizers.registry",
     "memory_report": "neurms.core.optimizers.memory",
+    "JoinableOptimizer": "neurms.core.distributed.joining",
     "use_backend": "neurms.compiled.backends",
     "profile": "neurms.callbacks.profiler",
 }

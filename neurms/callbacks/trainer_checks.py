@@ -23,7 +23,6 @@ from lightning.pytorch.strategies import (  # noqa: E402
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
-    ModelParallelStrategy,
 )
 from lightning.pytorch.utilities.model_helpers import is_overridden  # noqa: E402
 
@@ -52,12 +51,12 @@ def scaler_of(trainer: Trainer) -> Any:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Raise for strategies that cut parameters or gradients into pieces."""
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+    """Raise for strategies whose pieces of parameters are not rows of matrices any more."""
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise MisconfigurationException(
-            f"strategy={type(trainer.strategy).__name__} cuts weights into pieces, which "
-            "NeuRMSCallback cannot scale by the statistics of a whole layer; use "
-            'strategy="ddp" or a single device'
+            f"strategy={type(trainer.strategy).__name__} flattens weights into pieces, which "
+            "NeuRMSCallback cannot scale by the statistics of a layer's units; use "
+            'strategy="ddp", ModelParallelStrategy with fully_shard, or a single device'
         )
 
 

@@ -7,7 +7,7 @@ source to get on. The classes derive from the built-in error a user would have c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_choice",
     "check_fraction",
     "check_interval",
+    "check_kinds",
     "check_positive_int",
     "check_real",
 ]
@@ -77,9 +78,40 @@ def check_positive_int(name: str, value: Any, *, low: int = 1, cure: str = "") -
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """Return ``value`` if it is one of ``choices``, else raise."""
     choices = tuple(choices)
-    if value not in choices:
+    # Not ``in``: a tensor's == is no truth value, and True == 1.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}={value!r} is not known; choose one of {list(choices)}")
     return value
+
+
+def check_kinds(
+    defaults: Mapping[str, Any], values: Mapping[str, Any], optional: Container[str] = ()
+) -> None:
+    """Raise unless each value is of its default's kind: a flag, an integer, a number, a text.
+
+    Args:
+        defaults: Settings with their defaults; None as a default tells nothing of the kind.
+        values: Settings to check.
+        optional: Names of settings that may be None.
+
+    Raises:
+        TypeError: A value is of another kind.
+        ValueError: A number is NaN.
+    """
+    for name, default in defaults.items():
+        value = values.get(name, default)
+        if default is None or (value is None and name in optional):
+            continue
+        if isinstance(default, (bool, str)) and not isinstance(value, type(default)):
+            wanted = "True or False" if isinstance(default, bool) else "a string"
+            raise TypeError(f"{name}={value!r} must be {wanted}, not {type(value).__name__}")
+        if isinstance(default, int) and not isinstance(default, bool):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}")
+        elif isinstance(default, float):
+            _number(name, value)
+        elif isinstance(default, tuple) and not isinstance(value, (tuple, list)):
+            raise TypeError(f"{name}={value!r} must be a tuple, not {type(value).__name__}")
 
 
 def check_betas(name: str, betas: Any, count: int) -> None:

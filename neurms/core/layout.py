@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor, nn
@@ -68,13 +69,15 @@ class Layout:
         """Number of kernel positions that share one feature (1 for a linear layer)."""
         return self._size(self.tap_axes)
 
-    @property
+    @cached_property
     def matrix_shape(self) -> tuple[int, int]:
         """Shape of :meth:`matrix`: (units, features per group x taps)."""
         return self.units, self.features // self.groups * self.taps
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return ``tensor`` as (units, features per group x taps), a view if strides allow it."""
+        if self._is_matrix:
+            return tensor
         if self.groups > 1 and self.grouped == "features":
             return self.blocks(tensor).reshape(self.matrix_shape)
         return tensor.permute(self._order).reshape(self.matrix_shape)
@@ -121,7 +124,12 @@ class Layout:
     def _size(self, axes: tuple[int, ...]) -> int:
         return math.prod(self.shape[a] for a in axes)
 
-    @property
+    @cached_property
+    def _is_matrix(self) -> bool:
+        """Whether parameters are units x features already, as a torch linear layer's are."""
+        return len(self.shape) == 2 and self.groups == 1 and self._order == (0, 1)
+
+    @cached_property
     def _order(self) -> tuple[int, ...]:
         return self.unit_axes + self.feature_axes + self.tap_axes
 

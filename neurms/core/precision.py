@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["LowPrecision", "compute_dtype", "round_stochastically", "write_"]
+__all__ = ["LowPrecision", "compute_dtype", "round_stochastically", "without_autocast", "write_"]
 
 LowPrecision = Literal["nearest", "stochastic", "master"]
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which nothing is cast by autocast: a step may be taken inside one."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        off: AbstractContextManager[None] = torch.autocast(kind, enabled=False)
+        return off
+    return nullcontext()
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

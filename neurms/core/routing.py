@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from neurms.core.distributed.wrappers import unwrapped
 from neurms.core.layout import Layout, default_layout, layout_of
 
 __all__ = [
@@ -103,7 +104,9 @@ def route_model(
 
     Raises:
         ValueError: A pattern of ``exclude`` matches no parameter, or a parameter is lazy.
+        UnsupportedTrainingError: The model is wrapped by FSDP1.
     """
+    model = unwrapped(model)
     _refuse_lazy(model)
     owners = _owners(model)
     last_linear = head_of(model)

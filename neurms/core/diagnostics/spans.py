@@ -23,9 +23,11 @@ __all__ = ["Observer", "SpanKind", "gradients_ready", "observed_by", "span", "sp
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-SpanKind: TypeAlias = Literal["reduce", "scale", "update"]
+SpanKind: TypeAlias = Literal["reduce", "scale", "update", "bookkeeping"]
 """``"reduce"``: statistics are gathered; ``"scale"``: factors are formed or applied to something
-that is not yet the weight; ``"update"``: the pass over the weight."""
+that is not yet the weight, statistics gathered in the same pass included; ``"update"``: the pass
+over the weight. The first two stand tightly around kernels, inside a ``"bookkeeping"`` for all that
+calls them, checks and adds up."""
 
 
 class Observer(Protocol):

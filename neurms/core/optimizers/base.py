@@ -14,10 +14,21 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 from neurms.compiled.backends import use_backend
 from neurms.core.diagnostics.spans import gradients_ready, span
-from neurms.core.errors import NonFiniteError, check_real
+from neurms.core.distributed.shards import (
+    is_sharded,
+    local,
+    local_state,
+    own_part,
+    row_shard,
+    wrapped_rows,
+)
+from neurms.core.errors import NonFiniteError, check_kinds, check_real
+from neurms.core.interrupts import WholeStep
+from neurms.core.layout import Layout
 from neurms.core.optimizers.checkpoint import restore, verified
 from neurms.core.optimizers.fallback import adamw_state, adamw_update_
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tensor_bytes
@@ -28,10 +39,12 @@ from neurms.core.optimizers.work import (
     Item,
     batches,
     gathered,
+    is_rehearsal,
     nonfinite_names,
+    shard_for,
     updates_of,
 )
-from neurms.core.precision import compute_dtype, write_
+from neurms.core.precision import compute_dtype, without_autocast, write_
 from neurms.core.routing import (
     FALLBACK,
     Head,
@@ -41,6 +54,7 @@ from neurms.core.routing import (
     route_model,
     route_tensors,
 )
+from neurms.core.structures.base import Context
 
 __all__ = ["Params", "PreconditionedOptimizer"]
 
@@ -202,11 +216,24 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         names = self.defaults if maker is type(self) else _setting_names(group["rule"])
         values = [group.get(name) for name in names if name != "lr"]
         key = (maker, *(tuple(v) if isinstance(v, list) else v for v in values))
-        if key not in self._recipes:
+        try:
+            made = self._recipes.get(key)
+        except TypeError:
+            made = None
+        if made is None:
+            made = self.checked_recipe(group)
             if len(self._recipes) > 64:
                 self._recipes.clear()
-            self._recipes[key] = maker.recipe(group)
-        return self._recipes[key]
+            self._recipes[key] = made
+        return made
+
+    def checked_recipe(self, group: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a group's settings make; raises as the constructor would."""
+        maker: Any = self._maker(group["rule"])
+        defaults, optional = _setting_kinds(maker)
+        check_kinds(defaults, group, optional)
+        recipe: Recipe = maker.recipe(group)
+        return recipe
 
     def _maker(self, rule: str) -> type[PreconditionedOptimizer]:
         if rule == self.rule:
@@ -223,7 +250,6 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- the step
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -238,6 +264,21 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 Parameters and state are as they were before the call.
             TypeError: A gradient is sparse.
         """
+        arguments = () if closure is None else (closure,)
+        if _is_watched(self):
+            return self._watched_step(*arguments)
+        loss = self._step(*arguments)
+        # A profiler that looks at few steps has no more than this.
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(self, (self, *arguments), {})
+        return loss
+
+    # Keeps torch from wrapping it: its hooks and its profiler's span cost a tenth of a millisecond
+    # where caches are cold, as they are after a backward pass, also when nobody listens.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -246,13 +287,28 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._take(gathered(self.param_groups, self._routes))
         return loss
 
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_step)
+
+    def take_part(self) -> None:
+        """Take part in what other ranks exchange in a step, on a rank that has no batch for it."""
+
     def _take(self, items: Sequence[Item]) -> bool:
         """Update the items' parameters, or return False and change nothing for a bad gradient."""
+        if not self.state and is_rehearsal(items):
+            self._prepare(items)
+            return True
         if bad := self._bad_names(items):
             self._on_nonfinite(bad)
             return False
-        with use_backend(self.backend):
-            self._update(items)
+        device = items[0].parameter.device if items else torch.device("cpu")
+        try:
+            with use_backend(self.backend), without_autocast(device), WholeStep():
+                self._update(items)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise NonFiniteError(
+                "a statistic of finite gradients overflowed or became singular, and this step was "
+                "broken off half done; load the last checkpoint, then lower lr or clip gradients"
+            ) from error
         return True
 
     def _bad_names(self, items: Sequence[Item]) -> list[str]:
@@ -268,25 +324,32 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         )
 
     def _update(self, items: Sequence[Item]) -> None:
-        for item in items:
-            if not self.state[item.parameter]:
-                self.state[item.parameter].update(self._new_state(item.parameter, item.group))
+        self._prepare(items)
         fallback = [item for item in items if item.rule == FALLBACK]
         self._update_fallback(fallback)
         self._update_rule([item for item in items if item.rule != FALLBACK])
 
+    def _prepare(self, items: Sequence[Item]) -> None:
+        """Make the state of parameters that move for the first time."""
+        for item in items:
+            if not self.state[item.parameter]:
+                self.state[item.parameter].update(self._new_state(item.parameter, item.group))
+
     def _update_rule(self, items: Sequence[Item]) -> None:
+        if rest := [item for item in items if not self._moves_at_once(item)]:
+            self._update_by_transforms(rest)
+
+    def _update_by_transforms(self, items: Sequence[Item]) -> None:
         made = {id(item.group): self._recipe(item.group) for item in items}
         recipes = [made[id(item.group)] for item in items]
-        for recipe, batch in batches(items, recipes, self.state):
-            states = [self.state[item.parameter] for item in batch]
+        for recipe, alike in batches(items, recipes, self.state):
+            states = [self.state[item.parameter] for item in alike]
             for state in states:
                 state["step"] += 1
-            if recipe.fused is not None and len(batch) == 1:
-                with span("update", [batch[0].parameter]):
-                    moved = self._fused(recipe.fused, batch[0])
-                if moved:
-                    continue
+            # Not sooner: matrices that are gathered would all be whole at once.
+            batch = [item.placed(recipe, s) for item, s in zip(alike, states, strict=True)]
+            if batch[0].begun:
+                _, recipe = recipe.parts
             with span("scale", [item.parameter for item in batch]):
                 gradients = [self._matrix(item, item.gradient) for item in batch]
                 updates = updates_of(recipe, batch, gradients, states)
@@ -294,20 +357,47 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 with span("update", [item.parameter]):
                     self._apply(item, recipe, update)
 
-    def _fused(self, fused: Callable[[FusedStep], None], item: Item) -> bool:
+    def _moves_at_once(self, item: Item) -> bool:
         """Take a large matrix's step by its recipe's fused form; return whether it could."""
+        parameter = item.parameter
+        if parameter.numel() < BATCH_LIMIT:
+            return False
+        recipe = self._recipe(item.group)
+        if recipe.fused is None:
+            return False
+        if is_sharded(parameter):
+            if not recipe.row_local or row_shard(parameter, item.route.layout) is None:
+                return False
+            with span("update", [parameter]):
+                moved = self._fused(recipe.fused, item.placed(recipe, self.state[parameter]))
+            if not moved:
+                # A rank without rows sums along with the others, in the same order as they.
+                self._update_by_transforms([item])
+            return True
+        with span("update", [parameter]):
+            return self._fused(recipe.fused, item)
+
+    def _fused(self, fused: Callable[[FusedStep], None], item: Item) -> bool:
         target = self._target(item)
         weight = self._matrix(item, target)
-        if weight.numel() < BATCH_LIMIT or weight.data_ptr() != target.data_ptr():
+        if weight is not target and weight.data_ptr() != target.data_ptr():
+            return False
+        if not weight.numel():
             return False
         gradient = self._matrix(item, item.gradient)
         # By rows or, as Keras stores kernels, by columns; but both alike.
-        pair = (weight, gradient) if weight.is_contiguous() else (weight.mT, gradient.mT)
-        if not all(matrix.is_contiguous() for matrix in pair):
+        if weight.is_contiguous():
+            stored = gradient.is_contiguous()
+        else:
+            stored = weight.mT.is_contiguous() and gradient.mT.is_contiguous()
+        if not stored:
             return False
         state, lr = self.state[item.parameter], float(item.group["lr"])
+        state["step"] += 1
         decay = 1.0 - lr * item.group["weight_decay"]
-        fused(FusedStep(weight, gradient, state, state["step"], lr, decay))
+        context = Context(state["step"], seeds=(item.seed,), shard=item.shard)
+        own = state if item.shard is None else local_state(state)
+        fused(FusedStep(weight, gradient, own, context, lr, decay))
         self._written(item, target)
         return True
 
@@ -319,9 +409,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _update_by_adamw(self, own: Sequence[Item], group: Mapping[str, Any]) -> None:
         targets = [self._target(item) for item in own]
+        gradients = [local(item.gradient) for item in own]
         adamw_update_(
             targets,
-            [item.gradient.to(target.dtype) for item, target in zip(own, targets, strict=True)],
+            [g.to(target.dtype) for g, target in zip(gradients, targets, strict=True)],
             [self.state[item.parameter] for item in own],
             lr=self.fallback_lr(group),
             betas=tuple(group["fallback_betas"]),
@@ -347,9 +438,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if route.is_fallback:
             state = adamw_state(like)
         else:
-            dtype = compute_dtype(like)
-            matrix = torch.empty(route.layout.matrix_shape, dtype=dtype, device=like.device)
-            state = {"step": 0, **self._recipe(group).init(matrix)}
+            state = {"step": 0, **_matrix_state(self._recipe(group), like, route.layout)}
         if self.low_precision == "master" and compute_dtype(like) != like.dtype:
             state["master"] = like.detach().to(compute_dtype(like), copy=True)
         return state
@@ -361,22 +450,28 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return self.state_for(like, self._routes[parameter], group)
 
     def _matrix(self, item: Item, tensor: Tensor) -> Tensor:
-        return item.route.layout.matrix(tensor.to(compute_dtype(item.parameter)))
+        dtype = compute_dtype(item.parameter)
+        return item.layout.matrix(tensor if tensor.dtype is dtype else tensor.to(dtype))
 
     def _target(self, item: Item) -> Tensor:
-        """Return the tensor to update: the parameter, its master copy, or a float32 copy."""
+        """Return the tensor to update: the parameter, its master copy, or a float32 copy.
+
+        Of a sharded one it is what this rank holds.
+        """
         parameter = item.parameter
         if parameter.dtype == compute_dtype(parameter):
-            return parameter
+            return local(parameter)
         master = self.state[parameter].get("master")
-        return master if master is not None else parameter.to(compute_dtype(parameter))
+        if master is not None:
+            return local(master)
+        return local(parameter).to(compute_dtype(parameter))
 
     def _written(self, item: Item, target: Tensor) -> None:
         """Bring the parameter up to date after its :meth:`_target` was changed."""
-        if target is not item.parameter:
+        if target.dtype != item.parameter.dtype:
             step = self.state[item.parameter]["step"]
             generator = torch.Generator().manual_seed((item.seed * 1_000_003 + step) % 2**63)
-            write_(item.parameter, target, self.low_precision, generator)
+            write_(local(item.parameter), target, self.low_precision, generator)
 
     def _apply(self, item: Item, recipe: Recipe, update: Tensor) -> None:
         lr, decay = float(item.group["lr"]), item.group["weight_decay"]
@@ -385,7 +480,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         target = self._target(item)
         if decay and recipe.decay == "before":
             target.mul_(1.0 - lr * decay)
-        target.add_(item.route.layout.from_matrix(update), alpha=-lr)
+        step = item.layout.from_matrix(update)
+        target.add_(step if item.shard else own_part(step, item.parameter), alpha=-lr)
         if decay and recipe.decay == "after":
             target.mul_(1.0 - lr * decay)
         self._written(item, target)
@@ -452,8 +548,45 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         restore(self, state_dict)
 
 
+def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's profiler, or a hook other than the optimizer's own post hooks, is there."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def _matrix_state(recipe: Recipe, like: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return a recipe's fresh state for a parameter like ``like``.
+
+    Of a sharded parameter a rank keeps what belongs to its own rows for transforms that need no
+    more, and for the others the state of the whole matrix, as every other rank does.
+    """
+    shard = shard_for(recipe, like, layout)
+    shape, dtype = layout.matrix_shape, compute_dtype(like)
+    whole = torch.empty(shape, dtype=dtype, device=like.device)
+    if shard is None:
+        return recipe.init(whole)
+    head, rest = (recipe, None) if recipe.row_local else recipe.parts
+    rows = whole.new_empty((shard.rows, shape[1]))
+    own = wrapped_rows(head.init(rows), head.row_axes(rows), like, shard.total)
+    return own if rest is None else own | rest.init(whole)
+
+
 @functools.cache
 def _setting_names(rule: str) -> tuple[str, ...]:
     from neurms.core.optimizers.registry import optimizer_class
 
     return (*optimizer_class(rule).default_settings(), "weight_decay")
+
+
+@functools.cache
+def _setting_kinds(
+    maker: type[PreconditionedOptimizer],
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return the defaults of a rule's own settings, and the names of those that may be None."""
+    parameters = inspect.signature(maker.__init__).parameters.values()
+    optional = frozenset(p.name for p in parameters if "None" in str(p.annotation))
+    return maker.default_settings(), optional

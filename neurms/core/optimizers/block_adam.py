@@ -28,8 +28,7 @@ class BlockAdam(PreconditionedOptimizer):
         betas: b1 of the gradient's average and b2 of the blocks.
         eps: Added to the square roots of the eigenvalues.
         block_size: Largest b; each matrix takes the largest divisor of its n up to it, so that a
-        prime n
-            gives Adam.
+            prime n gives Adam.
         interval: Steps between two computations of the roots: mn/b eigenproblems of size b. Blocks
             that meet a gradient which their root has not seen the like of do not wait.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from neurms.core.errors import CheckpointError
+from neurms.core.distributed.shards import is_sharded, placed_like
+from neurms.core.errors import CheckpointError, check_real
 from neurms.core.optimizers.plan import meta_like
+from neurms.core.optimizers.settings import check_group
+from neurms.core.routing import FALLBACK
 
 if TYPE_CHECKING:
     from neurms.core.optimizers.base import PreconditionedOptimizer
 
-__all__ = ["restore", "verified"]
+__all__ = ["check_entries", "restore", "verified"]
 
 Group = dict[str, Any]
 
@@ -31,16 +36,21 @@ def verified(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]) -> 
 
 
 def restore(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]) -> None:
-    """Give every state tensor its saved dtype back.
+    """Give every state tensor its saved dtype back, sharded as this optimizer's parameters are.
 
     ``torch.optim.Optimizer.load_state_dict`` casts state to the parameter's dtype, which would
     round float32 statistics of bfloat16 parameters.
     """
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         for key, parameter in zip(saved["params"], group["params"], strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
+            state = state_dict["state"].get(key, {})
+            expected: Mapping[str, Any] = {}
+            if any(map(is_sharded, (parameter, *state.values()))):
+                expected = optimizer.expected_state(meta_like(parameter), parameter, group, state)
+            for name, value in state.items():
                 if isinstance(value, Tensor):
-                    own = value.detach().to(parameter.device, copy=True)
+                    like = expected.get(name)
+                    own = placed_like(value.detach(), like).to(parameter.device, copy=True)
                     optimizer.state[parameter][name] = own
 
 
@@ -55,8 +65,9 @@ def _check_form(state_dict: Any) -> None:
     whole = (
         isinstance(groups, (list, tuple))
         and isinstance(state, dict)
-        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+        and all(isinstance(g, dict) and _is_listed(g.get("params"), (int, str)) for g in groups)
         and all(isinstance(own, dict) for own in state.values())
+        and all(_is_listed(g["param_names"], (str,)) for g in groups if "param_names" in g)
         and all(len(g.get("param_names", g["params"])) == len(g["params"]) for g in groups)
     )
     if not whole:
@@ -69,6 +80,10 @@ def _check_form(state_dict: Any) -> None:
             f"state_dict holds state of {strays[:5]}, which no parameter group lists; it was "
             "cut or put together from several"
         )
+
+
+def _is_listed(values: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(values, (list, tuple)) and all(type(value) in kinds for value in values)
 
 
 def _aligned(groups: Sequence[Group], state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -124,19 +139,35 @@ def _settings(group: Group) -> Group:
 
 def _check_state(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]) -> None:
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
-        if saved.get("rule", group["rule"]) != group["rule"]:
+        rule = saved.get("rule", group["rule"])
+        if not isinstance(rule, str) or rule != group["rule"]:
             raise CheckpointError(
-                f"the checkpoint was saved by {saved['rule']!r}, this group is {group['rule']!r}; "
+                f"the checkpoint was saved by {rule!r}, this group is {group['rule']!r}; "
                 "load it into the optimizer that saved it"
             )
-        # A scheduler adds keys of its own, on one side only.
-        if missing := sorted((optimizer.defaults.keys() | {"base_lr"}) - saved.keys()):
+        # A scheduler adds keys of its own, on one side only; so does torch to the defaults, when it
+        # loads.
+        needed = optimizer.defaults.keys() - {"differentiable"} | {"base_lr"}
+        if missing := sorted(needed - saved.keys(), key=str):
             raise CheckpointError(
                 f"the checkpoint's parameter group lacks {missing}; it was not saved by "
                 f"neurms.{type(optimizer).__name__}"
             )
+        _check_settings(optimizer, saved)
         for key, parameter in zip(saved["params"], group["params"], strict=True):
             _check_parameter(optimizer, saved, parameter, state_dict["state"].get(key) or {})
+
+
+def _check_settings(optimizer: PreconditionedOptimizer, group: Group) -> None:
+    """Raise unless the settings would be accepted by the constructor."""
+    try:
+        for name in ("lr", "base_lr"):
+            check_real(name, group[name])
+        check_group(group)
+        if group["rule"] != FALLBACK:
+            optimizer.checked_recipe(group)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's settings make no optimizer: {error}") from error
 
 
 def _check_parameter(
@@ -152,18 +183,55 @@ def _check_parameter(
         expected = optimizer.expected_state(meta_like(parameter), parameter, group, state)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's settings make no optimizer: {error}") from error
-    if odd := sorted(set(expected) ^ set(state)):
+    check_entries(name, state, expected, parameter)
+
+
+def check_entries(name: str, saved: Any, expected: Mapping[str, Any], parameter: Tensor) -> None:
+    """Raise unless a parameter's saved state has the form that is expected, and is finite.
+
+    Args:
+        name: The parameter's name.
+        saved: Its state in the checkpoint.
+        expected: State with the keys, shapes, dtypes and types that it should have.
+        parameter: The parameter.
+
+    Raises:
+        CheckpointError: It has another form, or was damaged.
+    """
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(
+            f"the checkpoint's state of {name!r} is {_form(saved)}, no dictionary; load an earlier "
+            "checkpoint"
+        )
+    if odd := sorted(set(expected) ^ set(saved), key=str):
         raise CheckpointError(
             f"the checkpoint's state of {name!r} differs in {odd}; it was saved with other "
             "settings or by another optimizer"
         )
     for key, value in expected.items():
-        found, wanted = _form(state[key]), _form(value)
+        found, wanted = _form(saved[key]), _form(value)
         if found != wanted:
             raise CheckpointError(
                 f"the checkpoint's {key!r} of {name!r} is {found}, expected {wanted}; it belongs "
                 "to a model of other sizes or dtypes"
             )
+        if problem := _damage(saved[key], parameter):
+            raise CheckpointError(
+                f"the checkpoint's {key!r} of {name!r} {problem}; load an earlier checkpoint"
+            )
+
+
+def _damage(value: Any, parameter: Tensor) -> str:
+    """Return what is wrong with the contents of a saved value, "" if nothing is."""
+    if not isinstance(value, Tensor):
+        return f"is {value}, which no run has reached" if not 0 <= value < math.inf else ""
+    if value.layout is not torch.strided:
+        return f"has layout {value.layout}"
+    if value.is_meta:
+        return "" if parameter.is_meta else "holds no data (it is on the meta device)"
+    if is_sharded(value) or not value.is_floating_point():
+        return ""
+    return "" if bool(torch.isfinite(value).all()) else "holds a NaN or an infinity"
 
 
 def _form(value: Any) -> str:

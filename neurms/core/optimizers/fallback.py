@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from neurms.core.distributed.shards import local_state
+
 __all__ = ["adamw_state", "adamw_update_"]
 
 State = dict[str, Any]
@@ -49,7 +51,8 @@ def adamw_update_(
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, as in
         torch.optim.AdamW.
     """
-    triples = list(zip(parameters, gradients, states, strict=True))
+    own = [local_state(state) for state in states]
+    triples = list(zip(parameters, gradients, own, strict=True))
     for fused in (True, False):
         chosen = [triple for triple in triples if _can_fuse(*triple) == fused]
         if not chosen:

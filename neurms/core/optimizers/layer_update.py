@@ -14,13 +14,20 @@ from neurms.compiled.update import scaled_momentum_update_, scaled_update_
 from neurms.core.diagnostics.spans import span
 from neurms.core.layout import Layout
 from neurms.core.optimizers.work import Item
+from neurms.core.unitwise.statistics import scalar
 
 __all__ = ["write_gemm_update_", "write_update_"]
 
 Factors = tuple[Tensor | None, Tensor | None]
 
 
-def write_update_(target: Tensor, item: Item, factors: Factors, state: Mapping[str, Any]) -> None:
+def write_update_(
+    target: Tensor,
+    item: Item,
+    factors: Factors,
+    state: Mapping[str, Any],
+    backend: str | None = None,
+) -> None:
     """Move a weight or a bias by its scaled gradient, in one pass over it.
 
     Args:
@@ -28,12 +35,25 @@ def write_update_(target: Tensor, item: Item, factors: Factors, state: Mapping[s
         item: The parameter's gradient, group and route.
         factors: s (m,), and c (n,) or None.
         state: Holds the velocity under ``"momentum"`` where the group has momentum.
+        backend: How the plain pass over a matrix runs; None follows ``use_backend``.
     """
     group = item.group
     s, c = factors
+    if s is not None and _is_plain_bias(target, item, s):
+        # One call: a bias costs no time but that of calls.
+        rate = -float(group["lr"])
+        if group["variant"] == "B":
+            target.add_(item.gradient, alpha=rate)
+        else:
+            target.addcmul_(item.gradient, s, value=rate)
+        return
     # B's gradient came out of backward scaled; its velocity may be scaled once more.
     applied: Factors = (None, None) if group["variant"] == "B" else (s, c)
     layout, velocity = item.route.layout, state["momentum"] if group["momentum"] else None
+    if _is_plain_matrix(target, item):
+        move = scaled_update_ if backend is None else scaled_update_.on(backend)
+        move(target, item.gradient, *applied, *_rates(group, decayed=True))
+        return
     w, g = _blocks(layout, target), _blocks(layout, item.gradient)
     v = None if velocity is None else _blocks(layout, velocity)
     lr, decay = _rates(group, decayed=target.ndim >= 2)
@@ -63,6 +83,7 @@ def write_gemm_update_(
     c: Tensor | None,
     state: Mapping[str, Any],
     group: Mapping[str, Any],
+    scaled: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Write W <- decay W - lr (D S)^T H C by one GEMM, or V <- mu V + (D S)^T H C and W from V.
 
@@ -74,20 +95,42 @@ def write_gemm_update_(
         c: Feature factors (n,), or None.
         state: Holds the velocity under ``"momentum"`` where the group has momentum.
         group: Settings.
+        scaled: D S and H C where they are at hand already.
     """
     wide = target.dtype
-    with span("scale"):
-        d = errors.to(wide) if group["variant"] == "B" else errors.to(wide) * s.to(wide)
-        h = activations.to(wide) if c is None else activations.to(wide) * c.to(wide)
-    lr, decay = _rates(group, decayed=True)
+    if scaled is not None and scaled[0].dtype == wide:
+        d, h = scaled
+    else:
+        with span("scale"):
+            d = errors.to(wide) if group["variant"] == "B" else errors.to(wide) * s.to(wide)
+            h = activations.to(wide) if c is None else activations.to(wide) * c.to(wide)
+    rate = float(group["lr"])
     if not group["momentum"]:
-        update_gemm_(target, d, h, lr, 1.0 if decay is None else decay)
+        update_gemm_(target, d, h, rate, 1.0 - rate * group["weight_decay"])
         return
+    lr, decay = _rates(group, decayed=True)
     velocity = state["momentum"]
     accumulate_gemm_(velocity, d, h, group["momentum"])
     coupled = group["momentum_coupling"] == "gradient+velocity"
     scales: Factors = (s, c) if coupled else (None, None)
     scaled_update_(target, velocity, *scales, lr, decay)
+
+
+def _is_plain_bias(target: Tensor, item: Item, s: Tensor) -> bool:
+    """Return whether a bias moves by -lr S G and nothing else."""
+    return (
+        target.ndim == 1
+        and not item.group["momentum"]
+        and item.gradient.dtype == s.dtype == target.dtype
+        and item.gradient.shape == target.shape == s.shape
+    )
+
+
+def _is_plain_matrix(target: Tensor, item: Item) -> bool:
+    """Return whether a weight of units by features moves by W <- decay W - lr S G C."""
+    group = item.group
+    by_units = target.ndim == 2 and item.route.layout.unit_axes == (0,)
+    return by_units and not group["momentum"] and group["agc"] is None
 
 
 def _clipped_update_(
@@ -149,5 +192,4 @@ def _rates(group: Mapping[str, Any], *, decayed: bool) -> tuple[Tensor, Tensor |
     """Return lr and 1 - lr wd as 0-d tensors, so that schedules do not recompile kernels."""
     lr = float(group["lr"])
     decay = 1.0 - lr * group["weight_decay"] if decayed and group["weight_decay"] else None
-    as_tensor = torch.tensor(lr, dtype=torch.float64)
-    return as_tensor, None if decay is None else torch.tensor(decay, dtype=torch.float64)
+    return scalar(lr), None if decay is None else scalar(decay)

@@ -10,6 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from neurms.core.distributed.shards import is_sharded, local
+
 __all__ = ["Plan", "PlanRow", "meta_like", "skeleton", "tensor_bytes"]
 
 
@@ -82,9 +84,9 @@ class Plan(Sequence[PlanRow]):
 
 
 def tensor_bytes(state: object) -> int:
-    """Return the bytes of all tensors in a (nested) state; plain numbers count nothing."""
+    """Return this rank's bytes of all tensors in a (nested) state; numbers count nothing."""
     if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
+        return local(state).numel() * state.element_size()
     if isinstance(state, dict):
         return sum(tensor_bytes(value) for value in state.values())
     if isinstance(state, (list, tuple)):
@@ -93,7 +95,9 @@ def tensor_bytes(state: object) -> int:
 
 
 def meta_like(parameter: Tensor) -> Tensor:
-    """Return a tensor like ``parameter`` without storage, to predict state on."""
+    """Return a tensor like ``parameter`` without storage, sharded alike, to predict state on."""
+    if is_sharded(parameter):
+        return torch.empty_like(parameter, device="meta")
     return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
 
 

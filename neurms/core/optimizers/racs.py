@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Unpack
 
-from neurms.compiled.two_sided import scaled_square_sum, two_sided_update_
+from neurms.compiled.two_sided import two_sided_update_
 from neurms.core.diagnostics.spans import span
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.structures.base import Context
 from neurms.core.structures.two_sided import TwoSidedDiagonal
 from neurms.core.transforms.safeguards import NormGrowthLimiter, growth_factor
 
@@ -94,12 +93,9 @@ class RACS(PreconditionedOptimizer):
 def _fused_step(
     structure: TwoSidedDiagonal, limiter: NormGrowthLimiter, alpha: float, call: FusedStep
 ) -> None:
-    """Take RACS's step in three kinds of pass over G, with nothing of its size allocated."""
+    """Take RACS's step in a few passes over G, with nothing of its size allocated."""
     with span("reduce"):
-        structure.observe(call.gradient, call.state, Context(call.step))
-    with span("scale"):
-        left, right = structure.factors(call.state, call.step)
-        norm = scaled_square_sum(call.gradient, left, right).sqrt()
+        left, right, norm = structure.scales(call.gradient, call.state, call.context)
     eta = growth_factor(norm, call.state["phi"], limiter.gamma, call.step)
     step = eta.double() * (call.lr * alpha)
     two_sided_update_(call.weight, call.gradient, left, right, step, call.scalar(call.decay))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +15,14 @@ from neurms.core.structures.base import Context, State, Transform
 __all__ = ["FusedStep", "Recipe"]
 
 
-@dataclass(frozen=True, eq=False)
-class FusedStep:
+class FusedStep(NamedTuple):
     """What a fused step works on: one matrix, its state, and the rates of its group.
 
     Args:
         weight: W as a contiguous (m, n) view; overwritten.
         gradient: G, the same shape; left as it is.
         state: The recipe's state; brought up to date in place.
-        step: Number of this step, counted from 1.
+        context: The step's number, and which rows these are where ranks share the matrix.
         lr: Learning rate.
         decay: 1 - lr wd.
     """
@@ -30,13 +30,24 @@ class FusedStep:
     weight: Tensor
     gradient: Tensor
     state: State
-    step: int
+    context: Context
     lr: float
     decay: float
 
+    @property
+    def step(self) -> int:
+        """Number of this step, counted from 1."""
+        return self.context.step
+
     def scalar(self, value: float) -> Tensor:
         """Return a number as a 0-d tensor, as kernels take it: schedules do not recompile."""
-        return torch.tensor(value, dtype=torch.float64)
+        return _scalar(value)
+
+
+@functools.lru_cache(maxsize=64)
+def _scalar(value: float) -> Tensor:
+    # Kept, because kernels only read it and making one costs more than a small kernel.
+    return torch.tensor(value, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,28 @@ class Recipe:
     def needs_weight(self) -> bool:
         """Whether a transform reads the weight."""
         return any(transform.needs_weight for transform in self.transforms)
+
+    @property
+    def row_local(self) -> bool:
+        """Whether a rank's own rows of a matrix are enough for every transform."""
+        return all(transform.row_local for transform in self.transforms)
+
+    @functools.cached_property
+    def parts(self) -> tuple[Recipe, Recipe]:
+        """This recipe in two: the row-local transforms that it begins with, and all others."""
+        count = next((i for i, t in enumerate(self.transforms) if not t.row_local), 0)
+        head = Recipe(self.transforms[:count], batched=False)
+        return head, replace(self, transforms=self.transforms[count:])
+
+    def row_axes(self, matrix: Tensor) -> dict[str, int | None]:
+        """Return which axis of each state tensor counts the rows of ``matrix`` (m, n), or None."""
+        m, n = matrix.shape
+        sizes = (torch.empty((rows, n), dtype=matrix.dtype, device="meta") for rows in (m, m + 1))
+        fewer, more = (self.init(size) for size in sizes)
+        return {
+            key: next((a for a, size in enumerate(t.shape) if size != more[key].shape[a]), None)
+            for key, t in fewer.items()
+        }
 
     def init(self, matrix: Tensor) -> State:
         """Return the joint state of all transforms for matrices like ``matrix``."""

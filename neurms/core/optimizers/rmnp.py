@@ -82,10 +82,14 @@ class RMNP(PreconditionedOptimizer):
 
 def _fused_step(momentum: Momentum, shape: ShapeScale, call: FusedStep) -> None:
     """Take RMNP's step in one walk over the rows of W, M and G."""
-    step = call.lr * shape.factor(*call.weight.shape)
+    velocity = call.state["momentum"]
+    if velocity.is_contiguous() and not call.weight.is_contiguous() and call.context.shard is None:
+        # Stored by columns like W and G from here on, also after a checkpoint was loaded.
+        velocity.set_(velocity.mT.contiguous().mT)  # type: ignore[call-overload]
+    step = call.lr * shape.factor(call.context.units(call.weight), call.weight.shape[-1])
     row_normalized_update_(
         call.weight,
-        call.state["momentum"],
+        velocity,
         call.gradient,
         momentum.momentum,
         momentum.nesterov,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal, TypedDict
 
 from neurms.compiled.backends import validate_backend
@@ -72,8 +72,17 @@ def check_common(rule: str, common: Mapping[str, Any]) -> CommonSettings:
     check_choice("nonfinite", settings["nonfinite"], ("raise", "skip"))
     check_choice("low_precision", settings["low_precision"], ("nearest", "stochastic", "master"))
     validate_backend(settings["backend"])
+    check_patterns_form(settings["exclude"])
     check_group(settings)
     return settings
+
+
+def check_patterns_form(exclude: Any) -> None:
+    """Raise unless ``exclude`` holds name patterns."""
+    several = isinstance(exclude, (Sequence, Set)) and not isinstance(exclude, (str, bytes))
+    if not several or not all(isinstance(pattern, str) for pattern in exclude):
+        cure = f"; write ({exclude!r},)" if isinstance(exclude, str) else ""
+        raise TypeError(f"exclude={exclude!r} must be a sequence of patterns{cure}")
 
 
 def check_group(settings: Mapping[str, Any]) -> None:

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal, Never
 import torch
 from torch import Tensor, nn
 
+from neurms.compiled.finite import are_finite
 from neurms.core.diagnostics.spans import span
+from neurms.core.distributed.shards import is_sharded, local, local_state, row_shard
 from neurms.core.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.layer_update import write_gemm_update_, write_update_
@@ -65,6 +67,7 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         self.update_mode = update
         self._layers = self.layers_class(self, heads)
         self._guard: GradientGuard | None = None
+        self._structures: dict[int, tuple[dict[str, Any], UnitFeatureDiagonal]] = {}
         self._group_table: tuple[list[int], dict[Tensor, dict[str, Any]]] = ([], {})
         super().__init__(model, settings, common)
         self._layers.attach(
@@ -110,9 +113,14 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
 
     def structure_of(self, layer: TappedLayer) -> UnitFeatureDiagonal:
         """Return the structure that the layer's parameter group makes."""
-        structure = self._recipe(self._group_of(layer.weight)).transforms[0]
-        assert isinstance(structure, UnitFeatureDiagonal)
-        return structure
+        group = self._group_of(layer.weight)
+        known = self._structures.get(id(group))
+        # Asked several times a step; users may change any setting between two of them.
+        if known is None or known[0] != group:
+            structure = self._recipe(group).transforms[0]
+            assert isinstance(structure, UnitFeatureDiagonal)
+            known = self._structures[id(group)] = (dict(group), structure)
+        return known[1]
 
     def variant_of(self, layer: TappedLayer) -> Variant:
         """Return the variant of the layer's parameter group."""
@@ -144,12 +152,15 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         state = self._state_with_velocity(layer.weight, group)
         s, c = layer.foreseen(sums)
         layer.add(sums)
-        with torch.no_grad():
-            item = Item(0, layer.route, group, layer.weight)
+        weight, signals = layer.weight, (errors, activations)
+        with torch.no_grad(), span("update", [weight]):
+            if weight.dtype is torch.float32:
+                write_gemm_update_(weight, *signals, s, c, state, group, layer.scaled)
+                return
+            item = Item(0, layer.route, group, weight)
             target = self._target(item)
-            with span("update", [layer.weight]):
-                write_gemm_update_(target, errors, activations, s, c, state, group)
-                self._written(item, target)
+            write_gemm_update_(target, *signals, s, c, state, group, layer.scaled)
+            self._written(item, target)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         identities = [id(group) for group in self.param_groups]
@@ -167,13 +178,23 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
             self._guard.forget()
         super().zero_grad(set_to_none)
 
+    def take_part(self) -> None:
+        """Contribute no rows to the statistics of a step that other ranks take."""
+        self._layers.clear()
+        self._layers.synchronize()
+        self._layers.clear()
+
     def _bad_names(self, items: Sequence[Item]) -> list[str]:
         if self._guard is not None:
             self._guard.check()
             self._refuse_second_gradient(items)
+        self._layers.refuse_removed({item.parameter for item in items})
         # Before anything is judged, so that all ranks judge alike.
         self._layers.synchronize()
-        return super()._bad_names(items) or self._layers.nonfinite_names()
+        gradients = [item.gradient for item in items]
+        plain = all(type(gradient) is Tensor and gradient.is_cpu for gradient in gradients)
+        bad: list[str] | None = [] if plain and are_finite(gradients, self._layers.large) else None
+        return (super()._bad_names(items) if bad is None else bad) or self._layers.nonfinite_names()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -216,13 +237,21 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
             self._layer_to_fallback(layer)
         for layer in self._layers.orphans(moving, self.state):
             self._bias_to_fallback(layer)
-        # Routes may just have changed, so items are looked up anew.
-        super()._update([replace(item, route=self._routes[item.parameter]) for item in items])
+        # Routes may just have changed.
+        super()._update(
+            [
+                item
+                if item.route is (route := self._routes[item.parameter])
+                else replace(item, route=route)
+                for item in items
+            ]
+        )
         self._layers.clear()
 
     def _update_rule(self, items: Sequence[Item]) -> None:
         own = {item.parameter: item for item in items if item.rule == self.rule}
-        super()._update_rule([item for item in items if item.rule != self.rule])
+        if others := [item for item in items if item.rule != self.rule]:
+            super()._update_rule(others)
         for layer in self._layers:
             weight = own.get(layer.weight)
             bias = own.get(layer.bias) if layer.bias is not None else None
@@ -235,6 +264,7 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
 
     def _move(self, layer: TappedLayer, weight: Item | None, bias: Item | None) -> None:
         s, c = layer.factors()
+        backend = layer.backend
         for item, factors in ((weight, (s, c)), (bias, (s, None))):
             if item is None:
                 continue
@@ -242,8 +272,11 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
             if item is bias:
                 state["step"] += 1
             target = self._target(item)
+            if not target.numel():
+                continue
             with span("update", [item.parameter]):
-                write_update_(target, item, factors, state)
+                own, own_factors = _on_this_rank(item, factors)
+                write_update_(target, own, own_factors, local_state(state), backend)
                 self._written(item, target)
 
     # ---------------------------------------------------------------- routes that change
@@ -328,12 +361,30 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         # What has not even the form of a checkpoint is left to the base class's check.
         for group in groups if isinstance(groups, (list, tuple)) else ():
             ours = isinstance(group, Mapping) and group.get("rule") == self.rule
-            if ours and (saved := group.get("variant", own)) != own:
+            if ours and _differ(saved := group.get("variant", own), own):
                 raise CheckpointError(
                     f"the checkpoint was saved with variant={saved!r}, this optimizer has "
                     f"variant={own!r}, whose statistics mean something else; build it with "
                     f"variant={saved!r}"
                 )
+
+
+def _on_this_rank(
+    item: Item, factors: tuple[Tensor | None, Tensor | None]
+) -> tuple[Item, tuple[Tensor | None, Tensor | None]]:
+    """Return the item and the factors of the rows that this rank holds of its parameter."""
+    if not is_sharded(item.parameter):
+        return item, factors
+    shard = row_shard(item.parameter, item.route.layout)
+    assert shard is not None, "layers that are cut otherwise are refused when they are attached"
+    layout, s, c = shard.narrowed(item.route.layout, *factors)
+    route = replace(item.route, layout=layout)
+    return replace(item, route=route, gradient=local(item.gradient)), (s, c)
+
+
+def _differ(saved: Any, own: str) -> bool:
+    # What is no string may have an == that is no truth value.
+    return not isinstance(saved, str) or saved != own
 
 
 def _velocity(parameter: Tensor) -> Tensor:

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neurms.compiled.finite import are_finite
+from neurms.core.distributed.shards import (
+    RowShard,
+    is_sharded,
+    local,
+    local_state,
+    mesh_of,
+    placement_of,
+    rewrapped,
+    row_shard,
+)
+from neurms.core.layout import Layout
 from neurms.core.optimizers.recipe import Recipe, stack_states
 from neurms.core.precision import compute_dtype
 from neurms.core.routing import Route
 from neurms.core.structures.base import Context
 
-__all__ = ["Item", "batches", "updates_of", "gathered", "nonfinite_names"]
+__all__ = [
+    "Item",
+    "batches",
+    "updates_of",
+    "gathered",
+    "is_rehearsal",
+    "nonfinite_names",
+    "shard_for",
+]
 
 BATCH_LIMIT = 1 << 15
 """Elements below which equal matrices are stacked. Measured on twelve of them, one thread: at 64 x
@@ -26,12 +46,18 @@ calls."""
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One parameter with a gradient in this step; ``index`` counts parameters over all groups."""
+    """One parameter with a gradient in this step; ``index`` counts parameters over all groups.
+
+    ``shard`` says which rows of a sharded matrix its rule works on here; None is the whole of it.
+    ``begun`` says that the recipe's row-local beginning has been through the gradient already.
+    """
 
     index: int
     route: Route
     group: dict[str, Any]
     gradient: Tensor
+    shard: RowShard | None = None
+    begun: bool = False
 
     @property
     def parameter(self) -> Tensor:
@@ -47,6 +73,38 @@ class Item:
     def rule(self) -> str:
         """The rule that takes it."""
         return self.route.rule
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of what :meth:`seen` returns."""
+        return self.shard.layout(self.route.layout) if self.shard else self.route.layout
+
+    def seen(self, tensor: Tensor) -> Tensor:
+        """Return what the rule sees of the parameter or of a tensor like it.
+
+        That is this rank's rows, or all of it: then every rank must call this, for it gathers.
+        """
+        if self.shard is not None or not is_sharded(tensor):
+            return local(tensor)
+        whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        return whole
+
+    def placed(self, recipe: Recipe, state: dict[str, Any]) -> Item:
+        """Return the item with a sharded gradient as its recipe wants to see it.
+
+        A recipe that is not row-local as a whole has taken its first steps, on rows, by then: what
+        is gathered for :attr:`Recipe.parts`' second half is what the first made of the gradient.
+        """
+        if not is_sharded(self.parameter):
+            return self
+        item = replace(self, shard=shard_for(recipe, self.parameter, self.route.layout))
+        if recipe.row_local or item.shard is None:
+            return replace(item, gradient=item.seen(self.gradient))
+        head, _ = recipe.parts
+        rows = item.layout.matrix(local(self.gradient).to(compute_dtype(self.parameter)))
+        (update,) = updates_of(head, [item], [rows], [state])
+        part = rewrapped(item.layout.from_matrix(update), self.parameter)
+        return replace(self, gradient=self.seen(part), begun=True)
 
 
 def gathered(groups: Iterable[dict[str, Any]], routes: Mapping[Tensor, Route]) -> list[Item]:
@@ -75,19 +133,73 @@ def nonfinite_names(items: Sequence[Item]) -> list[str]:
     """Return the names of parameters whose gradient holds a NaN or an infinity.
 
     A sum reads each gradient once at memory speed and is non-finite whenever an element is; only
-    then are elements looked at, since a sum of huge finite numbers may overflow.
+    then are elements looked at, since a sum of huge finite numbers may overflow. Ranks that share
+    sharded gradients agree on the answer, so that all of them take the step or none.
     """
     if not items:
         return []
-    by_device: dict[torch.device, list[Item]] = {}
+    names = _on_any_rank(items, set(_bad_here(items)))
+    return [item.route.name for item in items if item.route.name in names]
+
+
+def _on_any_rank(items: Sequence[Item], names: set[str]) -> set[str]:
+    """Return ``names`` and what other ranks have named among the items that are sharded."""
+    meshes: dict[Any, list[Item]] = {}
     for item in items:
-        by_device.setdefault(item.gradient.device, []).append(item)
+        if is_sharded(item.gradient):
+            meshes.setdefault(mesh_of(item.gradient), []).append(item)
+    for mesh, own in meshes.items():
+        names = names | _agreed(mesh, own, names)
+    return names
+
+
+def shard_for(recipe: Recipe, parameter: Tensor, layout: Layout) -> RowShard | None:
+    """Return the rows on which a recipe works before anything is gathered, None for no such work.
+
+    Args:
+        recipe: The parameter's recipe.
+        parameter: A parameter or a stand-in for it.
+        layout: Its units and features.
+    """
+    if not is_sharded(parameter) or not (recipe.row_local or recipe.parts[0].transforms):
+        return None
+    return row_shard(parameter, layout)
+
+
+def is_rehearsal(items: Sequence[Item]) -> bool:
+    """Return whether a step has no rate and no gradient, so that only state is wanted of it.
+
+    This is how torch.distributed.checkpoint makes an optimizer allocate what it will load.
+    """
+    if not items or any(float(item.group["lr"]) for item in items):
+        return False
+    moving = {item.route.name for item in items if bool(local(item.gradient).any())}
+    return not _on_any_rank(items, moving)
+
+
+def _bad_here(items: Sequence[Item]) -> list[str]:
+    """Return the names of parameters whose gradient is not finite where this rank holds it."""
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for item in items:
+        pair = (item.route.name, local(item.gradient))
+        by_device.setdefault(item.gradient.device, []).append(pair)
     suspects = []
-    for own in by_device.values():
-        sums = torch.stack([item.gradient.sum(dtype=torch.float32) for item in own])
+    for device, own in by_device.items():
+        if device.type == "cpu" and are_finite([gradient for _, gradient in own]):
+            continue
+        sums = torch.stack([gradient.sum(dtype=torch.float32) for _, gradient in own])
         finite = torch.isfinite(sums).tolist()
-        suspects += [item for item, good in zip(own, finite, strict=True) if not good]
-    return [s.route.name for s in suspects if not bool(torch.isfinite(s.gradient).all())]
+        suspects += [pair for pair, good in zip(own, finite, strict=True) if not good]
+    return [name for name, gradient in suspects if not bool(torch.isfinite(gradient).all())]
+
+
+def _agreed(mesh: Any, items: Sequence[Item], names: Collection[str]) -> set[str]:
+    """Return which items any rank of a mesh has named, by one all-reduce for each of its axes."""
+    flags = torch.tensor([item.route.name in names for item in items], dtype=torch.int32)
+    flags = flags.to(items[0].gradient.device)
+    for axis in range(mesh.ndim):
+        torch.distributed.all_reduce(flags, group=mesh.get_group(axis))
+    return {item.route.name for item, bad in zip(items, flags.tolist(), strict=True) if bad}
 
 
 def batches(
@@ -100,7 +212,10 @@ def batches(
         small = recipe.batched and shape[0] * shape[1] < BATCH_LIMIT
         alone: Any = None if small else item.index
         step = states[item.parameter]["step"]
-        key = (recipe, shape, compute_dtype(item.parameter), item.parameter.device, step, alone)
+        # By shapes over all ranks, for ranks must form the same batches.
+        cut = placement_of(item.parameter)
+        device = item.parameter.device
+        key = (recipe, shape, compute_dtype(item.parameter), device, step, alone, cut)
         stacks.setdefault(key, []).append(item)
     for key, stack in stacks.items():
         yield key[0], stack
@@ -117,21 +232,29 @@ def updates_of(
     weights = None
     if recipe.needs_weight:
         weights = [
-            item.route.layout.matrix(state.get("master", item.parameter).to(gradients[0].dtype))
+            item.layout.matrix(
+                item.seen(state.get("master", item.parameter)).to(gradients[0].dtype)
+            )
             for item, state in zip(batch, states, strict=True)
         ]
     seeds = tuple(item.seed for item in batch)
     if len(batch) == 1:
         weight = weights[0] if weights else None
-        context = Context(first["step"], weight, seeds)
-        return [recipe.update(gradients[0], first, context)]
+        context = Context(first["step"], weight, seeds, shard=batch[0].shard)
+        return [recipe.update(gradients[0], _local_if_sharded(batch[0], first), context)]
     tensors = [
-        {k: v for k, v in s.items() if isinstance(v, Tensor) and k != "master"} for s in states
+        {k: local(v) for k, v in s.items() if isinstance(v, Tensor) and k != "master"}
+        for s in states
     ]
     stacked = stack_states(tensors) if tensors[0] else {}
-    context = Context(first["step"], torch.stack(weights) if weights else None, seeds)
+    weight = torch.stack(weights) if weights else None
+    context = Context(first["step"], weight, seeds, shard=batch[0].shard)
     updates = recipe.update(torch.stack(list(gradients)), stacked, context)
     for position, state in enumerate(tensors):
         for key, value in state.items():
             value.copy_(stacked[key][position])
     return updates.unbind(0)
+
+
+def _local_if_sharded(item: Item, state: dict[str, Any]) -> dict[str, Any]:
+    return state if item.shard is None else local_state(state)

@@ -14,6 +14,8 @@ Contract, tested for every structure by ``tests/core/structures/contract.py``:
   that is how memory is predicted. Every state tensor starts with the matrix's batch axes.
 - Later calls change state in place only, and never write into the matrices they are given.
 - Matrices arrive as float32, or float64 for float64 parameters; results have the same dtype.
+- A ``row_local`` transform may be given a rank's rows of a matrix alone. What it sums over rows it
+  sums through :meth:`Context.summed`, equally often on every rank, and m is :meth:`Context.units`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from neurms.core.diagnostics.spans import span
+from neurms.core.distributed.shards import RowShard
 
 __all__ = ["Context", "Moments", "State", "Structure", "Transform"]
 
@@ -55,12 +58,22 @@ class Context:
         seeds: One integer for each matrix of the batch, in order; random draws derive from it and
             from ``step`` alone, so that a resumed run draws what an uninterrupted one would.
         moments: Second moments of D and H for structures that are built from them.
+        shard: Which rows these are, where ranks share the matrices; None where they are whole.
     """
 
     step: int
     weight: Tensor | None = None
     seeds: tuple[int, ...] = (0,)
     moments: Moments | None = None
+    shard: RowShard | None = None
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Return a sum over this rank's rows summed over all rows, in place."""
+        return tensor if self.shard is None else self.shard.sum_(tensor)
+
+    def units(self, matrix: Tensor) -> int:
+        """Return m, the number of rows on all ranks."""
+        return matrix.shape[-2] if self.shard is None else self.shard.total
 
     def generator(self, index: int, stream: int = 0) -> torch.Generator:
         """Return a CPU generator made from matrix ``index``'s seed, the step and ``stream``."""
@@ -76,6 +89,8 @@ class Transform(ABC):
 
     needs_weight: bool = False
     """Whether :attr:`Context.weight` must be given."""
+    row_local: bool = False
+    """Whether a rank's own rows are enough, so that sharded matrices need not be gathered."""
 
     def init(self, matrix: Tensor) -> State:
         """Return the state for matrices like ``matrix`` (..., m, n), possibly on meta."""

@@ -45,6 +45,7 @@ class Diagonal(Structure):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     bias_correction: bool = True
+    row_local = True
 
     def __post_init__(self) -> None:
         check_betas("betas", self.betas, 2)

@@ -32,6 +32,8 @@ class RowNormalized(Structure):
         tensor([[ 0.6000, -0.8000]])
     """
 
+    row_local = True
+
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
         """Do nothing: one sample is all there is."""
 
@@ -50,6 +52,8 @@ class RowStandardized(Transform):
     Reference:
         Ma et al., "SWAN", arXiv 2412.13148, Algorithm 3 (GradNorm).
     """
+
+    row_local = True
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the standardised matrix (..., m, n)."""
@@ -74,6 +78,7 @@ class WithoutRadialPart(Transform):
     """
 
     needs_weight = True
+    row_local = True
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the projected matrix (..., m, n)."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neurms.compiled.roots import eigh, orthonormal, positive_qr, relative_floor
+from neurms.compiled.roots import eigenvalues, eigh, orthonormal, positive_qr, relative_floor
 from neurms.core.errors import check_fraction, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 
@@ -37,7 +37,8 @@ class SharedBasisBlocks(Structure):
         rank: k; at most n, reduced to n for matrices with fewer features.
         decay: Factor of the old statistics; 1 sums them as AdaGrad does.
         eps: Added to every eigenvalue.
-        norm_iterations: Products for the spectral norm, which it approaches from below.
+        norm_iterations: Products for the spectral norm, which it approaches from below: 8 come
+            within about a percent, 16 within rounding, at half as much time again for a step.
 
     Reference:
         "Block Low-Rank Preconditioner with Shared Basis for Stochastic Optimization", Yen et al.,
@@ -59,7 +60,7 @@ class SharedBasisBlocks(Structure):
     rank: int = 32
     decay: float = 1.0
     eps: float = 1e-6
-    norm_iterations: int = 16
+    norm_iterations: int = 8
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
@@ -210,8 +211,7 @@ def _largest_eigenvalue(
         kept = torch.cat([kept, x[..., None, :]], dim=-2)
         images = torch.cat([images, image[..., None, :]], dim=-2)
         x = image
-    ritz = eigh(kept @ images.mT)[0]
-    return ritz.abs().amax(-1)
+    return eigenvalues(kept @ images.mT).abs().amax(-1)
 
 
 def _batched(matrices: Tensor, vectors: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neurms.compiled.two_sided import two_sided_fit
+from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales_
 from neurms.core.errors import check_fraction, check_positive_int
 from neurms.core.structures.base import Context, State, Structure
 
@@ -36,6 +36,7 @@ class TwoSidedDiagonal(Structure):
     beta: float = 0.9
     iterations: int = 5
     bias_correction: bool = False
+    row_local = True
 
     def __post_init__(self) -> None:
         check_fraction("beta", self.beta)
@@ -50,7 +51,10 @@ class TwoSidedDiagonal(Structure):
 
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
         """Average this step's principal scales into ``q`` and ``s``."""
-        q, s = two_sided_fit(gradient, self.iterations)
+        if context.shard is None:
+            q, s = two_sided_fit(gradient, self.iterations)
+        else:
+            q, s = _fit_over_ranks(gradient, self.iterations, context)
         state["q"].lerp_(q, 1.0 - self.beta)
         state["s"].lerp_(s, 1.0 - self.beta)
 
@@ -61,8 +65,48 @@ class TwoSidedDiagonal(Structure):
 
     def factors(self, state: State, step: int) -> tuple[Tensor, Tensor]:
         """Return 1 / sqrt(q) (..., m) and 1 / sqrt(s) (..., n), zero where the statistic is."""
-        correction = 1.0 - self.beta**step if self.bias_correction else 1.0
-        return _rsqrt(state["q"]) * correction, _rsqrt(state["s"])
+        return _rsqrt(state["q"]) * self._correction(step), _rsqrt(state["s"])
+
+    def scales(
+        self, gradient: Tensor, state: State, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Observe one matrix G (m, n), and return its factors and the norm of the scaled G.
+
+        Returns:
+            What :meth:`factors` does, (m,) and (n,), and ``||left_i G_ij right_j||``, 0-d.
+        """
+        if context.shard is None:
+            correction = self._correction(context.step)
+            return two_sided_scales_(
+                gradient, state["q"], state["s"], self.iterations, 1.0 - self.beta, correction
+            )
+        self.observe(gradient, state, context)
+        left, right = self.factors(state, context.step)
+        return left, right, context.summed(scaled_square_sum(gradient, left, right)).sqrt()
+
+    def _correction(self, step: int) -> float:
+        return 1.0 - self.beta**step if self.bias_correction else 1.0
+
+
+def _fit_over_ranks(gradient: Tensor, iterations: int, context: Context) -> tuple[Tensor, Tensor]:
+    """Fit q s^T as :func:`~neurms.compiled.two_sided.two_sided_fit` does, from a rank's rows of G.
+
+    A round sends n + 1 numbers: (G.^2)^T q and ||q||^2 are sums over rows, the rest is at home.
+    """
+    squares = gradient.square()
+    tiny = torch.finfo(squares.dtype).tiny
+    q = squares.new_ones(squares.shape[:-1])
+    for _ in range(iterations):
+        products = (squares.mT @ q.unsqueeze(-1)).squeeze(-1)
+        own = torch.cat([products, q.square().sum(-1, keepdim=True)], -1)
+        sums = context.summed(own)
+        s = sums[..., :-1] / sums[..., -1:].clamp(min=tiny)
+        # ||s||^2 underflows long before s does, so s enters normalised by its largest entry.
+        peak = s.amax(-1, keepdim=True).clamp(min=tiny)
+        unit = s / peak
+        norm = (unit.square().sum(-1, keepdim=True) * peak).clamp(min=tiny)
+        q = (squares @ unit.unsqueeze(-1)).squeeze(-1) / norm
+    return q, s
 
 
 def _rsqrt(values: Tensor) -> Tensor:

@@ -97,6 +97,10 @@ class UnitFeatureDiagonal(Structure):
         scaled = gradient * s[..., :, None]
         return scaled if c is None else scaled * c[..., None, :]
 
+    def divisor(self, step: int) -> float:
+        """Return what the averages are divided by after ``step`` steps: 1 - beta^t, or 1."""
+        return 1.0 - self.beta**step if self.bias_correction else 1.0
+
     def factors(
         self, state: State, step: int, backend: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -107,8 +111,7 @@ class UnitFeatureDiagonal(Structure):
             step: Number of steps that the averages have seen, for their bias correction.
             backend: How kernels run; None follows ``use_backend``.
         """
-        corrected = 1.0 - self.beta**step if self.bias_correction else 1.0
-        correction = torch.tensor(corrected, dtype=torch.float64)
+        correction = torch.tensor(self.divisor(step), dtype=torch.float64)
         s = self._scale(state["v"], correction, (self.s_min, self.s_max), backend)
         if not self.factored:
             return s, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +19,13 @@ def graph_task() -> int:
     return int(torch._C._current_graph_task_id())
 
 
-def destination(weight: Tensor) -> Literal["grad", "captured", "nowhere"]:
+def destination(weight: Tensor, accumulator: Any = None) -> Literal["grad", "captured", "nowhere"]:
     """Return where the running backward pass puts the gradient of ``weight``.
 
     Args:
         weight: A leaf that the graph multiplies with.
+        accumulator: The node that accumulates its gradient, where it is at hand; it is only
+            believed where it says yes.
 
     Returns:
         ``"grad"`` if it is added to ``weight.grad``; ``"captured"`` if ``torch.autograd.grad``
@@ -38,6 +40,9 @@ def destination(weight: Tensor) -> Literal["grad", "captured", "nowhere"]:
     if graph_task() == OUTSIDE_BACKWARD:
         return "grad"
     try:
+        # A node that is no longer the weight's own is executed by no pass that matters.
+        if accumulator is not None and torch._C._will_engine_execute_node(accumulator):
+            return "grad"
         executed = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
     except RuntimeError:
         # The engine's answer for a leaf whose gradient is captured.
@@ -49,7 +54,7 @@ def is_ordinary(tensor: object) -> bool:
     """Return whether ``tensor`` holds numbers: not meta, fake, traced or wrapped by torch.func."""
     return (
         isinstance(tensor, Tensor)
-        and tensor.device.type != "meta"
+        and not tensor.is_meta
         and not isinstance(tensor, FakeTensor)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and torch._C._get_tracing_state() is None

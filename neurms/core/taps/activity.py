@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from neurms.compiled.reductions import channel_square_sum, column_square_sum
+from neurms.core.diagnostics.spans import span
 
 __all__ = ["Activity", "activity_of"]
 
@@ -72,8 +73,9 @@ class Activity:
             backend: How the kernel runs.
         """
         if self.tokens is not None:
-            counts = torch.bincount(inputs.reshape(-1), minlength=self.tokens)
-            return counts.float(), inputs.numel()
+            with span("reduce"):
+                counts = torch.bincount(inputs.reshape(-1), minlength=self.tokens)
+                return counts.float(), inputs.numel()
         return _square_sum(inputs, self.feature_axes, None, backend)
 
     def scale_units(self, errors: Tensor, factors: Tensor) -> Tensor:
@@ -115,13 +117,16 @@ def _square_sum(
 ) -> tuple[Tensor, int]:
     """Return the sums of squares over every axis but ``axes``, flattened, and the count."""
     if axes == (-1,):
-        rows = math.prod(tensor.shape[:-1])
-        return column_square_sum.on(backend)(tensor, scale), rows
+        rows, run = math.prod(tensor.shape[:-1]), column_square_sum.on(backend)
+        with span("reduce"):
+            return run(tensor, scale), rows
     channels = math.prod(tensor.shape[axis] for axis in axes)
     rows = tensor.numel() // channels if channels else 0
     if len(axes) == 1:
         axis = axes[0] + tensor.ndim
-        return channel_square_sum.on(backend)(tensor, axis, scale), rows
+        with span("reduce"):
+            return channel_square_sum.on(backend)(tensor, axis, scale), rows
     last = tuple(range(-len(axes), 0))
-    matrix = tensor.movedim(axes, last).reshape(rows, channels)
-    return column_square_sum.on(backend)(matrix, scale), rows
+    with span("reduce"):
+        matrix = tensor.movedim(axes, last).reshape(rows, channels)
+        return column_square_sum.on(backend)(matrix, scale), rows

@@ -8,6 +8,7 @@ this file. Nothing is stored on the module, so that a copy or a pickle of it is 
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,17 +21,22 @@ from neurms.core.taps.protocol import UpdateSink
 
 __all__ = ["BackwardUpdateTap", "is_tapped_linear"]
 
+_HAS_RANKS = torch.distributed.is_available()
 _BREAKS = "a neurms tap reads and writes real tensors; detach it, or drop fullgraph=True"
 
 
 class _Use:
     """One recorded forward of a tapped layer; lives as long as its graph."""
 
-    __slots__ = ("__weakref__", "done", "task")
+    __slots__ = ("__weakref__", "done", "given_up", "left", "task")
 
     def __init__(self, task: int) -> None:
         self.task = task
         self.done = False
+        self.left = False
+        """Whether the optimizer has begun anew while it waited for its backward."""
+        self.given_up = False
+        """Whether another forward has taken its place since."""
 
 
 class BackwardUpdateTap:
@@ -141,8 +147,15 @@ class BackwardUpdateTap:
             module.__class__ = nn.Linear
 
     def rearm(self) -> None:
-        """Allow the next backward; the optimizer calls it at the end of its step."""
+        """Allow the next backward; the optimizer calls it at a step's end and in zero_grad.
+
+        A forward that still waits (it may have been broken off, with an exception that keeps its
+        graph alive) gives way to the next one.
+        """
         self.spent = False
+        waiting = self._waiting() if self._waiting is not None else None
+        if waiting is not None:
+            waiting.left = True
 
     def abandon(self) -> None:
         """Forget a forward whose backward was broken off, though its graph may still be alive."""
@@ -151,21 +164,23 @@ class BackwardUpdateTap:
 
     def forward(self, module: nn.Linear, inputs: Tensor) -> Tensor:
         """Return ``inputs W^T + b``, recorded so that backward updates W if a gradient is due."""
+        weight = module._parameters["weight"]
         if self._sink() is None:
             self.detach()
-        weight = module._parameters["weight"]
-        if weight is not self.weight or not self.attached or not _is_trained(inputs, weight):
+            return F.linear(inputs, module.weight, module.bias)
+        if weight is not self.weight or not _is_trained(inputs, weight):
             return F.linear(inputs, module.weight, module.bias)
         use = self._record()
-        device = inputs.device.type
         dtype = None
+        device = inputs.device.type
         if torch.is_autocast_enabled(device) and inputs.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             inputs = inputs.to(dtype)
         # Shaped out here, as nn.Linear does: a Function that returns a view forbids the in-place
         # activations that often follow.
+        flat = inputs if inputs.ndim == 2 else inputs.reshape(-1, inputs.shape[-1])
         rows: Tensor = _UpdateInBackward.apply(  # type: ignore[no-untyped-call]
-            inputs.reshape(-1, inputs.shape[-1]), weight, module.bias, dtype, self, use
+            flat, weight, module.bias, dtype, self, use
         )
         return rows if inputs.ndim == 2 else rows.view(*inputs.shape[:-1], rows.shape[-1])
 
@@ -176,11 +191,14 @@ class BackwardUpdateTap:
             raise self._refused("is recomputed by a checkpoint after its weight was updated")
         waiting = self._waiting() if self._waiting is not None else None
         pending = waiting is not None and not waiting.done
-        if waiting is not None and pending and waiting.task == task:
+        if waiting is not None and pending and not waiting.left and waiting.task == task:
             raise self._refused(
                 "is used a second time before the backward of its first use (run forwards that "
-                "need no gradient under torch.no_grad(), and drop outputs that are not needed)"
+                "need no gradient under torch.no_grad(), and drop outputs that are not needed, or "
+                "call optimizer.zero_grad() to begin anew)"
             )
+        if waiting is not None and waiting.left:
+            waiting.given_up, pending = True, False
         use = _Use(task)
         # A recomputation stands in for the use that waits, which must stay on record.
         if not pending:
@@ -189,7 +207,7 @@ class BackwardUpdateTap:
 
     def _refuse_ranks(self) -> None:
         distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not (_HAS_RANKS and distributed.is_initialized()):
             return
         if distributed.get_world_size() > 1:
             raise self._refused(f"trains on {distributed.get_world_size()} ranks")
@@ -200,13 +218,13 @@ class BackwardUpdateTap:
             'during backward and has no gradient; use update="step"'
         )
 
-    def _check_backward(self) -> bool:
+    def _check_backward(self, accumulator: Any) -> bool:
         """Return whether this backward updates the weight; raise first if it may not."""
         if torch.is_grad_enabled():
             raise self._refused("is differentiated with create_graph=True")
         if self._sink() is None or not self.attached:
             return False
-        goes = destination(self.weight)
+        goes = destination(self.weight, accumulator)
         if goes == "captured":
             raise self._refused("has its weight's gradient asked for by torch.autograd.grad")
         if goes == "nowhere":
@@ -218,11 +236,13 @@ class BackwardUpdateTap:
             )
         return True
 
-    def _deliver(self, errors: Tensor, activations: Tensor) -> None:
-        sink = self._sink()
+    def _deliver(self, errors: Tensor, activations: Tensor) -> Tensor | None:
+        """Have the sink write the update; return D's column sums if it has them."""
+        sink, sums = self._sink(), None
         if sink is not None and errors.shape[0]:
-            sink.update(errors, activations)
+            sums = sink.update(errors, activations)
         self.spent = self.fired = True
+        return sums
 
     def _rescaled(self, errors: Tensor) -> Tensor:
         sink = self._sink()
@@ -233,13 +253,13 @@ class BackwardUpdateTap:
 class _TappedLinear(nn.Linear):
     """What an ``nn.Linear`` is while a tap holds it."""
 
-    @torch.compiler.disable(reason=_BREAKS)  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output through its tap."""
+        if torch.compiler.is_dynamo_compiling():
+            broken: Tensor = _break_graph(self, input)
+            return broken
         tap = _TAPS.get(self)
-        if tap is None:
-            return super().forward(input)
-        return tap.forward(self, input)
+        return F.linear(input, self.weight, self.bias) if tap is None else tap.forward(self, input)
 
     def _get_name(self) -> str:
         return "Linear"
@@ -250,6 +270,12 @@ class _TappedLinear(nn.Linear):
         rebuild, args, *rest = reduced
         plain = tuple(nn.Linear if arg is _TappedLinear else arg for arg in args)
         return (rebuild, plain, *rest)
+
+
+@torch.compiler.disable(reason=_BREAKS)  # type: ignore[untyped-decorator]
+def _break_graph(module: _TappedLinear, inputs: Tensor) -> Tensor:
+    # Only under torch.compile: the wrapper costs something in every call.
+    return module.forward(inputs)
 
 
 def is_tapped_linear(module: nn.Module) -> bool:
@@ -273,7 +299,7 @@ class _UpdateInBackward(torch.autograd.Function):
         ctx.save_for_backward(inputs, weight)
         ctx.tap, ctx.use = tap, use
         ctx.set_materialize_grads(False)
-        with torch.autocast(inputs.device.type, enabled=False):
+        with _exact(inputs):
             if dtype is None:
                 return F.linear(inputs, weight, bias)
             bias = None if bias is None else bias.to(dtype)
@@ -290,20 +316,36 @@ def _backward(ctx: Any, output_gradient: Tensor | None) -> tuple[Tensor | None, 
     if output_gradient is None:
         return None, None, None, None, None, None
     # Before the saved tensors: an updated weight would make autograd raise a less helpful error.
-    updates = tap._check_backward()
+    # The weight is the second tensor that the function was applied to.
+    updates = tap._check_backward(ctx.next_functions[1][0])
+    if updates and ctx.use.given_up:
+        raise tap._refused("is reached by the backward of a forward that another has replaced")
     inputs, weight = ctx.saved_tensors
     errors = output_gradient
-    with torch.autocast(inputs.device.type, enabled=False):
+    with _exact(inputs):
         if updates:
             errors = tap._rescaled(errors)
         if ctx.needs_input_grad[0]:
             upstream = errors @ weight.to(errors.dtype)
-        if ctx.needs_input_grad[2]:
-            bias_gradient = errors.sum(0)
         if updates:
-            tap._deliver(errors, inputs)
+            bias_gradient = tap._deliver(errors, inputs)
+        if not ctx.needs_input_grad[2]:
+            bias_gradient = None
+        elif bias_gradient is None:
+            bias_gradient = errors.sum(0)
     ctx.use.done = True
     return upstream, None, bias_gradient, None, None, None
+
+
+_ORDINARY: AbstractContextManager[None] = nullcontext()
+
+
+def _exact(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast; where there is none, it would cost for nothing."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return _ORDINARY
+    return torch.autocast(device, enabled=False)
 
 
 def _is_trained(inputs: Tensor, weight: Tensor) -> bool:

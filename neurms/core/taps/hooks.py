@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from neurms.compiled.backends import validate_backend
+from neurms.compiled.backends import PROMPT, validate_backend
 from neurms.core.diagnostics.spans import span
 from neurms.core.taps.accumulation import destination, is_ordinary
 from neurms.core.taps.activity import Activity, activity_of
@@ -83,8 +84,7 @@ class HookTap:
     Raises:
         TypeError: ``sink`` is no :class:`~neurms.core.taps.protocol.Sink`.
         ValueError: ``weight`` is not a parameter of ``module`` itself, the activity of ``module``
-        is
-            not known, or ``backend`` is not.
+            is not known, or ``backend`` is not.
 
     Reference:
         NeuRMS draft, statistics of backpropagation. Settled here: sums and rows, not means, leave
@@ -130,18 +130,27 @@ class HookTap:
         self.weight = weight
         self.activity = activity
         self.features = features
-        self.backend = validate_backend(backend)
+        self.backend = backend if backend == PROMPT else validate_backend(backend)
         self.fired = False
         self._name = _own_name(module, weight)
         self._module = weakref.ref(module)
         self._sink = weakref.ref(sink)
         self._handle: RemovableHandle | None = None
+        self._accumulator: Any = None
         self._lock = threading.Lock()
 
     @property
     def attached(self) -> bool:
         """Whether the hook is in place."""
-        return self._handle is not None
+        return self._handle is not None and not self.removed
+
+    @property
+    def removed(self) -> bool:
+        """Whether somebody else has taken the hook off the module."""
+        module = self._module()
+        if self._handle is None or module is None:
+            return False
+        return module._forward_hooks.get(self._handle.id) is not self
 
     def attach(self) -> None:
         """Put the hook in place, before the module's other forward hooks; again does nothing.
@@ -167,11 +176,13 @@ class HookTap:
             self._handle.remove()
             self._handle = None
 
-    @torch.compiler.disable(reason=_BREAKS)  # type: ignore[untyped-decorator]
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         """Observe one forward of the module (torch's forward hook); never touches the output."""
+        if torch.compiler.is_dynamo_compiling():
+            _break_graph(self, module, args, kwargs, output)
+            return
         if self._sink() is None:
             self.detach()
         elif (weight := self._weight_in_use(module)) is not None:
@@ -204,7 +215,7 @@ class HookTap:
                 f"the input of a tapped {type(self._module()).__name__} must be its first "
                 f"positional argument or named 'input', not {type(inputs).__name__}"
             )
-        with torch.no_grad(), span("reduce", [self.weight]):
+        with torch.no_grad(), span("bookkeeping", [self.weight]):
             return self.activity.feature_square_sum(inputs.detach(), self.backend)
 
     def _on_errors(
@@ -214,13 +225,11 @@ class HookTap:
 
         def deliver(errors: Tensor) -> Tensor | None:
             sink = self._sink()
-            if sink is None or destination(weight) != "grad":
+            if sink is None or destination(weight, self._accumulator_of(weight)) != "grad":
                 return None
-            with torch.no_grad(), span("reduce", [self.weight]):
-                scale = _as_tensor(sink.loss_scale(), errors)
-                unit_sums, rows = self.activity.unit_square_sum(
-                    errors.detach(), scale, self.backend
-                )
+            with torch.no_grad(), span("bookkeeping", [self.weight]):
+                scale, signal = _as_tensor(sink.loss_scale(), errors), errors.detach()
+                unit_sums, rows = self.activity.unit_square_sum(signal, scale, self.backend)
                 sums = Sums(unit_sums, rows, feature_sums, feature_rows)
                 with self._lock:
                     factors = sink.rescale(sums) if rows else None
@@ -232,6 +241,14 @@ class HookTap:
                 return self.activity.scale_units(errors, factors)
 
         return deliver
+
+    def _accumulator_of(self, weight: Tensor) -> Any:
+        """Return the node that accumulates the tapped weight's gradient; finding it takes long."""
+        if weight is not self.weight:
+            return None
+        if self._accumulator is None and weight.is_leaf and weight.requires_grad:
+            self._accumulator = get_gradient_edge(weight).node
+        return self._accumulator
 
     def _weight_in_use(self, module: nn.Module) -> Tensor | None:
         """Return what the module multiplies with if its gradient is the tapped weight's."""
@@ -246,6 +263,18 @@ class HookTap:
 
     def __reduce__(self) -> tuple[type[InertTap], tuple[()]]:
         return InertTap, ()
+
+
+@torch.compiler.disable(reason=_BREAKS)  # type: ignore[untyped-decorator]
+def _break_graph(
+    tap: HookTap,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Any,
+) -> None:
+    # Only under torch.compile: the wrapper costs something in every call.
+    tap(module, args, kwargs, output)
 
 
 def forget_compiled_graphs() -> None:

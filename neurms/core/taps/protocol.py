@@ -63,7 +63,7 @@ class UpdateSink(Protocol):
         Called once for each backward pass, before anything reads D (NeuRMS's variant B).
         """
 
-    def update(self, errors: Tensor, activations: Tensor) -> None:
+    def update(self, errors: Tensor, activations: Tensor) -> Tensor | None:
         """Write the layer's update into its weight.
 
         Called once the upstream product has read the weight.
@@ -71,4 +71,8 @@ class UpdateSink(Protocol):
         Args:
             errors: D, shape (rows, units), in the dtype of the forward product.
             activations: H, shape (rows, features), in the same dtype.
+
+        Returns:
+            The column sums of D, shape (units,), if they came along; else None. They become the
+            bias's gradient.
         """

@@ -32,6 +32,7 @@ class BiasCorrection(Transform):
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
+    row_local = True
 
     def __post_init__(self) -> None:
         check_betas("betas", self.betas, 2)

@@ -29,6 +29,7 @@ class Momentum(Transform):
     momentum: float
     nesterov: bool = False
     average: bool = True
+    row_local = True
 
     def __post_init__(self) -> None:
         check_fraction("momentum", self.momentum)

@@ -37,10 +37,12 @@ _MAGNITUDES: dict[str, Transform | None] = {
 _PREFIX = "grafting_"
 
 
-def frobenius(matrix: Tensor) -> Tensor:
-    """Return the Frobenius norm (...) of each matrix (..., m, n)."""
+def frobenius(matrix: Tensor, context: Context | None = None) -> Tensor:
+    """Return the Frobenius norm (...) of each matrix (..., m, n), over all ranks that share it."""
     norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1))
-    return norm
+    if context is None or context.shard is None:
+        return norm
+    return context.summed(norm.square_()).sqrt_()
 
 
 def growth_factor(norm: Tensor, phi: Tensor, gamma: float, step: int) -> Tensor:
@@ -50,6 +52,12 @@ def growth_factor(norm: Tensor, phi: Tensor, gamma: float, step: int) -> Tensor:
     ``phi`` of 0 (nothing moved so far) counts as a first step: the formula would hold the layer
     still for ever.
     """
+    if norm.ndim == 0 and norm.is_cpu:
+        # In plain numbers: eight calls on 0-d tensors cost as much as a pass over a small matrix.
+        size, last = float(norm), float(phi)
+        short = 1.0 if last == 0 or step == 1 else gamma / max(size / last, gamma)
+        phi.fill_(short * size)
+        return norm.new_tensor(short)
     fresh = (phi == 0) | (step == 1)
     ratio = norm / torch.where(fresh, 1.0, phi)
     eta = torch.where(fresh, 1.0, gamma / ratio.clamp(min=gamma))
@@ -71,6 +79,7 @@ class NormGrowthLimiter(Transform):
     """
 
     gamma: float = 1.01
+    row_local = True
 
     def __post_init__(self) -> None:
         check_real("gamma", self.gamma, low=1.0)
@@ -81,7 +90,8 @@ class NormGrowthLimiter(Transform):
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the limited update (..., m, n)."""
-        return limited(update, state["phi"], self.gamma, context.step)
+        eta = growth_factor(frobenius(update, context), state["phi"], self.gamma, context.step)
+        return update * eta[..., None, None]
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ class TrustRatio(Transform):
 
     trust_coefficient: float = 1.0
     needs_weight = True
+    row_local = True
 
     def __post_init__(self) -> None:
         check_real("trust_coefficient", self.trust_coefficient, strict=True)
@@ -107,7 +118,8 @@ class TrustRatio(Transform):
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the rescaled update (..., m, n)."""
         assert context.weight is not None
-        ratio = _ratio(frobenius(context.weight) * self.trust_coefficient, frobenius(update))
+        weight = frobenius(context.weight, context)
+        ratio = _ratio(weight * self.trust_coefficient, frobenius(update, context))
         return update * torch.where(ratio > 0, ratio, 1.0)[..., None, None]
 
 
@@ -120,6 +132,7 @@ class CoupledDecay(Transform):
 
     weight_decay: float
     needs_weight = True
+    row_local = True
 
     def __post_init__(self) -> None:
         check_real("weight_decay", self.weight_decay)
@@ -148,6 +161,7 @@ class RowClip(Transform):
     clip: float = 0.01
     floor: float = 1e-3
     needs_weight = True
+    row_local = True
 
     def __post_init__(self) -> None:
         check_real("clip", self.clip, strict=True)
@@ -171,13 +185,14 @@ class RootMeanSquareClip(Transform):
     """
 
     clip: float = 1.0
+    row_local = True
 
     def __post_init__(self) -> None:
         check_real("clip", self.clip, strict=True)
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the clipped update (..., m, n)."""
-        rms = frobenius(update) / math.sqrt(update.shape[-2] * update.shape[-1])
+        rms = frobenius(update, context) / math.sqrt(context.units(update) * update.shape[-1])
         return update / (rms / self.clip).clamp(min=1.0)[..., None, None]
 
 

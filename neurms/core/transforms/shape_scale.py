@@ -38,13 +38,14 @@ class ShapeScale(Transform):
     """
 
     adjust_lr: ShapeScaling | None = "original"
+    row_local = True
 
     def __post_init__(self) -> None:
         check_choice("adjust_lr", self.adjust_lr, (None, "original", "match_rms_adamw"))
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the scaled matrix (..., m, n)."""
-        factor = self.factor(*update.shape[-2:])
+        factor = self.factor(context.units(update), update.shape[-1])
         return update if factor == 1.0 else update * factor
 
     def factor(self, m: int, n: int) -> float:

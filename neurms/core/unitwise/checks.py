@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from neurms.core.errors import CheckpointError, check_choice
+from neurms.core.optimizers.checkpoint import check_entries
 from neurms.core.optimizers.neurms import NeuRMS
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
 from neurms.core.precision import compute_dtype
@@ -113,20 +114,26 @@ def verified_state(
     keys = {"layers", "variant", "skipped_steps"}
     if not isinstance(state_dict, Mapping) or not keys <= state_dict.keys():
         raise CheckpointError("state_dict must be what GradientPreconditioner.state_dict returned")
-    if state_dict["variant"] != variant:
+    skipped = state_dict["skipped_steps"]
+    if not isinstance(state_dict["layers"], Mapping) or type(skipped) is not int or skipped < 0:
+        raise CheckpointError(
+            "state_dict is damaged: 'layers' must hold the state of each parameter, and "
+            "'skipped_steps' a count"
+        )
+    if not isinstance(state_dict["variant"], str) or state_dict["variant"] != variant:
         raise CheckpointError(
             f"the checkpoint was saved with variant={state_dict['variant']!r}, now it is "
             f"{variant!r}, whose statistics mean something else; resume with the variant saved"
         )
     loaded = {}
     for name, saved in state_dict["layers"].items():
-        if name not in parameters:
+        if not isinstance(name, str) or name not in parameters:
             raise CheckpointError(
                 f"the checkpoint holds statistics of {name!r}, which is not tapped in this model; "
                 "load it into the model, and with the exclude, that it was saved with"
             )
         parameter = parameters[name]
-        _check_same(name, expected(parameter), saved)
+        check_entries(name, saved, expected(parameter), parameter)
         loaded[parameter] = {
             key: value.detach().to(parameter.device, copy=True)
             if isinstance(value, Tensor)
@@ -134,18 +141,3 @@ def verified_state(
             for key, value in saved.items()
         }
     return loaded
-
-
-def _check_same(name: str, expected: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    if odd := sorted(expected.keys() ^ saved.keys()):
-        raise CheckpointError(
-            f"the checkpoint's statistics of {name!r} differ in {odd}; it was saved with other "
-            "settings (momentum)"
-        )
-    for key, value in expected.items():
-        found, wanted = (tuple(getattr(x, "shape", ())) for x in (saved[key], value))
-        if found != wanted:
-            raise CheckpointError(
-                f"the checkpoint's {key!r} of {name!r} has shape {found}, expected {wanted}; it "
-                "belongs to a model of other sizes or other heads"
-            )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from neurms.compiled.agc import row_clip_
 from neurms.compiled.update import scale_gradient_
+from neurms.core.distributed.shards import is_sharded, local, row_shard
 from neurms.core.layout import Layout
 
 __all__ = ["precondition_gradient_"]
@@ -34,6 +35,15 @@ def precondition_gradient_(
     """
     gradient = parameter.grad
     assert gradient is not None
+    if is_sharded(parameter):
+        shard = row_shard(parameter, layout)
+        assert shard is not None, "layers that are cut otherwise are refused when they are attached"
+        if not shard.rows:
+            return
+        layout, s, c = shard.narrowed(layout, *factors)
+        factors = (s, c)
+        parameter, gradient = local(parameter), local(gradient)
+        velocity = None if velocity is None else local(velocity)
     update = gradient if velocity is None else gradient.to(velocity.dtype)
     # B's gradient came out of backward scaled; its velocity may be scaled once more.
     if settings["variant"] != "B":

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from neurms.compiled.finite import all_finite, are_finite
+from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.core.diagnostics.spans import span
-from neurms.core.errors import NonFiniteError
+from neurms.core.distributed.shards import is_sharded, mesh_of, row_shard
+from neurms.core.errors import NonFiniteError, UnsupportedTrainingError
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import FALLBACK, Head, Route, excluded, route_model
 from neurms.core.taps.activity import activity_of
@@ -81,11 +84,13 @@ class UnitwiseLayers:
 
     def __init__(self, owner: LayerOwner, heads: Mapping[str, int] | None = None) -> None:
         self._owner = weakref.ref(owner)
-        if not isinstance(heads or {}, Mapping):
+        named = isinstance(heads, Mapping) and all(isinstance(pattern, str) for pattern in heads)
+        if heads is not None and not named:
             raise TypeError(
                 f"heads={heads!r} must map name patterns of weights to numbers of heads"
             )
         self._heads = dict(heads or {})
+        self.large = False
         self._compiled = False
         self._layers: dict[Tensor, TappedLayer] = {}
         self._bad: list[str] = []
@@ -119,10 +124,13 @@ class UnitwiseLayers:
         Raises:
             ValueError: A pattern of ``heads`` matches no weight, or does not divide its outputs; a
                 weight is tapped in another module.
-            UnsupportedTrainingError: Several ranks train and ``in_backward`` is set.
+            UnsupportedTrainingError: Several ranks train and ``in_backward`` is set, or a weight is
+                sharded otherwise than by its units over all ranks.
         """
         routes, owner = list(routes), self._owner()
         assert owner is not None
+        for route in routes:
+            check_rows(route)
         biases = {id(r.module): r.parameter for r in routes if r.parameter.ndim < 2}
         for route in routes:
             if route.parameter.ndim >= 2:
@@ -132,9 +140,12 @@ class UnitwiseLayers:
         self._check_heads()
         modules = [layer.route.module for layer in self] if model is None else model.modules()
         self._compiled = any(map(_is_compiled, modules))
+        self.large = any(layer.weight.numel() >= LEAST_ELEMENTS for layer in self)
+        self.large = self.large and owner.backend == "auto"
         try:
             for layer in self:
-                layer.tap = self._tap(layer, owner.backend, features, in_backward)
+                layer.prompt = self.large
+                layer.tap = self._tap(layer, layer.backend, features, in_backward)
                 layer.tap.attach()
         except BaseException:
             self.detach()
@@ -222,12 +233,12 @@ class UnitwiseLayers:
 
     def nonfinite_names(self) -> list[str]:
         """Return the layers whose observed statistics hold a NaN or an infinity."""
-        observed = [layer for layer in self if layer.observed.units is not None]
+        # What backward has written was looked at there.
+        seen = set(self._updated) if world_size() == 1 else set()
+        observed = [x for x in self if x.observed.units is not None and x.name not in seen]
         if not observed:
             return list(self._bad)
-        sums = [s.sum() for layer in observed for s in _tensors(layer.observed)]
-        device = sums[0].device
-        if bool(torch.isfinite(torch.stack([s.to(device, torch.float32) for s in sums])).all()):
+        if _all_finite([s for x in observed for s in _tensors(x.observed)], self.large):
             return list(self._bad)
         return self._bad + [layer.name for layer in observed if not layer.observed.is_finite()]
 
@@ -251,9 +262,7 @@ class UnitwiseLayers:
             NonFiniteError: They are not and ``nonfinite`` is ``"raise"``; names what was updated
                 before.
         """
-        pending = PendingSums()
-        pending.add(sums)
-        if pending.is_finite() and _is_finite(activations):
+        if _are_finite(sums, activations, layer.backend):
             self._updated.append(layer.name)
             return True
         if nonfinite == "skip":
@@ -269,6 +278,22 @@ class UnitwiseLayers:
             f'was, but update="backward" had already updated in this pass: {before}. Lower lr, or '
             'use update="step", which checks everything before it changes anything'
         )
+
+    def refuse_removed(self, moving: set[Tensor]) -> None:
+        """Raise if a layer about to move has lost its hook to somebody else.
+
+        Raises:
+            UnsupportedTrainingError: It would be scaled by statistics of long ago, unnoticed.
+        """
+        for layer in self:
+            tap = layer.tap
+            if layer.weight in moving and isinstance(tap, HookTap) and tap.removed:
+                raise UnsupportedTrainingError(
+                    f"the tap of layer {layer.name!r} was removed from its module (were its "
+                    "forward hooks cleared?), so its error signal is no longer seen; keep the "
+                    "hooks, build the optimizer anew, or detach() it to go on with the statistics "
+                    "it has"
+                )
 
     def unfired(self, moving: set[Tensor], state: Mapping[Tensor, Any]) -> list[TappedLayer]:
         """Return layers whose weight has a gradient that no tap on any rank saw; warns of each.
@@ -317,14 +342,46 @@ class UnitwiseLayers:
                 yield layer
 
 
+def check_rows(route: Route) -> None:
+    """Raise unless ``route``'s parameter is whole, or sharded by units over all ranks that train.
+
+    Raises:
+        UnsupportedTrainingError: It is cut in another way, for which s has no part to act on.
+    """
+    if not is_sharded(route.parameter):
+        return
+    if row_shard(route.parameter, route.layout) is None:
+        raise UnsupportedTrainingError(
+            f"{route.name!r} is sharded as {route.parameter.placements}; "  # type: ignore[attr-defined]
+            "NeuRMS needs Shard(0) over one axis of the mesh (fully_shard's default) so that each "
+            "rank holds whole units: shard it so, or name it in exclude"
+        )
+    if (size := mesh_of(route.parameter).size()) != world_size():
+        raise UnsupportedTrainingError(
+            f"{route.name!r} is sharded over {size} of {world_size()} ranks; NeuRMS sums its "
+            "statistics over all of them, so use one mesh of all ranks, or name it in exclude"
+        )
+
+
 def _tensors(pending: PendingSums) -> list[Tensor]:
     return [sums for sums in (pending.units, pending.features) if sums is not None]
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Look at each element only if the sum, which reads at memory speed, is suspect."""
-    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+def _all_finite(tensors: Sequence[Tensor], prompt: bool) -> bool:
+    """Return whether tensors are finite, waiting but once for an accelerator."""
+    if all(tensor.is_cpu for tensor in tensors):
+        return are_finite(tensors, prompt)
+    sums = [tensor.sum().to(tensors[0].device, torch.float32) for tensor in tensors]
+    return bool(torch.isfinite(torch.stack(sums)).all())
+
+
+def _are_finite(sums: Sums, activations: Tensor, backend: str) -> bool:
+    """Return whether D and H are finite: by their sums of squares, or H by itself without one."""
+    look = all_finite.on(backend)
+    parts = [s for s in (sums.unit_square_sum, sums.feature_square_sum) if s is not None]
+    if not all(look(part) for part in parts):
+        return False
+    return sums.feature_square_sum is not None or look(activations)
 
 
 def _is_compiled(module: nn.Module | None) -> bool:

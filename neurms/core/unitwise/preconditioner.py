@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from neurms.compiled.backends import use_backend
 from neurms.core.diagnostics.spans import gradients_ready, span
 from neurms.core.errors import NonFiniteError, UnsupportedTrainingError
+from neurms.core.interrupts import WholeStep
 from neurms.core.layout import default_layout
 from neurms.core.optimizers.layer_update import write_gemm_update_
 from neurms.core.optimizers.neurms import NeuRMS
@@ -224,7 +225,7 @@ class GradientPreconditioner:
         s, c = layer.foreseen(sums)
         layer.add(sums)
         with torch.no_grad(), use_backend(self.backend), span("update", [layer.weight]):
-            write_gemm_update_(layer.weight, errors, activations, s, c, state, group)
+            write_gemm_update_(layer.weight, errors, activations, s, c, state, group, layer.scaled)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         # Looked up anew after every step: loading an optimizer's state replaces its groups.
@@ -282,11 +283,12 @@ class GradientPreconditioner:
             x for x in self if x.weight in moving or (x.bias is not None and x.bias in moving)
         ]
         self._check_gradients(layers)
+        self._layers.refuse_removed({p for p in moving if p.grad is not None})
         # Before anything is judged, so that all ranks judge alike.
         self._synchronize(layers)
         if bad := self._nonfinite_gradients(moving) or self._nonfinite_statistics(layers):
             return self._refused(bad)
-        with use_backend(self.backend):
+        with use_backend(self.backend), WholeStep():
             for layer in self._observed(layers):
                 self._precondition_layer(layer, moving)
         self._groups = {}

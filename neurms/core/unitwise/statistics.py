@@ -8,6 +8,7 @@ means that the moving averages take.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ from torch import Tensor
 from neurms.core.structures.base import Moments
 from neurms.core.taps.protocol import Sums
 
-__all__ = ["LossReduction", "PendingSums", "synchronize", "world_size"]
+__all__ = ["LossReduction", "PendingSums", "scalar", "synchronize", "world_size"]
 
 LossReduction = Literal["mean", "sum"]
 
@@ -76,16 +77,26 @@ class PendingSums:
         """
         units = features = None
         if self.units is not None and self.rows:
-            units = self.units * (self.rows if reduction == "mean" else 1.0 / self.rows)
+            units = self.units * self.unit_weight(reduction)
         if self.features is not None and self.feature_rows:
             features = self.features / self.feature_rows
         return Moments(units, features)
+
+    def unit_weight(self, reduction: LossReduction) -> float:
+        """Return the weight of D's sum of squares in its mean: N for a mean loss, else 1 / N."""
+        return float(self.rows) if reduction == "mean" else 1.0 / self.rows
 
     def is_finite(self) -> bool:
         """Return whether neither sum holds a NaN or an infinity."""
         return all(
             bool(torch.isfinite(s).all()) for s in (self.units, self.features) if s is not None
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def scalar(value: float) -> Tensor:
+    """Return a 0-d float64 tensor, made once for each value; nobody may write it."""
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def world_size() -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from neurms.compiled.backends import PROMPT
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.scaling import ema_
 from neurms.core.diagnostics.spans import span, spanned
@@ -18,6 +19,7 @@ from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.protocol import Sums
+from neurms.core.unitwise.foresight import Foresight, KnownFactors, Scaled, commit_, foresee
 from neurms.core.unitwise.statistics import LossReduction, PendingSums, synchronize
 
 __all__ = ["LayerOwner", "TappedLayer", "Variant"]
@@ -64,16 +66,21 @@ class TappedLayer:
         self, route: Route, bias: Tensor | None, owner: LayerOwner, heads: int = 0
     ) -> None:
         self.route = route
+        self.weight = route.parameter
         self.bias = bias
         self.heads = heads
         self.pending = PendingSums()
         self.tap: HookTap | BackwardUpdateTap | None = None
+        self.prompt = False
         self._owner = weakref.ref(owner)
         self._total: PendingSums | None = None
         self._task: int | None = None
         self._version: int | None = None
         self._everywhere = PendingSums()
         self._rescaled: Sums | None = None
+        self._foresight: Foresight | None = None
+        self._scaled: Scaled | None = None
+        self._known: KnownFactors | None = None
 
     @property
     def owner(self) -> LayerOwner:
@@ -84,14 +91,15 @@ class TappedLayer:
         return owner
 
     @property
+    def backend(self) -> str:
+        """How the layer's kernels run: natively too where they are small, beside large ones."""
+        backend = self.owner.backend
+        return PROMPT if self.prompt and backend == "auto" else backend
+
+    @property
     def name(self) -> str:
         """Qualified name of the weight."""
         return self.route.name
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight."""
-        return self.route.parameter
 
     @property
     def updated_in_backward(self) -> bool:
@@ -138,18 +146,54 @@ class TappedLayer:
 
     def rescale_errors(self, errors: Tensor) -> Tensor | None:
         """Return D S for variant B (``update="backward"``), else None."""
+        if self.owner.variant_of(self) != "B":
+            self._rescaled = None
+            return None
         factors = self.rescale(self._unit_sums(errors))
         if factors is None:
             return None
         with span("scale", [self.weight]):
             return (errors * factors).to(errors.dtype)
 
-    def update(self, errors: Tensor, activations: Tensor) -> None:
-        """Observe D and H and have the owner write the update (``update="backward"``)."""
+    def update(self, errors: Tensor, activations: Tensor) -> Tensor | None:
+        """Observe D and H and have the owner write the update (``update="backward"``).
+
+        Returns:
+            The column sums of D where they came along, else None.
+        """
+        with span("bookkeeping", [self.weight]):
+            self._follow_gradient()
+            found = self._foresee(errors, activations)
+            if found is None:
+                self._update(errors, activations)
+                return None
+            self._foresight, self._scaled = found
+            try:
+                self.owner.write_in_backward(self, errors, activations, self._foresight.sums)
+            finally:
+                self._scaled = None
+            return found[1].error_sum
+
+    def _foresee(self, errors: Tensor, activations: Tensor) -> tuple[Foresight, Scaled] | None:
+        """Work everything out in one pass over D and H, where nothing else has a say in it."""
+        if self.heads or self._everywhere.rows or self._rescaled is not None:
+            return None
+        owner = self.owner
+        if owner.variant_of(self) == "B":
+            return None
+        structure, state = owner.structure_of(self), owner.state_of(self)
+        return foresee(errors, activations, structure, state, owner.loss_reduction, self.backend)
+
+    @property
+    def scaled(self) -> tuple[Tensor, Tensor] | None:
+        """D S and H C of the firing that is being written, if they are at hand."""
+        return None if self._scaled is None else (self._scaled.errors, self._scaled.activations)
+
+    def _update(self, errors: Tensor, activations: Tensor) -> None:
         sums = self._rescaled or self._unit_sums(errors)
         if self.owner.structure_of(self).factored:
-            with span("reduce", [self.weight]):
-                features = column_square_sum.on(self.owner.backend)(activations)
+            with span("reduce"):
+                features = column_square_sum.on(self.backend)(activations)
             sums = sums._replace(feature_square_sum=features, feature_rows=activations.shape[0])
         self.owner.write_in_backward(self, errors, activations, sums)
 
@@ -176,7 +220,7 @@ class TappedLayer:
 
     @spanned("reduce")
     def _unit_sums(self, errors: Tensor) -> Sums:
-        return Sums(column_square_sum.on(self.owner.backend)(errors), errors.shape[0])
+        return Sums(column_square_sum.on(self.backend)(errors), errors.shape[0])
 
     def _summed_over_ranks(self, sums: Sums) -> Sums:
         total = PendingSums()
@@ -202,7 +246,7 @@ class TappedLayer:
         """Forget what was observed since the last commit."""
         self.pending.clear()
         self._everywhere.clear()
-        self._rescaled = self._total = None
+        self._rescaled = self._total = self._foresight = None
 
     def moments(self, pending: PendingSums) -> Moments:
         """Return the mean squares of ``pending``, heads pooled."""
@@ -211,34 +255,57 @@ class TappedLayer:
             return moments
         return Moments(moments.units.reshape(self.heads, -1).mean(-1), moments.features)
 
-    @spanned("scale")
+    @spanned("bookkeeping")
     def foreseen(self, sums: Sums) -> tuple[Tensor, Tensor | None]:
         """Return the factors as they would be if ``sums`` were committed now; nothing changes."""
+        if self._foresight is not None and self._foresight.sums is sums:
+            return self._foresight.factors
         structure, state = self.owner.structure_of(self), self.owner.state_of(self)
         moments = self.moments(self._everywhere.plus(sums))
         blended = {}
         for key, sample in (("v", moments.units), ("u", moments.features)):
             if sample is not None:
-                last = state[key].clone() if key in state else torch.zeros_like(sample)
-                blended[key] = ema_.on(self.owner.backend)(last, sample, structure.beta)
+                with span("reduce"):
+                    last = state[key].clone() if key in state else torch.zeros_like(sample)
+                    blended[key] = ema_.on(self.backend)(last, sample, structure.beta)
         step = state.get("step", 0) + 1
-        return self._expanded(*structure.factors(blended, step, self.owner.backend))
+        with span("scale"):
+            factors = structure.factors(blended, step, self.backend)
+        return self._expanded(*factors)
 
-    @spanned("reduce")
+    @spanned("bookkeeping")
     def commit(self) -> None:
         """Move the pending statistics into the state, which must have been initialised."""
-        state = self.owner.state_of(self)
+        state, structure = self.owner.state_of(self), self.owner.structure_of(self)
         state["step"] += 1
-        moments = self.moments(self.observed)
-        context = Context(state["step"], moments=moments)
-        self.owner.structure_of(self).observe(state["v"], state, context)
+        factors = self._committed(structure, state)
+        if factors is None:
+            context = Context(state["step"], moments=self.moments(self.observed))
+            with span("reduce"):
+                structure.observe(state["v"], state, context)
+        self._known = None if factors is None else KnownFactors.of(structure, state, factors)
         self.clear()
 
-    @spanned("scale")
+    def _committed(
+        self, structure: UnitFeatureDiagonal, state: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Commit by a fused form and return the factors, or do nothing and return None."""
+        if self.heads:
+            return None
+        ahead, observed = self._foresight, self.observed
+        if ahead is not None and ahead.commit_(structure, state, observed):
+            return ahead.factors
+        return commit_(structure, state, observed, self.owner.loss_reduction, self.backend)
+
+    @spanned("bookkeeping")
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """Return s (m,) and c (n,) from the committed statistics; c is None unless factored."""
-        state = self.owner.state_of(self)
-        return self._expanded(*self.owner.structure_of(self).factors(state, state["step"]))
+        state, structure = self.owner.state_of(self), self.owner.structure_of(self)
+        if self._known is not None and self._known.hold(structure, state):
+            return self._known.factors
+        with span("scale"):
+            factors = structure.factors(state, state["step"])
+        return self._expanded(*factors)
 
     def _expanded(self, s: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.heads:

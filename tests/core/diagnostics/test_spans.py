@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import neurms
+from neurms.compiled.backends import PROMPT, Kernel
+from neurms.compiled.reductions import column_square_sum
+from neurms.compiled.scaling import ema_, scale_factors
+from neurms.compiled.signals import moment_factors_, scaled_signal
 from neurms.core.diagnostics import spans
 
 
@@ -60,3 +66,68 @@ def test_the_observer_before_is_restored_even_after_an_error() -> None:
             pass
     assert outer.seen == [("scale", None)]
     assert spans._observer is None
+
+
+class Stack(Recorder):
+    """Knows which span is the innermost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def span(
+        self, kind: spans.SpanKind, parameters: Sequence[Tensor] | None
+    ) -> AbstractContextManager[None]:
+        @contextmanager
+        def opened() -> Iterator[None]:
+            self.open.append(kind)
+            yield
+            self.open.pop()
+
+        return opened()
+
+
+@pytest.mark.parametrize("variant", ["U", "B", "F"])
+@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_neurms_names_its_kernels_and_keeps_its_bookkeeping_apart(
+    monkeypatch: pytest.MonkeyPatch, variant: Any, update: Any, backend: str
+) -> None:
+    found: set[tuple[str, str]] = set()
+    stack = Stack()
+
+    def noting(kernel: Kernel[Any, Any], form: str) -> Callable[..., Any]:
+        run = kernel.on(form)
+
+        def noted(*args: Any, **named: Any) -> Any:
+            found.add((kernel.eager.__name__, stack.open[-1] if stack.open else "none"))
+            return run(*args, **named)
+
+        return noted
+
+    kernels = {
+        column_square_sum: "reduce",
+        ema_: "reduce",
+        scale_factors: "scale",
+        moment_factors_: "scale",
+        scaled_signal: "scale",
+    }
+    for kernel, form in itertools.product(kernels, ("auto", "eager", PROMPT)):
+        monkeypatch.setitem(kernel._forms, form, noting(kernel, form))
+    looked: list[tuple[str, ...]] = []
+    finite = torch.isfinite
+
+    def isfinite(x: Tensor) -> Tensor:
+        looked.append(tuple(stack.open))
+        return finite(x)
+
+    monkeypatch.setattr(torch, "isfinite", isfinite)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    optimizer = neurms.NeuRMS(model, variant=variant, update=update, backend=backend)
+    with spans.observed_by(stack):
+        for _ in range(2):
+            step(optimizer, model)
+    assert found
+    assert found <= {(kernel.eager.__name__, kind) for kernel, kind in kernels.items()}
+    assert looked
+    assert not any({"reduce", "scale", "update"} & set(opened) for opened in looked)

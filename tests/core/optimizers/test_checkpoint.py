@@ -116,6 +116,15 @@ def test_a_schedulers_own_entries_are_no_obstacle() -> None:
     make("rmnp", copy.deepcopy(model)).load_state_dict(optimizer.state_dict())
 
 
+def test_one_optimizer_loads_more_than_once() -> None:
+    """Torch adds to an optimizer's defaults when it loads; Accelerate loads before training."""
+    _, source = trained()
+    optimizer = make("rmnp", small_model())
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(source.state_dict())
+    assert_same_state(optimizer.state_dict()["state"], source.state_dict()["state"])
+
+
 def test_settings_come_from_the_checkpoint() -> None:
     """As in torch.optim: what was saved was made with them."""
     model, optimizer = trained(momentum=0.0, lr=0.3)

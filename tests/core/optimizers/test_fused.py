@@ -61,3 +61,39 @@ def test_fused_equals_the_transforms(
     assert calls == 3, "the fused step is what the first trajectory must have taken"
     tolerance = 1e-2 if dtype == torch.bfloat16 else 3e-6
     torch.testing.assert_close(*trajectories, rtol=tolerance, atol=tolerance)
+
+
+def test_momentum_follows_a_weight_that_is_stored_by_columns() -> None:
+    weights = [
+        torch.nn.Parameter(torch.ones(300, 256)),
+        torch.nn.Parameter(torch.ones(256, 300).t()),
+    ]
+    weights[1].data = torch.ones(256, 300).t()
+    for weight in weights:
+        generator = torch.Generator().manual_seed(0)
+        optimizer = create("rmnp", [weight], lr=0.1)
+        for _ in range(3):
+            gradient = torch.randn(300, 256, generator=generator)
+            weight.grad = gradient.t().contiguous().t() if weight is weights[1] else gradient
+            optimizer.step()
+        velocity = optimizer.state[weight]["momentum"]
+        assert velocity.stride() == weight.stride()
+    torch.testing.assert_close(weights[0].data, weights[1].data, rtol=1e-6, atol=1e-6)
+
+
+def test_hooks_and_the_profiler_are_told_of_a_step_once() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = create("rmnp", [weight], lr=0.1)
+    weight.grad = torch.ones(3, 2)
+    told = []
+    before = optimizer.register_step_pre_hook(lambda *call: told.append("before"))
+    after = optimizer.register_step_post_hook(lambda *call: told.append("after"))
+    optimizer.step()
+    before.remove()
+    after.remove()
+    optimizer.step()
+    assert told == ["before", "after"]
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    names = [event.key for event in profile.key_averages()]
+    assert names.count("Optimizer.step#RMNP.step") == 1

@@ -81,7 +81,7 @@ class TestSharedBasisBlocks(TransformContract):
     @pytest.mark.parametrize("rank", [2, 8])
     def test_the_spectral_norm_is_near_from_below(self, rank: int) -> None:
         steps = gradients(12, 40, steps=8)
-        _, state = run(SharedBasisBlocks(rank), steps)
+        _, state = run(SharedBasisBlocks(rank, norm_iterations=16), steps)
         _, _, rho = dense(steps, rank, 1.0, 1e-6)
         assert (state["rho"] <= rho * (1 + 1e-9)).all()
         assert (state["rho"] >= (1 - 1e-4) * rho).all()

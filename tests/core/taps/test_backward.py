@@ -441,3 +441,32 @@ class TestLife:
             for backward_tap, _ in held:
                 backward_tap.rearm()
         torch._dynamo.reset()
+
+
+class TestBrokenOffForwards:
+    """An exception may keep the graph of a forward alive whose backward never comes."""
+
+    def layer(self) -> tuple[nn.Linear, BackwardUpdateTap, Descent]:
+        layer = nn.Linear(3, 2)
+        return layer, *tap(layer)
+
+    def test_the_next_forward_takes_its_place_once_the_optimizer_began_anew(self) -> None:
+        layer, held, _sink = self.layer()
+        kept = layer(torch.ones(4, 3))
+        held.rearm()
+        before = layer.weight.detach().clone()
+        layer(torch.ones(4, 3)).sum().backward()
+        assert not torch.equal(layer.weight, before)
+        held.rearm()
+        before = layer.weight.detach().clone()
+        with pytest.raises(UnsupportedTrainingError, match="that another has replaced"):
+            kept.sum().backward()
+        assert torch.equal(layer.weight, before)
+
+    def test_zero_grad_between_forward_and_backward(self) -> None:
+        layer, held, _sink = self.layer()
+        loss = layer(torch.ones(4, 3)).sum()
+        held.rearm()
+        before = layer.weight.detach().clone()
+        loss.backward()
+        assert not torch.equal(layer.weight, before)

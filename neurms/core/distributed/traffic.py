@@ -1,0 +1,163 @@
+"""What an optimizer's step sends between ranks, predicted from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from neurms.core.distributed.shards import RowShard, is_sharded, mesh_of, placement_of
+from neurms.core.optimizers.plan import meta_like
+from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.work import BATCH_LIMIT, Item, batches, shard_for
+from neurms.core.precision import compute_dtype
+from neurms.core.routing import FALLBACK
+from neurms.core.structures.base import Context
+from neurms.core.unitwise.statistics import world_size
+
+if TYPE_CHECKING:
+    from neurms.core.optimizers.base import PreconditionedOptimizer
+
+__all__ = ["Exchange", "step_exchanges"]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One collective call: its kind, its bytes, and what for.
+
+    Bytes are those of the buffer that is reduced, and of the whole that is gathered.
+    """
+
+    kind: Literal["all-reduce", "all-gather"]
+    bytes: int
+    purpose: str
+
+
+def step_exchanges(optimizer: PreconditionedOptimizer) -> list[Exchange]:
+    """Return the collective calls of one step with all gradients, in their order.
+
+    Beside these the wrapper of the model (DDP, FSDP2) exchanges what it would with any optimizer.
+    NeuRMS's variant B makes its calls by layer during backward; they are listed for one backward
+    pass.
+
+    Args:
+        optimizer: One of this library's optimizers; its parameters may be on the meta device.
+
+    Returns:
+        One entry for each call; empty on one rank without sharded parameters.
+
+    Example:
+        >>> import torch, neurms
+        >>> from neurms.core.distributed.traffic import step_exchanges
+        >>> step_exchanges(neurms.RACS(torch.nn.Linear(4, 4), head="rule"))
+        []
+    """
+    items: list[Item] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and parameter.numel():
+                route = optimizer._routes[parameter]
+                items.append(Item(len(items), route, group, meta_like(parameter)))
+    found = [*_statistics(optimizer), *_verdicts(items)]
+    own = [item for item in items if item.rule != FALLBACK and is_sharded(item.parameter)]
+    # NeuRMS's factors are the same on every rank, and act on the rows that are there.
+    own = [item for item in own if not optimizer._maker(item.rule).needs_modules]
+    # Fused steps come first.
+    own.sort(key=lambda item: not _is_fused(optimizer._recipe(item.group), item))
+    recipes = [optimizer._recipe(item.group) for item in own]
+    steps: Any = {item.parameter: {"step": 1} for item in own}
+    for recipe, batch in batches(own, recipes, steps):
+        found += _of_batch(recipe, batch)
+    return found
+
+
+def _is_fused(recipe: Recipe, item: Item) -> bool:
+    large = item.parameter.numel() >= BATCH_LIMIT
+    return large and recipe.fused is not None and recipe.row_local
+
+
+def _statistics(optimizer: PreconditionedOptimizer) -> Iterator[Exchange]:
+    layers = list(getattr(optimizer, "_layers", ()))
+    if not layers or world_size() == 1:
+        return
+    # float64 sums by unit and by feature, and two counts of rows.
+    sizes = [8 * (sum(layer.sizes) + 2) for layer in layers]
+    for layer in reversed(layers):
+        if layer.owner.variant_of(layer) == "B":
+            size = 8 * (layer.route.layout.units + 2)
+            yield Exchange("all-reduce", size, f"scale of {layer.name} in backward")
+    yield Exchange("all-reduce", sum(sizes), "statistics of all layers")
+
+
+def _verdicts(items: list[Item]) -> Iterator[Exchange]:
+    """Yield the agreement on gradients that are NaN or infinite: an int32 for each parameter."""
+    meshes: dict[Any, int] = {}
+    for item in items:
+        if is_sharded(item.parameter):
+            mesh = mesh_of(item.parameter)
+            meshes[mesh] = meshes.get(mesh, 0) + 1
+    for mesh, count in meshes.items():
+        for _ in range(mesh.ndim):
+            yield Exchange("all-reduce", 4 * count, "whether all gradients are finite")
+
+
+def _of_batch(recipe: Recipe, batch: list[Item]) -> list[Exchange]:
+    first = batch[0]
+    shard = shard_for(recipe, first.parameter, first.route.layout)
+    if recipe.row_local and shard is not None:
+        return _sums(recipe, batch, shard)
+    head, rest = recipe.parts if shard is not None else (None, recipe)
+    found = []
+    for item in batch:
+        if head is not None and shard is not None:
+            found += _sums(head, [item], shard)
+        dtype = item.parameter.dtype if head is None else compute_dtype(item.parameter)
+        size = _gathered_numbers(item.parameter) * dtype.itemsize
+        found.append(Exchange("all-gather", size, f"gradient of {item.route.name}"))
+    if rest.needs_weight:
+        for item in batch:
+            size = _gathered_numbers(item.parameter) * item.parameter.element_size()
+            found.append(Exchange("all-gather", size, f"weight of {item.route.name}"))
+    return found
+
+
+def _sums(recipe: Recipe, batch: list[Item], shard: RowShard) -> list[Exchange]:
+    """Run the recipe on tensors without storage, and write down what it sums over ranks."""
+    item, count = batch[0], len(batch)
+    counting = _Counting(shard.start, shard.rows, shard.total, shard.group)
+    shape = (shard.rows, item.route.layout.matrix_shape[1])
+    dtype = compute_dtype(item.parameter)
+    matrix = torch.empty(shape if count == 1 else (count, *shape), dtype=dtype, device="meta")
+    weight = torch.empty_like(matrix) if recipe.needs_weight else None
+    context = Context(1, weight, tuple(i.seed for i in batch), shard=counting)
+    recipe.update(matrix, recipe.init(matrix), context)
+    names = ", ".join(i.route.name for i in batch)
+    return [Exchange("all-reduce", size, f"sums over rows of {names}") for size in counting.sent]
+
+
+@dataclass(frozen=True)
+class _Counting(RowShard):
+    """Rows whose sums over ranks are only written down."""
+
+    sent: list[int] = field(default_factory=list)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        self.sent.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+
+def _gathered_numbers(parameter: Tensor) -> int:
+    """Return the entries of all ranks' parts, which are padded to one size for the journey."""
+    from torch.distributed.tensor import Shard
+
+    mesh, placements = placement_of(parameter)
+    shape = list(parameter.shape)
+    for dim, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            ranks = mesh.size(dim)
+            shape[placement.dim] = -(-shape[placement.dim] // ranks) * ranks
+    return math.prod(shape)

@@ -1,0 +1,178 @@
+"""A firing's statistics, factors and scaled signals, worked out in one pass over D and H."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from neurms.compiled.signals import moment_factors_, scaled_signal
+from neurms.core.diagnostics.spans import span
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
+from neurms.core.taps.protocol import Sums
+from neurms.core.unitwise.statistics import LossReduction, PendingSums, scalar
+
+__all__ = ["Foresight", "KnownFactors", "Scaled", "commit_", "foresee"]
+
+Factors = tuple[Tensor, Tensor | None]
+
+
+class KnownFactors(NamedTuple):
+    """Factors, and the statistics and settings that they were made of."""
+
+    structure: UnitFeatureDiagonal
+    step: int
+    made_of: tuple[tuple[Tensor, int], ...]
+    factors: Factors
+
+    @classmethod
+    def of(
+        cls, structure: UnitFeatureDiagonal, state: Mapping[str, Any], factors: Factors
+    ) -> KnownFactors:
+        """Return the factors of a layer's present state."""
+        return cls(structure, state["step"], _versions(state), factors)
+
+    def hold(self, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> bool:
+        """Return whether they are still those of ``state``: nothing was written or replaced."""
+        return (
+            self.structure is structure
+            and self.step == state["step"]
+            and _same(self.made_of, _versions(state))
+        )
+
+
+class Foresight(NamedTuple):
+    """What committing one firing now would give.
+
+    Args:
+        sums: The firing's sums.
+        structure: The settings that the rest was made with.
+        step: The step that a commit would make.
+        made_of: v and u before it, with their versions.
+        moments: v and u after it.
+        factors: s and c after it.
+    """
+
+    sums: Sums
+    structure: UnitFeatureDiagonal
+    step: int
+    made_of: tuple[tuple[Tensor, int], ...]
+    moments: tuple[Tensor, ...]
+    factors: Factors
+
+    def commit_(
+        self, structure: UnitFeatureDiagonal, state: Mapping[str, Any], pending: PendingSums
+    ) -> bool:
+        """Move ``state`` on if a commit of ``pending`` is what was foreseen; return whether."""
+        foreseen = (
+            self.structure is structure
+            and self.step == state["step"]
+            and pending.units is self.sums.unit_square_sum
+            and pending.features is self.sums.feature_square_sum
+            and _same(self.made_of, _versions(state))
+        )
+        if foreseen:
+            with span("reduce"):
+                for (moment, _), value in zip(self.made_of, self.moments, strict=True):
+                    moment.copy_(value)
+        return foreseen
+
+
+class Scaled(NamedTuple):
+    """D S and H C, and the column sums of D, which are the bias's gradient."""
+
+    errors: Tensor
+    activations: Tensor
+    error_sum: Tensor
+
+
+def foresee(
+    errors: Tensor,
+    activations: Tensor,
+    structure: UnitFeatureDiagonal,
+    state: Mapping[str, Any],
+    reduction: LossReduction,
+    backend: str,
+) -> tuple[Foresight, Scaled] | None:
+    """Observe and scale a firing's D and H at once, or return None where that has no fused form.
+
+    Args:
+        errors: D, shape (rows, m), at least one row.
+        activations: H, shape (rows, n).
+        structure: The layer's settings.
+        state: Its state; read only.
+        reduction: How the loss reduces over rows.
+        backend: How kernels run.
+    """
+    v, u = state.get("v"), state.get("u")
+    if v is None or structure.clip != "absolute" or errors.dtype != v.dtype:
+        return None
+    if structure.factored and (u is None or activations.dtype != u.dtype):
+        return None
+    step = state["step"] + 1
+    root = (structure.beta, scalar(structure.divisor(step)), structure.eps, structure.v_min)
+    observe = scaled_signal.on(backend)
+    bounds = structure.s_min, structure.s_max
+    with span("scale"):
+        q, total, v_next, s, d = observe(errors, v, reduction == "mean", *root, *bounds)
+    rows = errors.shape[0]
+    if u is None or not structure.factored:
+        ahead = Foresight(Sums(q, rows), structure, step, _versions(state), (v_next,), (s, None))
+        return ahead, Scaled(d, activations, total)
+    bounds = structure.c_min, structure.c_max
+    with span("scale"):
+        qh, _, u_next, c, h = observe(activations, u, False, *root, *bounds)
+    sums = Sums(q, rows, qh, activations.shape[0])
+    ahead = Foresight(sums, structure, step, _versions(state), (v_next, u_next), (s, c))
+    return ahead, Scaled(d, h, total)
+
+
+def commit_(
+    structure: UnitFeatureDiagonal,
+    state: Mapping[str, Any],
+    pending: PendingSums,
+    reduction: LossReduction,
+    backend: str,
+) -> Factors | None:
+    """Move v and u by pending sums; return the factors, or None where that has no fused form.
+
+    Args:
+        structure: The layer's settings.
+        state: Its state, whose ``step`` counts this commit already; overwritten.
+        pending: What was observed.
+        reduction: How the loss reduces over rows.
+        backend: How kernels run.
+    """
+    if structure.clip != "absolute" or pending.units is None or not pending.rows:
+        return None
+    if structure.factored and (pending.features is None or not pending.feature_rows):
+        return None
+    root = (structure.beta, scalar(structure.divisor(state["step"])), structure.eps)
+    root_floor = (*root, structure.v_min)
+    weight, move = scalar(pending.unit_weight(reduction)), moment_factors_.on(backend)
+    bounds = structure.s_min, structure.s_max
+    with span("scale"):
+        s = move(state["v"], pending.units, weight, *root_floor, *bounds)
+    if not structure.factored or pending.features is None:
+        return s, None
+    weight = scalar(1.0 / pending.feature_rows)
+    bounds = structure.c_min, structure.c_max
+    with span("scale"):
+        c = move(state["u"], pending.features, weight, *root_floor, *bounds)
+    return s, c
+
+
+def _versions(state: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
+    v, u = state["v"], state.get("u")
+    seen = (v, v._version)
+    return (seen,) if u is None else (seen, (u, u._version))
+
+
+def _same(one: tuple[tuple[Tensor, int], ...], other: tuple[tuple[Tensor, int], ...]) -> bool:
+    if len(one) != len(other):
+        return False
+    for (tensor, version), (now, version_now) in zip(one, other, strict=True):
+        if tensor is not now or version != version_now:
+            return False
+    return True

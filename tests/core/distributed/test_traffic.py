@@ -1,0 +1,100 @@
+"""Collective calls and their bytes, against the formulas of the guide's page on ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.core.distributed import counting
+from tests.core.distributed.ranks import Ranks
+from tests.core.distributed.test_trainings import OTHERS, RULES
+from tests.core.distributed.trainings import NEEDS
+
+# (units, columns) of the layers' matrices, and features of NeuRMS's statistics.
+MATRICES = [(6, 4), (7, 12), (5, 7)]
+UNITS, FEATURES = [6, 7, 5, 3], [4, 12, 7, 5]
+PARAMETERS = 8
+FINITE = [("all-reduce", 4 * PARAMETERS)]
+
+
+def counted(pool: Ranks, ranks: int, rule: str, settings: dict[str, Any], wrap: str) -> Any:
+    found = pool.run(ranks, counting.calls, rule=rule, settings=settings, wrap=wrap)
+    for one in found[1:]:
+        assert one["step"] == found[0]["step"], "ranks that call differently wait for ever"
+    return found[0]
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("variant", "UBF")
+def test_neurms(pool: Ranks, variant: str, wrap: str) -> None:
+    settings = {"variant": variant, "momentum": 0.5}
+    found = counted(pool, 2, "neurms", settings, wrap)
+    numbers = sum(UNITS) + (sum(FEATURES) if variant == "F" else 0) + 2 * len(UNITS)
+    statistics = [("all-reduce", 8 * numbers)]
+    assert found["step"] == statistics + (FINITE if wrap == "fsdp" else [])
+    scales = [("all-reduce", 8 * (m + 2)) for m in reversed(UNITS)] if variant == "B" else []
+    assert found["predicted"] == scales + found["step"]
+    plain = counted(pool, 2, "rmnp", {}, wrap)["backward"]
+    assert sorted(found["backward"]) == sorted(plain + scales)
+
+
+@pytest.mark.parametrize("name", ["rmnp", "racs", "alice", "shared_basis"])
+def test_replicas_send_nothing_in_a_step(pool: Ranks, name: str) -> None:
+    rule, settings = RULES[name]
+    assert counted(pool, 2, rule, settings, "ddp")["step"] == []
+
+
+def test_rows_are_local_to_rmnp(pool: Ranks) -> None:
+    assert counted(pool, 2, "rmnp", {}, "fsdp")["step"] == FINITE
+
+
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_racs(pool: Ranks, iterations: int) -> None:
+    found = counted(pool, 2, "racs", {"iterations": iterations}, "fsdp")
+    calls = [
+        call
+        for _, n in MATRICES
+        for call in [("all-reduce", 4 * (n + 1))] * iterations + [("all-reduce", 4)]
+    ]
+    assert found["step"] == FINITE + calls
+
+
+def test_racs_on_large_matrices_sends_the_same(pool: Ranks) -> None:
+    found = pool.run(2, counting.calls, rule="racs", settings={}, wrap="fsdp", width=7000)[0]
+    assert found["step"] == found["predicted"]
+    assert len(found["step"]) == 1 + 3 * 6
+
+
+def test_alice_gathers_gradients(pool: Ranks) -> None:
+    found = counted(pool, 2, *RULES["alice"], "fsdp")
+    padded = [-(-m // 2) * 2 * n * 4 for m, n in MATRICES]
+    assert found["step"] == FINITE + [("all-gather", size) for size in padded]
+
+
+@pytest.mark.parametrize("rule", ["lars", "lamb"])
+def test_trust_ratios_take_two_norms(pool: Ranks, rule: str) -> None:
+    assert counted(pool, 2, rule, {}, "fsdp")["step"] == FINITE + [("all-reduce", 4)] * 6
+
+
+def test_muon_gathers_its_momentum(pool: Ranks) -> None:
+    found = counted(pool, 2, "muon", {}, "fsdp")
+    padded = [-(-m // 2) * 2 * n * 4 for m, n in MATRICES]
+    assert found["step"] == FINITE + [("all-gather", size) for size in padded]
+
+
+@pytest.mark.parametrize("rule", ["racs", *OTHERS])
+def test_every_rule_sends_what_was_predicted(pool: Ranks, rule: str) -> None:
+    found = counted(pool, 2, rule, NEEDS.get(rule, {}), "fsdp")
+    assert found["step"] == found["predicted"]
+    assert found["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["neurms", "racs", "alice"])
+def test_a_mesh_of_two_axes(pool: Ranks, rule: str) -> None:
+    settings = dict(RULES[rule][1]) if rule != "neurms" else {}
+    found = counted(pool, 4, rule, settings, "hsdp")
+    assert found["step"] == found["predicted"]
+    first = 1 if rule == "neurms" else 0
+    assert found["step"][first : first + 2] == FINITE * 2, "one agreement along each axis"
