@@ -8,6 +8,8 @@ Fresh gradients in every round, denormals flushed, medians of interleaved rounds
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ import torch
 import neurms
 from benchmarks.harness import RESULTS, Results
 from benchmarks.interleaved import Turn, interleaved, shown
+from benchmarks.peers import GROUPS, against_peers
 
 SHAPES = ((1024, 1024), (4096, 1024), (4096, 4096))
 OURS = ("rmnp", "racs")
@@ -42,16 +45,32 @@ def contenders(shape: tuple[int, int]) -> dict[str, Turn]:
     return made
 
 
+def add_peers(results: Results, groups: Sequence[str]) -> None:
+    """Measure other libraries' optimizers at 1024 x 1024, beside ours."""
+    ours = {name: partial(neurms.create, name, lr=1e-3) for name in OURS}
+    for group in groups:
+        torch.manual_seed(0)
+        found = against_peers((1024, 1024), ours, group, rounds=8)
+        timed = {name: row for name, row in found.items() if "ms" in row}
+        print(f"peers of {group}, 1024x1024\n{shown(timed)}", flush=True)
+        results.runs[f"peers {group}"] = found
+        results.save()
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--muon", action="store_true", help="torch.optim.Muon against RMNP too")
+    parser.add_argument("--peers", nargs="*", choices=GROUPS, help="only other libraries' (all)")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = Results(arguments.out, {"threads": arguments.threads})
+    if arguments.peers is not None:
+        add_peers(results, arguments.peers or GROUPS)
+        return
     for shape in SHAPES:
         torch.manual_seed(0)
         found = interleaved(contenders(shape), "adamw fused", rounds=arguments.rounds)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import neurms
 from benchmarks.harness import RESULTS
-from benchmarks.llama import batch_of, prose
+from benchmarks.language import Scale, batch_of, prose
 from benchmarks.llama_model import Llama
 from neurms.callbacks.profiler import ProfilerReport
 from neurms.cli.data import load
@@ -119,7 +119,7 @@ def _shuffled(inputs: Tensor, labels: Tensor, batch: int = 128) -> Batches:
 def _windows(tokens: Tensor) -> Batches:
     generator = torch.Generator().manual_seed(0)
     while True:
-        yield batch_of(tokens, generator)
+        yield batch_of(tokens, generator, Scale())
 
 
 def _cosine(step: int, steps: int, warmup: int = 50) -> float:

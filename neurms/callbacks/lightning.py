@@ -36,7 +36,7 @@ require("lightning", extra="lightning")
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.utilities import rank_zero_info  # noqa: E402
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn  # noqa: E402
 
 __all__ = ["NeuRMSCallback"]
 
@@ -300,6 +300,20 @@ class NeuRMSCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics by parameter name, and the velocities where momentum is set."""
         return self._loaded if self._preconditioner is None else self._preconditioner.state_dict()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so if a fit is resumed from a checkpoint that was written without this callback."""
+        groups = [g for s in checkpoint.get("optimizer_states", ()) for g in s["param_groups"]]
+        # The module's own NeuRMS keeps its statistics itself.
+        own = any(group.get("rule") == NeuRMS.rule for group in groups)
+        missing = not own and self.state_key not in checkpoint.get("callbacks", {})
+        if missing and trainer.state.fn == "fit":
+            rank_zero_warn(
+                "the checkpoint was saved without NeuRMSCallback's statistics, so they begin anew; "
+                "to continue exactly, resume a run that had the callback"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's statistics until the fit starts, or take them in a running fit."""

@@ -70,6 +70,7 @@ def _totals(report: ProfilerReport) -> str:
         ("step", time_text(None if report.step_ms is None else report.step_ms * 1e3)),
         ("samples/s", number(report.samples_per_second)),
         ("overhead", percent(report.overhead)),
+        ("with bookkeeping", percent(report.overhead_with_bookkeeping)),
         ("mean ρ", number(report.rho)),
         ("optimizer state", bytes_text(report.state_bytes)),
         ("resident", bytes_text(report.rss_bytes)),
@@ -102,8 +103,8 @@ def _advice(report: ProfilerReport) -> str:
 
 _HEADINGS = (
     "layer", "kind", "shape", "rule", "rows", "forward", "backward", "D\u1d40H", "reduce", "scale",
-    "update", "overhead", "law", "ρ", "ceiling", "ρ batch", "ρ gradient", "error", "r_avg",
-    "r_min", "r_max", "dead", "clipped", "kept energy", "limited", "state", "predicted",
+    "update", "bookkeeping", "overhead", "law", "ρ", "ceiling", "ρ batch", "ρ gradient", "error",
+    "r_avg", "r_min", "r_max", "dead", "clipped", "kept energy", "limited", "state", "predicted",
 )  # fmt: skip
 
 
@@ -133,6 +134,7 @@ def _cells(row: LayerRow) -> list[str]:
         time_text(row.reduce_us),
         time_text(row.scale_us),
         time_text(row.update_us),
+        time_text(row.bookkeeping_us),
         percent(row.overhead),
         percent(row.predicted_overhead),
         number(row.rho),

@@ -21,8 +21,8 @@ __all__ = ["figures", "fitted_law"]
 SHOWN = 40
 """Layers in one plot of bars; more are left to the table."""
 
-_PARTS = ("forward", "backward", "reduce", "scale", "update")
-_PART_COLOURS = ("#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#999999")
+_PARTS = ("forward", "backward", "reduce", "scale", "update", "bookkeeping")
+_PART_COLOURS = ("#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#999999", "#f0e442")
 
 
 def figures(report: ProfilerReport) -> list[tuple[str, str, str]]:

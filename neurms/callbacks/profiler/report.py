@@ -123,6 +123,22 @@ class ProfilerReport(Sequence[LayerRow]):
         total = sum(row.total_us for row in self)
         return sum(row.reduce_us + row.scale_us for row in self) / total if total else None
 
+    @property
+    def overhead_with_bookkeeping(self) -> float | None:
+        """The same with what calls the kernels, in the layers and in the optimizer as a whole."""
+        total = sum(row.total_us for row in self)
+        spent = sum(row.reduce_us + row.scale_us + row.bookkeeping_us for row in self)
+        outside = self.bookkeeping_us or 0.0
+        return (spent + outside) / (total + outside) if total else None
+
+    @cached_property
+    def bookkeeping_us(self) -> float | None:
+        """Median time of an optimizer's step that belongs to no layer: checks, loops, schedules.
+
+        None for other libraries' optimizers, whose step is shared out whole.
+        """
+        return self._median("bookkeeping_us")
+
     def history(self, layer: str, key: str) -> list[tuple[int, float]]:
         """Return (step, value) of one of a layer's numbers over the profiled steps.
 

@@ -10,9 +10,12 @@ from typing import Any
 
 from neurms.core.diagnostics.dominance import Dominance
 
-__all__ = ["LayerRow", "law_share", "rows_of"]
+__all__ = ["TIMES", "LayerRow", "law_share", "rows_of"]
 
 Values = Mapping[str, Any]
+
+TIMES = ("forward_us", "backward_us", "reduce_us", "scale_us", "update_us", "bookkeeping_us")
+"""The times that make up a layer's step; they do not overlap."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class LayerRow:
         forward_us: Forward, without statistics.
         backward_us: Backward, without statistics.
         gemm_us: D^T H alone, timed by running it once more; a part of ``backward_us``.
-        reduce_us: Gathering statistics.
-        scale_us: Forming factors, and applying them where that is a pass of its own.
+        reduce_us: The kernels that gather statistics.
+        scale_us: Those that form factors, and apply them where that is a pass of its own; with
+            ``update="backward"`` the same pass sums up D and H.
         update_us: The optimizer's pass over the weight and bias. NeuRMS scales in this same pass.
             For another library's optimizer: its step, shared out by number of elements.
-        overhead: (reduce + scale) / (forward + backward + reduce + scale + update).
+        bookkeeping_us: What calls those kernels, checks and adds up, without them.
+        overhead: (reduce + scale) / (all of these times but ``gemm_us``).
         predicted_overhead: The share of operations, by NeuRMS's cost law; None for other rules.
         rho: corr(G_ij^2, v_i u_j) with averaged v and u.
         clipped_units: Units whose factor stands at a bound.
@@ -72,6 +77,7 @@ class LayerRow:
     reduce_us: float
     scale_us: float
     update_us: float
+    bookkeeping_us: float
     overhead: float
     predicted_overhead: float | None
     rho: float | None
@@ -100,8 +106,13 @@ class LayerRow:
     @property
     def total_us(self) -> float:
         """The layer's step time."""
-        parts = (self.forward_us, self.backward_us, self.reduce_us, self.scale_us, self.update_us)
-        return sum(parts)
+        return sum(float(getattr(self, part)) for part in TIMES)
+
+    @property
+    def overhead_with_bookkeeping(self) -> float:
+        """(reduce + scale + bookkeeping) / the layer's step time."""
+        spent = self.reduce_us + self.scale_us + self.bookkeeping_us
+        return spent / self.total_us if self.total_us else 0.0
 
     @property
     def fidelity(self) -> float | None:
@@ -156,7 +167,7 @@ def law_share(units: int, features: int, variant: str) -> float:
 
 
 def _row(name: str, static: Values, own: Sequence[Values], steps: tuple[int, int]) -> LayerRow:
-    times = {key: _median(own, key) or 0.0 for key in _TIMES}
+    times = {key: _median(own, key) or 0.0 for key in TIMES}
     total = sum(times.values())
     last = _last(own)
     m, n = static["matrix_shape"]
@@ -194,9 +205,6 @@ def _row(name: str, static: Values, own: Sequence[Values], steps: tuple[int, int
         samples=len(own),
         steps=steps,
     )
-
-
-_TIMES = ("forward_us", "backward_us", "reduce_us", "scale_us", "update_us")
 
 
 def _present(own: Iterable[Values], key: str) -> list[float]:

@@ -7,14 +7,15 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from neurms.callbacks.profiler.rows import TIMES
+
 __all__ = ["layer_scalars"]
 
 _NAMES = (
-    "forward_us", "backward_us", "gemm_us", "reduce_us", "scale_us", "update_us", "rho",
-    "rho_batch", "rho_ceiling", "rho_gradient", "factorization_error", "clipped_units",
-    "dead_units", "subspace_energy", "limiter_hit", "state_bytes",
+    "forward_us", "backward_us", "gemm_us", "reduce_us", "scale_us", "update_us",
+    "bookkeeping_us", "rho", "rho_batch", "rho_ceiling", "rho_gradient", "factorization_error",
+    "clipped_units", "dead_units", "subspace_energy", "limiter_hit", "state_bytes",
 )  # fmt: skip
-_TIMES = ("forward_us", "backward_us", "reduce_us", "scale_us", "update_us")
 
 
 def layer_scalars(sample: Mapping[str, Any]) -> dict[str, float]:
@@ -35,7 +36,7 @@ def layer_scalars(sample: Mapping[str, Any]) -> dict[str, float]:
         numbers = {name: values.get(name) for name in _NAMES}
         if values.get("dominance") is not None:
             numbers |= dict(zip(("r_avg", "r_min", "r_max"), values["dominance"], strict=False))
-        spent = sum(values.get(name) or 0.0 for name in _TIMES)
+        spent = sum(values.get(name) or 0.0 for name in TIMES)
         if spent:
             numbers["overhead"] = (values["reduce_us"] + values["scale_us"]) / spent
         for name, value in numbers.items():
@@ -52,7 +53,7 @@ def _means(sample: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, f
     if rho:
         means["neurms/rho"] = statistics.fmean(rho)
     values = list(sample["layers"].values())
-    spent = sum(v.get(name) or 0.0 for v in values for name in _TIMES)
+    spent = sum(v.get(name) or 0.0 for v in values for name in TIMES)
     if spent:
         extra = sum(v.get(name) or 0.0 for v in values for name in ("reduce_us", "scale_us"))
         means["neurms/overhead"] = extra / spent

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neurms.core.interrupts import WholeStep
 from neurms.core.unitwise.statistics import PendingSums
 from neurms.core.unitwise.tapped import TappedLayer
 from neurms.integrations.keras.engine import Engine, KerasLayers, KerasTappedLayer, TappedEngine
@@ -138,9 +139,10 @@ class TappedOptimizer(NeurmsOptimizer):
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Apply gradients, and with them what the taps have seen; see Keras."""
-        super().apply(grads, trainable_variables)
-        self._applied = True
-        self._store_pending()
+        with WholeStep():
+            super().apply(grads, trainable_variables)
+            self._applied = True
+            self._store_pending()
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """End training; see Keras."""

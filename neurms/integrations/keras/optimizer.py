@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from neurms.core.errors import CheckpointError
+from neurms.core.interrupts import WholeStep
 from neurms.core.optimizers.plan import Plan, PlanRow
 from neurms.core.optimizers.registry import optimizer_class
 from neurms.core.routing import FALLBACK
@@ -200,6 +201,11 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
         return parameter_of(variable)
 
     # ---------------------------------------------------------------- the step
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Apply gradients, all of them or none though Ctrl-C is pressed; see Keras."""
+        with WholeStep():
+            super().apply(grads, trainable_variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable; Keras itself hands over all at once."""

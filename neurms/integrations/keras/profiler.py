@@ -13,18 +13,21 @@ import keras
 import torch
 from torch import Tensor
 
-from neurms.callbacks.profiler.clock import Shares
-from neurms.callbacks.profiler.engine import Profiler
+from neurms.callbacks.profiler.clock import Shares, Stopwatch
 from neurms.callbacks.profiler.optimizer_view import OptimizerView
 from neurms.callbacks.profiler.report import ProfilerReport
-from neurms.callbacks.profiler.runs import RunWriter
+from neurms.callbacks.profiler.samples import FORECAST
+from neurms.callbacks.profiler.sampling import Sampler
 from neurms.callbacks.profiler.scalars import layer_scalars
+from neurms.callbacks.profiler.schedule import Schedule
 from neurms.callbacks.profiler.subjects import Subject, chosen_subjects
+from neurms.callbacks.profiler.window import OPTIMIZER, shared_out
 from neurms.core.errors import check_fraction, check_positive_int
 from neurms.core.extras import require
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.signals import ShowsSignals, SignalSink
+from neurms.integrations.keras.forecast import memory_forecast
 from neurms.integrations.keras.layout import kernel_activity, kernel_layout
 from neurms.integrations.keras.optimizer import NeurmsOptimizer
 from neurms.integrations.keras.owners import innermost
@@ -152,47 +155,42 @@ class PreconditionerProfiler(keras.callbacks.Callback):
             rich.print(self.report().table())
 
 
-class _KerasProfiler(Profiler):
-    """The engine, driven by a callback instead of a torch optimizer's hooks."""
+class _KerasProfiler(Sampler):
+    """The sampler, driven by a callback: a step is a batch."""
 
     def __init__(self, model: Any, output: str | Path | None, **settings: Any) -> None:
-        self.every_n_steps = settings.pop("every_n_steps")
-        self.warmup_steps = settings.pop("warmup_steps")
+        schedule = Schedule(settings.pop("every_n_steps"), settings.pop("warmup_steps"))
         subjects = chosen_subjects(_subjects(model), settings.pop("layers"), type(model).__name__)
         # The engine of our own exists from the first batch on; taps must not wait for it.
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         scale = weakref.proxy(model.optimizer)
-        self._begin_with(
+        self._keras_optimizer = model.optimizer
+        super().__init__(
             model,
             subjects,
             _view(model, subjects),
+            schedule,
+            output,
             loss_reduction="mean",
             loss_scale=lambda: loss_scale_of(scale),
             **settings,
         )
-        self._keras_optimizer = model.optimizer
-        self._due_at = self._due_after(0)
-        self._wake_at = self._due_at - (self.every_n_steps > 1 and self._due_at > 0)
-        self._writer = RunWriter.opened(output, self._header()) if output is not None else None
+        schedule.start(0)
 
     def begin_batch(self) -> None:
         """Look at this batch if it is due."""
-        super()._next()
-        if self._stopwatch is not None:
-            self._time_apply()
+        self.begin_step()
+        if self._window is not None:
+            self._time_apply(self._window.stopwatch)
 
-    def _next(self) -> None:
-        """Leave the beginning of a step to its batch."""
-
-    def _time_apply(self) -> None:
-        optimizer, stopwatch = self._keras_optimizer, self._stopwatch
-        assert stopwatch is not None
+    def _time_apply(self, stopwatch: Stopwatch) -> None:
+        optimizer = self._keras_optimizer
         # Our own optimizers tell what they do for which layer themselves.
-        shares: Shares = {None: 1.0}
+        shares: Shares = {OPTIMIZER: 1.0}
         if not self.view.optimizers:
-            keras_model: Any = self.model
-            shares = self._shares([parameter_of(v) for v in keras_model.trainable_variables])
+            variables = [parameter_of(v) for v in self.model.trainable_variables]
+            shares = shared_out(variables, self._owners)
         original = optimizer.apply
 
         def apply(*arguments: Any, **named: Any) -> Any:
@@ -207,8 +205,7 @@ class _KerasProfiler(Profiler):
         super()._stop_looking()
 
     def _memory(self) -> dict[str, int]:
-        # The forecasts read torch modules; Keras's own layers hide their orientation from them.
-        return {}
+        return memory_forecast(self.model.trainable_variables, self._keras_optimizer, FORECAST)
 
 
 @dataclass(frozen=True, eq=False)

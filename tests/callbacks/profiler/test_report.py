@@ -46,7 +46,10 @@ def report() -> ProfilerReport:
 def test_overhead_is_the_share_of_reduce_and_scale(report: ProfilerReport) -> None:
     for row in report:
         parts = [row.forward_us, row.backward_us, row.reduce_us, row.scale_us, row.update_us]
+        parts.append(row.bookkeeping_us)
         assert row.total_us == pytest.approx(sum(parts))
+        with_it = row.reduce_us + row.scale_us + row.bookkeeping_us
+        assert row.overhead_with_bookkeeping == pytest.approx(with_it / sum(parts))
         assert row.overhead == pytest.approx((row.reduce_us + row.scale_us) / sum(parts))
     assert report[0].predicted_overhead == pytest.approx((16 + 12) / (2 * 16 * 12))
     assert 0 < (report.overhead or 0) < 1

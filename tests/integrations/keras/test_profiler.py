@@ -13,7 +13,7 @@ import torch
 from neurms.callbacks.keras import PreconditionerProfiler
 from neurms.callbacks.profiler import read_run
 from neurms.core.diagnostics import spans
-from neurms.integrations.keras import keras_neurms, keras_racs
+from neurms.integrations.keras import keras_neurms, keras_optimizer, keras_racs
 from tests.callbacks.profiler import truth
 
 X = np.random.default_rng(0).normal(size=(24, 12)).astype("float32") * np.linspace(0.2, 3, 12)
@@ -141,6 +141,16 @@ def test_convolutions_and_the_run_file(tmp_path: Path) -> None:
     run = read_run(tmp_path / "run")
     assert run.finished
     assert len(run.samples) == 2
+
+
+@pytest.mark.parametrize("rule", ["neurms", "racs", "rmnp", "alice"])
+def test_memory_is_forecast_as_it_is_measured(rule: str) -> None:
+    watcher, model = profiler(), network(keras_optimizer(rule))
+    fit(model, watcher, epochs=1)
+    forecast = watcher.report().run.totals["memory"]
+    assert forecast[rule] == model.optimizer.state_bytes()
+    assert forecast["adamw"] == sum(2 * 4 * np.prod(w.shape) + 4 for w in model.get_weights())
+    assert model.get_layer("first").activation is keras.activations.tanh
 
 
 def test_an_error_in_fit_leaves_no_hooks_after_the_next_one() -> None:
