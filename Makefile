@@ -24,7 +24,7 @@ define install
 	     exit 1; } >&2
 endef
 
-.PHONY: help install demo test test-all lint format docs bench-quick clean distclean
+.PHONY: help install demo test test-all lint format docs pages dist check-dist bench-quick clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,18 @@ format: $(INSTALLED)  ## rewrite the sources in the house style
 
 docs: $(DOCS_INSTALLED)  ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pages: $(INSTALLED)  ## rewrite the pages that are made from the sources
+	@$(BIN)/python -m benchmarks.tables
+	@$(BIN)/python -m tools.troubleshooting
+
+dist: $(INSTALLED)  ## build the wheel and the sdist into dist/
+	@rm -rf dist
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling
+	@$(BIN)/python -m hatchling build -d dist
+
+check-dist: dist  ## build them, and try the wheel with torch alone, outside of the checkout
+	@$(BIN)/python -m tools.check_dist
 
 bench-quick: $(INSTALLED)  ## the shortest benchmark, a minute or two
 	@$(BIN)/neurms bench quick

@@ -25,8 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; None reads ``sys.argv``.
 
     Returns:
-        The exit code: 0 when all went well, 1 for an error that was explained, 130 when
-        interrupted. Wrong usage leaves through ``SystemExit`` with code 2.
+        The exit code: 0 when all went well, 1 for a failure that was explained, 2 for a wrong
+        command line, 130 when interrupted. What the parser itself refuses, it leaves through
+        ``SystemExit``, with code 2 too.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import runpy
 import sys
 from collections.abc import Sequence
@@ -30,9 +31,11 @@ def scripts() -> dict[str, Path]:
     return {path.stem: path for path in files if '__name__ == "__main__"' in path.read_text()}
 
 
-def listing() -> str:
+def listing(*, as_json: bool = False) -> str:
     """Return the benchmarks with the first line of what each says about itself."""
     found = scripts()
+    if as_json:
+        return json.dumps({name: _summary(path) for name, path in found.items()}, indent=1)
     width = max(map(len, found), default=0)
     lines = [f"  {name:<{width}}  {_summary(path)}" for name, path in found.items()]
     return "\n".join(["neurms bench NAME [options], where NAME is one of:", *lines])

@@ -9,13 +9,18 @@ from typing import Annotated, Literal
 
 import tyro
 
+from neurms.cli.errors import UsageError
 from neurms.core.errors import NeurmsError
 
 __all__ = ["dispatch"]
 
 _DESCRIPTION = """Optimizers that precondition a layer by the statistics of its units and features.
 
-Start with `neurms demo`; if something does not work, with `neurms doctor`."""
+Start with `neurms demo`; if something does not work, with `neurms doctor`.
+
+Exit codes: 0 all went well; 1 it did not, and the last line says why; 2 the command line is
+wrong; 130 interrupted. Completion: `neurms --tyro-write-completion bash FILE` (zsh and tcsh, too),
+then have your shell source FILE."""
 
 
 def dispatch(words: Sequence[str]) -> int:
@@ -36,7 +41,7 @@ def dispatch(words: Sequence[str]) -> int:
             prog="neurms",
             description=_DESCRIPTION,
             args=list(words) or ["--help"],
-            config=(tyro.conf.OmitArgPrefixes,),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
     )
 
@@ -65,19 +70,24 @@ def demo(
     return 0
 
 
-def doctor() -> int:
+def doctor(kernels: bool = False, json: bool = False) -> int:
     """Show what neurms finds on this machine: versions, threads, compiler, backends, denormals.
 
     The exit code is 1 if something that neurms needs is missing.
+
+    Args:
+        kernels: Also time what each kernel gets from each backend.
+        json: Print JSON instead of text.
     """
     from neurms.cli.doctor import examine
 
-    return examine()
+    return examine(kernels=kernels, json=json)
 
 
 def plan(
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODULE:FUNCTION")],
     optimizer: str = "neurms",
+    json: bool = False,
 ) -> int:
     """Print which rule each parameter of a model would get, why, and the bytes of its state.
 
@@ -85,10 +95,12 @@ def plan(
         model: Where the model comes from: a function without arguments that returns it, such as
             my_package.models:build. The current folder is searched too.
         optimizer: One of the library's own optimizers, by the name that neurms.create takes.
+        json: Print JSON for machines, not a table: the rows, and the total of their bytes.
     """
-    from neurms.cli.planning import table
+    from neurms.cli.planning import as_json, plan_of
 
-    print(table(model, optimizer))
+    found = plan_of(model, optimizer)
+    print(as_json(found) if json else found)
     return 0
 
 
@@ -98,6 +110,7 @@ def report(
     html: Path | None = None,
     csv: Path | None = None,
     partial: bool = False,
+    json: bool = False,
 ) -> int:
     """Show a profiled run again from its files, or set two runs side by side.
 
@@ -110,23 +123,25 @@ def report(
         html: Write the first run's report to this file, as a page that needs nothing else.
         csv: Write the first run's rows to this file.
         partial: Take what can be read of a run file that is cut off.
+        json: Print JSON for machines, not tables: each run's rows and advice.
     """
     from neurms.cli.report import show
 
-    return show(run, other, html=html, csv=csv, partial=partial)
+    return show(run, other, html=html, csv=csv, partial=partial, as_json=json)
 
 
-def bench(name: Annotated[str | None, tyro.conf.Positional] = None) -> int:
+def bench(name: Annotated[str | None, tyro.conf.Positional] = None, json: bool = False) -> int:
     """Run a benchmark of the checkout: neurms bench NAME [its options].
 
     Without a name, list them. `neurms bench NAME --help` shows a benchmark's own options.
 
     Args:
         name: A file of benchmarks/, without its ending.
+        json: Print the list as JSON, not as text.
     """
     from neurms.cli.benchmarks import listing
 
-    print(listing())
+    print(listing(as_json=json))
     return 0
 
 
@@ -137,9 +152,9 @@ def _bench(name: str, arguments: Sequence[str]) -> int:
 
 
 def _explained(command: Callable[[], int]) -> int:
-    """Run a command; an error that its message explains becomes one line and exit code 1."""
+    """Run a command; an error that its message explains becomes one line and an exit code."""
     try:
         return command()
     except NeurmsError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1

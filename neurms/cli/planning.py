@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
 
 from neurms.cli.errors import UsageError
 from neurms.core.optimizers.base import PreconditionedOptimizer
+from neurms.core.optimizers.plan import Plan
 from neurms.core.optimizers.registry import available, create
 
-__all__ = ["model_from", "table"]
+__all__ = ["as_json", "model_from", "plan_of"]
 
 
-def table(reference: str, optimizer: str) -> str:
+def plan_of(reference: str, optimizer: str) -> Plan:
     """Return an optimizer's plan for a model.
 
     Args:
@@ -33,7 +36,13 @@ def table(reference: str, optimizer: str) -> str:
             f"--optimizer {optimizer} is torch's own, which treats every parameter alike: no plan; "
             "choose a rule of this library, such as neurms or racs"
         )
-    return str(made.plan())
+    return made.plan()
+
+
+def as_json(plan: Plan) -> str:
+    """Return a plan for machines: its rows, and the total of their bytes."""
+    rows = [asdict(row) for row in plan]
+    return json.dumps({"parameters": rows, "state_bytes": plan.state_bytes}, indent=1)
 
 
 def model_from(reference: str) -> nn.Module:

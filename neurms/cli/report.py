@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,7 +18,13 @@ __all__ = ["show"]
 
 
 def show(
-    run: Path, other: Path | None, *, html: Path | None, csv: Path | None, partial: bool
+    run: Path,
+    other: Path | None,
+    *,
+    html: Path | None,
+    csv: Path | None,
+    partial: bool,
+    as_json: bool = False,
 ) -> int:
     """Print a run's table and advice, or two runs' comparison; write the files asked for.
 
@@ -25,6 +34,7 @@ def show(
         html: Where the first run's page goes, or None.
         csv: Where the first run's rows go, or None.
         partial: Take what can be read of a run file that is cut off.
+        as_json: Print JSON for machines and nothing else.
 
     Returns:
         The exit code, 1 if a file is not there or cannot be written.
@@ -33,25 +43,49 @@ def show(
         RunFileError: A file is damaged or holds something else.
     """
     try:
-        _show(run, other, {"html": html, "csv": csv}, partial)
+        _show(run, other, {"html": html, "csv": csv}, partial, as_json)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _show(run: Path, other: Path | None, files: Mapping[str, Path | None], partial: bool) -> None:
-    console = Console()
-    report = ProfilerReport.read(run, partial=partial)
-    if other is not None:
-        console.print(comparison_table(report, ProfilerReport.read(other, partial=partial)))
+def _show(
+    run: Path,
+    other: Path | None,
+    files: Mapping[str, Path | None],
+    partial: bool,
+    as_json: bool,
+) -> None:
+    paths = [run] if other is None else [run, other]
+    reports = [ProfilerReport.read(path, partial=partial) for path in paths]
+    if as_json:
+        print(json.dumps([_record(report) for report in reports], indent=1))
     else:
-        console.print(report.table())
-        for advice in report.advice():
-            console.print(str(advice), markup=False, highlight=False)
-        if not report.run.finished:
-            console.print("The run was cut off: totals of its end are missing.")
+        _print(reports)
     for kind, path in files.items():
         if path is not None:
-            getattr(report, f"to_{kind}")(path)
-            console.print(f"written: {path}", markup=False, highlight=False)
+            getattr(reports[0], f"to_{kind}")(path)
+            # On the side, so that what is printed stays JSON.
+            print(f"written: {path}", file=sys.stderr if as_json else sys.stdout)
+
+
+def _print(reports: Sequence[ProfilerReport]) -> None:
+    console = Console()
+    report = reports[0]
+    if len(reports) > 1:
+        console.print(comparison_table(*reports))
+        return
+    console.print(report.table())
+    for advice in report.advice():
+        console.print(str(advice), markup=False, highlight=False)
+    if not report.run.finished:
+        console.print("The run was cut off: totals of its end are missing.")
+
+
+def _record(report: ProfilerReport) -> dict[str, Any]:
+    return {
+        "finished": report.run.finished,
+        "layers": [asdict(row) for row in report],
+        "advice": [asdict(advice) for advice in report.advice()],
+    }

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from neurms.callbacks.trainer_checks import check_backward_update, scaler_of
-from neurms.core.errors import check_choice, check_fraction, check_positive_int
 from neurms.core.extras import require
 from neurms.core.optimizers.base import Params
 from neurms.core.optimizers.neurms import NeuRMS
 from neurms.core.optimizers.registry import create
+from neurms.integrations.schedules import Schedule, WarmupDecay, checked_decay
 
 require("lightning", extra="lightning")
 
@@ -24,51 +23,8 @@ from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 
 __all__ = ["Schedule", "WarmupDecay", "optimizer_config"]
 
-Schedule = Literal["constant", "linear", "cosine"]
-
 _TAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[NeuRMS]] = weakref.WeakKeyDictionary()
 """The NeuRMS of each model's last fit, whose taps the next one replaces."""
-
-
-@dataclass(frozen=True)
-class WarmupDecay:
-    """Factor on the learning rate by step: linear warmup to 1, then a decay to ``min_lr_ratio``.
-
-    With w warmup steps of T and p = (t - w) / (T - w), clipped to [0, 1]:
-
-        t < w       (t + 1) / (w + 1)
-        constant    1
-        linear      r + (1 - r) (1 - p)
-        cosine      r + (1 - r) (1 + cos(pi p)) / 2
-
-    Args:
-        schedule: Shape of the decay.
-        warmup_steps: w.
-        total_steps: T; not read by ``"constant"``.
-        min_lr_ratio: r, the least factor after the warmup.
-
-    Example:
-        >>> factor = WarmupDecay("linear", warmup_steps=1, total_steps=5)
-        >>> [factor(step) for step in range(6)]
-        [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-
-    schedule: Schedule
-    warmup_steps: int = 0
-    total_steps: int = 1
-    min_lr_ratio: float = 0.0
-
-    def __call__(self, step: int) -> float:
-        """Return the factor for optimizer step ``step``, counted from 0."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        if self.schedule == "constant":
-            return 1.0
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        left = 1.0 - min(1.0, progress)
-        if self.schedule == "cosine":
-            left = 0.5 * (1.0 - math.cos(math.pi * left))
-        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * left
 
 
 def optimizer_config(
@@ -124,7 +80,14 @@ def optimizer_config(
             f"module={type(module).__name__} must be the LightningModule that is being configured; "
             "without Lightning use neurms.create"
         )
-    decay = _checked_schedule(module, schedule, warmup_steps, total_steps, min_lr_ratio)
+    decay = checked_decay(
+        schedule,
+        warmup_steps,
+        total_steps,
+        min_lr_ratio,
+        estimate=lambda: _estimated_steps(module),
+        cure="None takes the Trainer's estimate",
+    )
     optimizer = _made(module, name, module if params is None else params, settings)
     if decay is None:
         return {"optimizer": optimizer}
@@ -150,36 +113,6 @@ def _made(
     if isinstance(params, nn.Module) and isinstance(optimizer, NeuRMS):
         _TAPPED[params] = weakref.ref(optimizer)
     return optimizer
-
-
-def _checked_schedule(
-    module: LightningModule,
-    schedule: Schedule | None,
-    warmup_steps: int,
-    total_steps: int | None,
-    min_lr_ratio: float,
-) -> WarmupDecay | None:
-    check_choice("schedule", schedule, (None, "constant", "linear", "cosine"))
-    check_positive_int("warmup_steps", warmup_steps, low=0)
-    check_fraction("min_lr_ratio", min_lr_ratio, closed=True)
-    if total_steps is not None:
-        check_positive_int("total_steps", total_steps, cure="None takes the Trainer's estimate")
-    if schedule is None:
-        if warmup_steps:
-            raise ValueError(
-                f"warmup_steps={warmup_steps!r} needs a schedule; pass schedule='constant' to "
-                "warm up and then keep the learning rate"
-            )
-        return None
-    if schedule == "constant" and total_steps is None:
-        return WarmupDecay(schedule, warmup_steps)
-    total = _estimated_steps(module) if total_steps is None else total_steps
-    if warmup_steps > total:
-        raise ValueError(
-            f"warmup_steps={warmup_steps!r} is longer than the run of total_steps={total!r}; lower "
-            "it, or train longer"
-        )
-    return WarmupDecay(schedule, warmup_steps, total, float(min_lr_ratio))
 
 
 def _estimated_steps(module: LightningModule) -> int:

@@ -1,3 +1,4 @@
+import json
 import sys
 
 import pytest
@@ -33,6 +34,11 @@ def test_listing(checkout, capsys) -> None:
     assert "shared" not in listed
 
 
+def test_listing_for_machines(checkout, capsys) -> None:
+    assert main(["bench", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"echo": "Say what was asked."}
+
+
 def test_options_are_handed_on_unread(checkout, capsys) -> None:
     before = sys.argv
     assert main(["bench", "echo", "--help"]) == 0
@@ -47,13 +53,13 @@ def test_benchmark_that_stops_with_a_message(checkout, capsys) -> None:
 
 
 def test_unknown_benchmark(checkout, capsys) -> None:
-    assert main(["bench", "imagenet"]) == 1
+    assert main(["bench", "imagenet"]) == 2
     assert "no benchmark 'imagenet'; choose one of ['echo']" in capsys.readouterr().err
 
 
 def test_outside_of_a_checkout(monkeypatch, capsys) -> None:
     monkeypatch.setattr(benchmarks, "checkout", lambda: None)
-    assert main(["bench"]) == 1
+    assert main(["bench"]) == 2
     assert "not in the installed package" in capsys.readouterr().err
 
 

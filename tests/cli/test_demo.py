@@ -83,7 +83,7 @@ def test_terminal_gets_both_tables(capsys) -> None:
     ],
 )
 def test_bad_options_stop_before_any_training(words, message, capsys) -> None:
-    assert main(["demo", *words]) == 1
+    assert main(["demo", *words]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,7 @@ def test_module_runs_and_hands_on_the_exit_code() -> None:
         text=True,
         timeout=100,
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert ended.stderr.startswith("error: 'nowhere' does not say where the model is")
 
 
@@ -85,6 +86,38 @@ def test_plan_is_the_optimizer_s(models, capsys, optimizer) -> None:
     assert printed.strip() == str(neurms.create(optimizer, model).plan()).strip()
 
 
+def test_plan_for_machines(models, capsys) -> None:
+    assert main(["plan", "my_models:build", "--optimizer", "racs", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    predicted = neurms.memory_report(sys.modules["my_models"].build(), "racs")
+    assert printed["state_bytes"] == predicted.state_bytes
+    assert [row["name"] for row in printed["parameters"]] == [row.name for row in predicted]
+    assert printed["parameters"][0]["rule"] == "racs"
+
+
+def test_help_says_what_exit_codes_mean(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "2 the command line is wrong" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor", "plan", "report", "bench"])
+def test_every_command_has_help(capsys, command) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"usage: neurms {command}" in printed
+    assert len(printed.splitlines()) > 6
+
+
+def test_completion_is_written(tmp_path) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--tyro-write-completion", "bash", str(tmp_path / "neurms.sh")])
+    assert end.value.code in (0, None)
+    assert "plan" in (tmp_path / "neurms.sh").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -98,7 +131,7 @@ def test_plan_is_the_optimizer_s(models, capsys, optimizer) -> None:
     ],
 )
 def test_plan_explains_what_is_wrong(models, capsys, words, message) -> None:
-    assert main(["plan", *words]) == 1
+    assert main(["plan", *words]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -1,0 +1,250 @@
+"""trainer_optimizers in real Trainers on a tiny LLaMA, and the same model under Accelerate."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import neurms
+from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.taps.hooks import HookTap
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from neurms.integrations.transformers import trainer_optimizers
+
+VOCABULARY, LENGTH, SEQUENCES = 24, 6, 16
+RULES = {
+    "neurms": {"lr": 0.02, "variant": "F", "momentum": 0.9},
+    "racs": {"lr": 0.02},
+    "alice": {"lr": 0.02, "rank": 4, "leading": 2, "interval": 2},
+}
+
+pytestmark = [
+    # Trainer 5: its default for CPU loaders, and its own renamed arguments.
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
+]
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(2)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=LENGTH,
+        )
+    )
+    # In float64 a batch and its halves differ by nothing that a basis could turn on.
+    return model.double()
+
+
+def sequences() -> list[dict[str, Tensor]]:
+    tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=torch.manual_seed(5))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def arguments(folder: Path, **changed: Any) -> TrainingArguments:
+    chosen = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 123.0,  # must not reach an optimizer that was handed in
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**chosen, **changed})
+
+
+class InOrder(Trainer):
+    """A Trainer that does not shuffle, in every version."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(self.train_dataset, 4, collate_fn=default_data_collator)
+        return self.accelerator.prepare(loader)
+
+
+def trained(
+    folder: Path,
+    name: str,
+    *,
+    kind: type[Trainer] = Trainer,
+    resume: Path | None = None,
+    **changed: Any,
+) -> nn.Module:
+    model = llama()
+    trainer = kind(
+        model,
+        arguments(folder, **changed),
+        train_dataset=sequences(),
+        optimizers=trainer_optimizers(model, name, **RULES[name]),
+    )
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return model
+
+
+def assert_equal(left: nn.Module, right: nn.Module, tolerance: float = 0.0) -> None:
+    for (name, a), b in zip(left.named_parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_trainer_does_what_a_loop_does(tmp_path, name) -> None:
+    ours = trained(tmp_path, name, kind=InOrder)
+    by_hand = llama()
+    optimizer = neurms.create(name, by_hand, **RULES[name])
+    rows = sequences()
+    for start in range(0, SEQUENCES, 4):
+        batch = torch.stack([row["input_ids"] for row in rows[start : start + 4]])
+        optimizer.zero_grad()
+        by_hand(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    assert_equal(ours, by_hand, 1e-9)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_accumulated_micro_batches_are_one_batch(tmp_path, name) -> None:
+    halves = trained(tmp_path, name, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert_equal(halves, trained(tmp_path, name), 1e-9)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_resumed_run_is_bit_equal(tmp_path, name) -> None:
+    # The first run saves half way and goes on to its end: that end is the truth.
+    through = trained(tmp_path, name, save_strategy="steps", save_steps=2)
+    resumed = trained(tmp_path / "second", name, resume=tmp_path / "checkpoint-2")
+    assert_equal(resumed, through)
+
+
+def test_the_trainer_s_schedule_drives_the_optimizer(tmp_path) -> None:
+    model = llama()
+    optimizer, scheduler = trainer_optimizers(model, "racs", lr=0.02)
+    assert scheduler is None
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, lr_scheduler_type="linear", max_steps=4),
+        train_dataset=sequences(),
+        optimizers=(optimizer, scheduler),
+    )
+    trainer.train()
+    assert trainer.lr_scheduler.base_lrs == [0.02]
+    assert optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_our_schedule_drives_the_optimizer(tmp_path) -> None:
+    model, args = llama(), arguments(tmp_path, max_steps=3)
+    optimizer, scheduler = trainer_optimizers(
+        model, "rmnp", args=args, lr=0.1, schedule="linear", warmup_steps=1
+    )
+    rates = []
+    optimizer.register_step_post_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    Trainer(model, args, train_dataset=sequences(), optimizers=(optimizer, scheduler)).train()
+    assert rates == pytest.approx([0.05, 0.1, 0.05])
+
+
+def test_clipping_acts_on_raw_gradients(tmp_path) -> None:
+    """RMNP normalises rows, so that a clipped gradient gives the same first step."""
+    model, clipped = llama(), llama()
+    for one, limit in ((model, 0.0), (clipped, 1e-3)):
+        Trainer(
+            one,
+            arguments(tmp_path, max_steps=1, max_grad_norm=limit),
+            train_dataset=sequences(),
+            optimizers=trainer_optimizers(one, "rmnp", lr=0.1, fallback_lr=0.0),
+        ).train()
+    assert_equal(model, clipped, 1e-9)
+
+
+def test_taps_come_off() -> None:
+    model = llama()
+    optimizer, _ = trainer_optimizers(model)
+    assert _taps(model)
+    optimizer.detach()
+    assert not _taps(model)
+    copy.deepcopy(model)
+
+
+def test_backward_update_is_refused_before_any_tap() -> None:
+    model = llama()
+    with pytest.raises(UnsupportedTrainingError, match='use update="step"'):
+        trainer_optimizers(model, update="backward")
+    assert not _taps(model)
+
+
+def test_float16_wants_the_scale(tmp_path) -> None:
+    args = arguments(tmp_path)
+    args.fp16 = True  # the constructor would refuse it on a CPU
+    with pytest.raises(UnsupportedTrainingError, match="loss_scale=lambda"):
+        trainer_optimizers(llama(), args=args)
+    trainer_optimizers(llama(), args=args, loss_scale=lambda: 1.0)
+    trainer_optimizers(llama(), "racs", args=args)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"name": "adan"}, ValueError, "name='adan'"),
+        ({"schedule": "cosine"}, ValueError, "total_steps=None takes args.max_steps"),
+        ({"schedule": "cosine", "total_steps": 0}, ValueError, "total_steps=0"),
+        ({"warmup_steps": 3}, ValueError, "needs a schedule"),
+        ({"learning_rate": 0.1}, TypeError, "learning_rate"),
+    ],
+)
+def test_bad_arguments(settings, error, message) -> None:
+    with pytest.raises(error, match=message):
+        trainer_optimizers(llama(), **settings)
+
+
+def test_parameters_are_not_enough() -> None:
+    with pytest.raises(TypeError, match="model=list"):
+        trainer_optimizers(list(llama().parameters()), "racs")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_accelerate_accumulates_and_steps_as_a_loop_does(name) -> None:
+    rows = torch.stack([row["input_ids"] for row in sequences()])
+    by_hand = llama()
+    optimizer = neurms.create(name, by_hand, **RULES[name])
+    for batch in rows.split(8):
+        optimizer.zero_grad()
+        by_hand(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = llama()
+    model, optimizer = accelerator.prepare(model, neurms.create(name, model, **RULES[name]))
+    for batch in rows.split(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(input_ids=batch, labels=batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(accelerator.unwrap_model(model), by_hand, 1e-9)
+
+
+def _taps(model: nn.Module) -> list[object]:
+    hooks = (hook for layer in model.modules() for hook in layer._forward_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, HookTap)]
