@@ -9,7 +9,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import random
+import signal
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,14 @@ def deterministic_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Every test meets Python's own Ctrl-C handler: shells start background jobs without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

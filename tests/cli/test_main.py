@@ -49,7 +49,7 @@ def test_missing_package_names_its_extra(monkeypatch, capsys, name, extra) -> No
 
 
 def test_interrupt(monkeypatch, capsys) -> None:
-    def interrupt():
+    def interrupt(**options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("neurms.cli.doctor.examine", interrupt)

@@ -89,15 +89,25 @@ def test_planned_bytes(settings: dict[str, Any], numbers: int) -> None:
     [
         ({"betas": (1.0, 1.0)}, r"betas\[0\]=1\.0"),
         ({"betas": (0.0, 1.5)}, r"betas\[1\]=1\.5"),
-        ({"betas": 0.9}, r"betas=0\.9"),
         ({"eps": 0.0}, r"eps=0\.0"),
         ({"interval": 0}, "interval=0"),
         ({"block_size": 0}, "block_size=0"),
         ({"grafting": "adan"}, "grafting='adan'"),
-        ({"merge_dims": "yes"}, "merge_dims='yes'"),
         ({"momentum": 1.0}, r"momentum=1\.0"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        Shampoo([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"betas": 0.9}, r"betas=0\.9"),
+        ({"merge_dims": "yes"}, "merge_dims='yes'"),
+    ],
+)
+def test_settings_of_the_wrong_kind(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         Shampoo([torch.nn.Parameter(torch.zeros(2, 2))], **settings)

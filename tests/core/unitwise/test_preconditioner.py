@@ -530,10 +530,10 @@ def test_names_in_checkpoints_do_not_show_torch_compile():
         (lambda s: {}, "must be what"),
         (lambda s: {**s, "variant": "B"}, "variant='B', now it is 'U'"),
         (lambda s: {**s, "layers": {"9.weight": {}}}, r"'9\.weight', which is not tapped"),
-        (lambda s: {**s, "layers": {"0.weight": {"step": 1}}}, r"'0\.weight' differ in \['v'\]"),
+        (lambda s: {**s, "layers": {"0.weight": {"step": 1}}}, r"'0\.weight' differs in \['v'\]"),
         (
             lambda s: {**s, "layers": {"0.weight": {"step": 1, "v": torch.ones(2)}}},
-            r"'v' of '0\.weight' has shape \(2,\), expected \(7,\)",
+            r"'v' of '0\.weight' is a tensor of shape \(2,\) .* expected a tensor of shape \(7,\)",
         ),
     ],
 )
