@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,13 @@ RESULTS = Path(__file__).parent / "results"
 class Results:
     """A JSON file of finished runs; a run that is in it already is not repeated.
 
+    Several processes may write the same file: each saves its own runs beside what it finds there.
+
     Args:
         path: Where the file is, or will be.
-        settings: What all runs share. A file with other settings is refused, because its runs could
-            not be compared with the new ones.
+        settings: What all runs share. A file whose settings contradict them is refused, because its
+            runs could not be compared with the new ones; settings that only one of them has, such
+            as those of a method added since, are kept from both.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -36,15 +42,17 @@ class Results:
         }
         for key, value in self._record.items():
             self.content.setdefault(key, value)
+        self._progress: Progress | None = None
 
     def _resume(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
         # Through JSON and back: tuples and lists are the same thing in a file.
-        if found.get("settings") != json.loads(json.dumps(settings)):
+        merged = _merged(found.get("settings"), json.loads(json.dumps(settings)))
+        if merged is None:
             raise SystemExit(
                 f"error: {self.path} holds runs with other settings; move it away, or "
                 "name another file with --out"
             )
-        self.content.update(found)
+        self.content.update(found, settings=merged)
 
     @property
     def runs(self) -> dict[str, Any]:
@@ -52,31 +60,90 @@ class Results:
         runs: dict[str, Any] = self.content["runs"]
         return runs
 
-    def run(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the run's result, computing and saving it if it is not there."""
-        if key not in self.runs:
+    def expect(self, cost: float) -> None:
+        """Announce what all runs to come cost together, for the estimate of the time left."""
+        self._progress = Progress(cost)
+
+    def run(
+        self, key: str, work: Callable[[], dict[str, Any]], cost: float = 1.0
+    ) -> dict[str, Any]:
+        """Return the run's result, computing and saving it if it is not there.
+
+        Args:
+            key: Names the run.
+            work: Computes it.
+            cost: Its share of what :meth:`expect` was told.
+        """
+        known = key in self.runs
+        if not known:
             self.runs[key] = work()
             self.save()
-            print(f"  {key}: {_brief(self.runs[key])}", flush=True)
+        left = "" if self._progress is None else self._progress.after(cost, worked=not known)
+        if not known:
+            print(f"  {left}{key}: {_brief(self.runs[key])}", flush=True)
         result: dict[str, Any] = self.runs[key]
         return result
 
     def save(self, **extra: Any) -> None:
         """Write the file, with ``extra`` entries beside the runs."""
-        self.content.update(extra)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial.replace(self.path)
+        with _locked(self.path.parent):
+            if self.path.is_file():
+                # What another process has saved since stays.
+                found = json.loads(self.path.read_text())
+                runs = {**found["runs"], **self.runs}
+                own = {"settings": self.content["settings"], "runs": runs}
+                self.content = {**self.content, **found, **own}
+            self.content.update(extra)
+            commits = self.content.setdefault("commits", [])
+            if (commit := self._record["environment"]["commit"]) not in commits:
+                commits.append(commit)
+            partial = self.path.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps(self.content, indent=1) + "\n")
+            partial.replace(self.path)
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
-    """Return the mean difference of two equally seeded series and its paired t-test's p value."""
-    from scipy.stats import ttest_rel
+class Progress:
+    """How much of a sweep is done, and an estimate of what is left from what was worked so far."""
 
-    difference = sum(a - b for a, b in zip(first, second, strict=True)) / len(first)
-    p = float(ttest_rel(first, second).pvalue) if len(first) > 1 else float("nan")
-    return {"difference": difference, "p": p}
+    def __init__(self, cost: float) -> None:
+        self._cost = cost
+        self._done = self._worked = 0.0
+        self._start = time.monotonic()
+
+    def after(self, cost: float, *, worked: bool) -> str:
+        """Count a run, worked or found in the file, and return the state of things as text."""
+        self._done += cost
+        self._worked += cost if worked else 0.0
+        if not self._worked:
+            return ""
+        rate = (time.monotonic() - self._start) / self._worked
+        left = max(0.0, self._cost - self._done) * rate
+        return f"[{min(1.0, self._done / self._cost):.0%}, {left / 60:.0f} min left] "
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    # The folder itself is locked, so that no lock file stays behind.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _merged(found: Any, asked: Any) -> Any:
+    """Return both settings as one, None where they contradict each other."""
+    if not (isinstance(found, dict) and isinstance(asked, dict)):
+        return asked if found == asked else None
+    merged = {**found, **asked}
+    for name in found.keys() & asked.keys():
+        if found[name] != asked[name]:
+            merged[name] = _merged(found[name], asked[name])
+            if merged[name] is None:
+                return None
+    return merged
 
 
 def _brief(run: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import neurms
-from benchmarks.harness import RESULTS, Results, paired
+from benchmarks.harness import RESULTS, Results
+from benchmarks.significance import paired
 from neurms.cli.data import Split, hold_out, load
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

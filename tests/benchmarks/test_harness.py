@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy.stats import t
 
-from benchmarks.harness import Results, paired
+from benchmarks.harness import Results
+from benchmarks.significance import paired
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +59,13 @@ def test_paired_is_student_s_t() -> None:
     found = paired(first, second)
     assert found["difference"] == pytest.approx(float(gaps.mean()), rel=1e-9)
     assert found["p"] == pytest.approx(2 * t.sf(abs(statistic), df=3), rel=1e-9)
+
+
+def test_settings_of_a_method_added_since_are_kept(tmp_path) -> None:
+    path = tmp_path / "some.json"
+    Results(path, {"steps": 5, "methods": {"a": {"beta": 0.9}}}).run("a", lambda: {})
+    Results(path, {"steps": 5, "methods": {"b": {}}}).run("b", lambda: {})
+    content = json.loads(path.read_text())
+    assert content["settings"] == {"steps": 5, "methods": {"a": {"beta": 0.9}, "b": {}}}
+    with pytest.raises(SystemExit, match="holds runs with other settings"):
+        Results(path, {"steps": 5, "methods": {"a": {"beta": 0.8}}})

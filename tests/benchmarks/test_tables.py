@@ -1,9 +1,10 @@
-"""The results page says what the results files say."""
+"""The results pages say what the results files say."""
 
 from __future__ import annotations
 
 from benchmarks import tables
 
 
-def test_page_is_made_from_the_files() -> None:
-    assert tables.PAGE.read_text() == tables.page()
+def test_pages_are_made_from_the_files() -> None:
+    for path, text in tables.pages().items():
+        assert path.read_text() == text, path

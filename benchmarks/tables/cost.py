@@ -1,0 +1,45 @@
+"""The page on cost: overhead, the profiler's accuracy, memory, start, other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.overhead_plot import PICTURE
+from benchmarks.overhead_plot import draw as draw_overhead
+from benchmarks.tables.memory import memory
+from benchmarks.tables.overhead import overhead, profiler
+from benchmarks.tables.peers import peers
+from benchmarks.tables.startup import startup
+
+__all__ = ["NAMES", "draw", "page"]
+
+NAMES = ("overhead", "profiler_cost", "memory", "startup", "kernels")
+
+HEAD = """# Cost
+
+Time and memory, from `benchmarks/results/`; see [Results](../results.md) for speed against torch.
+"""
+
+_SECTIONS = {
+    "overhead": overhead,
+    "profiler_cost": profiler,
+    "memory": memory,
+    "startup": startup,
+    "kernels": peers,
+}
+
+
+def page(contents: dict[str, dict[str, Any]]) -> str:
+    """Return the page that the results files there are make."""
+    made = [write(contents[name]) for name, write in _SECTIONS.items() if name in contents]
+    return "\n".join([HEAD, *made])
+
+
+def draw(folder: Path, contents: dict[str, dict[str, Any]]) -> None:
+    """Draw the share of reduce and scale against the width."""
+    if "overhead" not in contents:
+        return
+    content = contents["overhead"]
+    runs = [run for run in content["runs"].values() if "mode" in run]
+    draw_overhead(runs, content["laws"], folder / PICTURE.name)

@@ -1,0 +1,97 @@
+"""The figures of the page on images, as SVG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.perceptron_rows import Cell, cells
+from benchmarks.tables.autoencoder import finals
+
+Content = dict[str, Any]
+
+
+def draw(folder: Path, contents: dict[str, Content]) -> None:
+    """Write the figures whose results there are."""
+    import matplotlib as mpl
+
+    # Without a salt and with a date, the same results would give another file each time.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "neurms", "font.size": 9}):
+        mpl.use("Agg")
+        from matplotlib import pyplot
+
+        folder.mkdir(parents=True, exist_ok=True)
+        if "perceptrons" in contents:
+            times = contents["step_times"]["runs"]
+            _front(pyplot, folder, cells(contents["perceptrons"]["runs"], times))
+        if "ablations" in contents:
+            _rho(pyplot, folder, contents["ablations"])
+        if "autoencoder" in contents:
+            _losses(pyplot, folder, contents["autoencoder"])
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _front(pyplot: Any, folder: Path, found: list[Cell]) -> None:
+    """Plot accuracy, with bands, over the seconds of training; a panel for each data set."""
+    panels = sorted({cell.place[:2] for cell in found}, reverse=True)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 4.4), layout="constrained", squeeze=False
+    )
+    colours = pyplot.get_cmap("tab20").colors
+    names = sorted({cell.method for cell in found}, key=lambda name: (name.startswith("Neu"), name))
+    for panel, place in zip(axes[0], panels, strict=True):
+        for index, name in enumerate(names):
+            own = sorted(
+                (c for c in found if c.place[:2] == place and c.method == name),
+                key=lambda cell: cell.place[2],
+            )
+            if not own:
+                continue
+            seconds = [cell.steps * cell.ms / 1e3 for cell in own]
+            panel.errorbar(
+                seconds,
+                [cell.mean for cell in own],
+                [
+                    [cell.mean - cell.band[0] for cell in own],
+                    [cell.band[1] - cell.mean for cell in own],
+                ],
+                label=name,
+                color=colours[index % len(colours)],
+                marker="o" if own[0].ours else ".",
+                linestyle="-" if own[0].ours else ":",
+            )
+        best = max(c.mean for c in found if c.place[:2] == place)
+        panel.set(
+            title=" ".join(place), xscale="log", xlabel="s of training", ylabel="test accuracy"
+        )
+        panel.set_ylim(best - (0.06 if place[0] == "mnist" else 0.1), best + 0.004)
+    axes[0, -1].legend(frameon=False, fontsize=6, ncol=2)
+    _save(pyplot, figure, folder / "images-front.svg")
+
+
+def _rho(pyplot: Any, folder: Path, content: Content) -> None:
+    """Plot each layer's rho over steps."""
+    figure, axes = pyplot.subplots(figsize=(5.2, 3.0), layout="constrained")
+    for key, run in content["runs"].items():
+        if key.startswith("rho/"):
+            for layer, values in run["rho"].items():
+                steps = [run["every"] * (index + 1) for index in range(len(values))]
+                axes.plot(steps, values, label=f"{key.split('/')[1]}, layer {layer}")
+    axes.set(xlabel="step", ylabel="rho", ylim=(0, 1))
+    axes.legend(frameon=False)
+    _save(pyplot, figure, folder / "images-rho.svg")
+
+
+def _losses(pyplot: Any, folder: Path, content: Content) -> None:
+    """Plot the autoencoders' batch losses over steps."""
+    figure, axes = pyplot.subplots(figsize=(5.2, 3.2), layout="constrained")
+    for method, runs in finals(content).items():
+        curve = runs[0]["curve"]
+        axes.plot([10 * index for index in range(len(curve))], curve, label=method)
+    axes.set(xlabel="step", ylabel="cross entropy of an image", yscale="log")
+    axes.legend(frameon=False)
+    _save(pyplot, figure, folder / "autoencoder-loss.svg")

@@ -1,0 +1,59 @@
+"""What the page on text says beside its tables."""
+
+HEAD = """# Results on text
+
+Written by `python -m benchmarks.tables` from the files under `benchmarks/results/`; below each
+table stand the command and commits that made its runs. English prose of 15 MB (Austen, Shakespeare
+and Milton, the King James and Web Bibles), of each book the last twentieth held out; losses are
+validation losses in nats per byte, the mean over seeds, and every method is tuned with the same
+number of trials. Small models, a few hundred steps, one core: read rankings and ratios, not the
+losses themselves.
+"""
+
+FINDINGS = """## Which optimizer, for a small language model?
+
+{answers}
+
+All at p < .05 after Holm's correction, 3 seeds. The order is that of a few hundred steps at 0.66 M
+parameters; the sections below show how it moves with the number of steps.
+"""
+
+NEURMS = """\
+Variant U with momentum .9; unit factors are bounded by s_max = 100 in `neurms-u`, by nothing in
+`unclipped`, and in `relative-kappa=k` to within k times the layer's median factor. An absolute
+bound means something else in every layer; a relative one at k = 10 brings NeuRMS from well behind
+AdamW to its level, at 57 % of its state. A tight bound of k = 3 loses some of that. Sending the
+head to AdamW and a longer warmup each help the unclipped rule, too, but by less."""
+
+RACS = """\
+The paper's averages start at zero and are not corrected (`racs`), so that its first updates are
+up to 10 times too long; `corrected` divides by 1 - beta^t. With warmup it makes no difference.
+Without, the paper's form needs a rate a quarter as high and ends up worse: see the last rows."""
+
+ALICE = """\
+All at the rate that is best for Alice, with one part changed: `none-of-them` keeps the subspace
+by its leading directions, without tracking, switching and compensation. As in the paper's own
+ablation (26.96, 27.35, 25.11 and, with all, 21.95) the compensation is what counts; tracking
+costs state and gives nothing here (`alice-0` goes without it)."""
+
+SHARED = """\
+Rank 8; all at the rate that is best for the first row."""
+
+LEADS = (
+    ("neurms", "NeuRMS on text", NEURMS),
+    ("racs", "RACS: bias correction and the first steps", RACS),
+    ("alice", "What Alice's parts are worth", ALICE),
+    ("shared_basis", "SharedBasis on text", SHARED),
+)
+
+SUMMARY = """## A small LLaMA on English prose
+
+{answers}
+
+{table}
+
+{made}
+
+[Results on text](results/text.md) explains the columns, and has more methods, a GPT-2, tags, and
+what was tried where a method does not hold up.
+"""

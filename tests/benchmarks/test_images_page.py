@@ -1,0 +1,97 @@
+import pytest
+
+from benchmarks.autoencoder import TIMES
+from benchmarks.perceptrons import REFERENCE_MS
+from benchmarks.tables import images
+from benchmarks.tables.autoencoder import EVERY_STEP, PUBLISHED
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REFERENCE_MS, "4-2", 2.0)
+
+
+ENVIRONMENT = {"commit": "abc", "versions": {"torch": "2"}, "machine": "some"}
+
+
+def content(runs: dict, **more: object) -> dict:
+    made = {"command": "neurms bench some --seeds 3", "environment": ENVIRONMENT}
+    return {"runs": runs, "settings": {"steps": 300, "trials": 4}, **made, **more}
+
+
+def timing(ms: float) -> dict[str, float]:
+    return {"ms": ms, "ratio": ms / 2, "low": ms / 2, "high": ms / 2}
+
+
+def perceptrons(**scores: list[float]) -> dict:
+    runs: dict = {}
+    for method, series in scores.items():
+        name = method.replace("_", "-")
+        start = f"mnist/4-2/1 s/{name}"
+        runs[f"{start}/search/lr 0.1"] = {"accuracy": 0.5}
+        for seed, accuracy in enumerate(series):
+            key = f"{start}/steps 500/lr 0.1/seed {seed}"
+            runs[key] = {"accuracy": accuracy, "state_bytes": 2000}
+    times = {name.replace("_", "-"): timing(2.0) for name in scores}
+    return {
+        "perceptrons": content(runs),
+        "step_times": content({"4-2 batch 128 threads 1": times}),
+    }
+
+
+AHEAD, BEHIND = [0.95, 0.951, 0.953], [0.90, 0.902, 0.903]
+
+
+def test_answer_names_the_winner() -> None:
+    won = images.page(perceptrons(NeuRMS_U=AHEAD, AdamW=BEHIND))
+    lost = images.page(perceptrons(NeuRMS_U=BEHIND, AdamW=AHEAD))
+    tied = images.page(perceptrons(NeuRMS_U=AHEAD, AdamW=[0.951, 0.950, 0.953]))
+    assert "NeuRMS is ahead of every other method tried" in won
+    assert "significantly ahead of AdamW" in won
+    assert "another method is significantly ahead of NeuRMS" in lost
+    assert "significantly behind AdamW" in lost
+    assert "cannot be told apart" in tied
+    assert "| **NeuRMS-U** | 0.1 | 1 | 500 | 0.9513 |" in won
+    assert "| NeuRMS-U | 0.1 | 1 | 500 | 0.9017 |" in lost
+
+
+def test_epoch_is_steps_times_step_time() -> None:
+    page = images.page(perceptrons(NeuRMS_U=AHEAD, AdamW=BEHIND))
+    assert f"| AdamW | 2.00 | 1.00 (1.00..1.00) | {468 * 0.002:.2f} |" in page
+
+
+def test_ablations_say_what_differs() -> None:
+    runs = {}
+    for name, series in {"U": AHEAD, "F": BEHIND, "beta .9": [0.951, 0.95, 0.953]}.items():
+        runs[f"{name}/search/lr 0.1"] = {"accuracy": 0.5}
+        for seed, accuracy in enumerate(series):
+            runs[f"{name}/lr 0.1/seed {seed}"] = {"accuracy": accuracy}
+    runs["rho/U/60 steps"] = {"every": 30, "rho": {"0": [0.1, 0.2, 0.25]}}
+    text = images.ablations(content(runs))
+    assert "differ from U significantly: F." in text
+    assert "| F | 0.1 | 0.9017 | 0.0015 | -4.97 |" in text
+    assert "| U, layer 0 | 0.10 | 0.20 | 0.25 |" in text
+
+
+def test_cifar_compares_with_adamw() -> None:
+    runs = {"small/AdamW/search, 5 steps, 90 images/lr 0.1": {"accuracy": 0.9}}
+    for method, series in {"AdamW": BEHIND, "Muon": AHEAD}.items():
+        for seed, accuracy in enumerate(series):
+            runs[f"small/{method}/9 steps, 100 images/lr 0.1/seed {seed}"] = {"accuracy": accuracy}
+    text = images.cifar(content(runs))
+    assert "| small, 9 steps, 100 images: Muon | 0.1 | 0.9513 | 0.0015 | 3 | +4.97 |" in text
+    assert text.index(": Muon |") < text.index(": AdamW |")
+
+
+def test_autoencoder_sets_the_paper_s_figures_beside_ours() -> None:
+    runs, times = {}, {EVERY_STEP: {"seconds": 1.0}, "Shampoo(1000)": {"seconds": 0.5}}
+    for method, (loss, seconds, _) in PUBLISHED.items():
+        run = {"loss": loss + 10, "steps": 20, "curve": [9.0], "state_bytes": 3_000_000}
+        runs[f"{method}/20 steps/lr 0.1/seed 0"] = run
+        runs[f"{method}/search, 5 of 20 steps/lr 0.1"] = {"loss": 99.0, "steps": 5}
+        times[method] = {"seconds": seconds / 500}
+    text = images.autoencoder(content({**runs, f"{TIMES}1": times}))
+    row = "| SharedBasis | 99.0 (0.1, of 1) | 61.5 (20) | 0.28 | 2.80 | 3.0 | 51.49 | 2.8 |"
+    assert row in text
+    assert "SharedBasis's train loss is below Adam's (61.5 against 64.7)" in text
+    assert "takes 0.28 of the time of Shampoo(1000)'s with roots in every step and 0.25" in text
