@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.harness import RESULTS
 from benchmarks.tables import text_page
 from benchmarks.tables.accuracy import mnist
+from benchmarks.tables.answers import NAMES, answers
 from benchmarks.tables.speed import speed
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
@@ -30,6 +31,7 @@ def read(name: str) -> dict[str, Any]:
 def page() -> str:
     """Return the page that the results files make."""
     sections = [
+        answers({name: read(name) for name in NAMES}),
         mnist(read("mnist")),
         text_page.summary({name: read(name) for name in ("llama", "llama_step")}),
         speed(read("kernels"), read("step")),

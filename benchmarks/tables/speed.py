@@ -19,10 +19,6 @@ AdamW.
 `neurms bench step`: forward, backward and update of a ReLU network, against torch's fused SGD.
 
 {step}
-
-On large matrices RMNP's step costs what fused AdamW's does and RACS's 1.3 to 1.7 times as much; at
-1024 x 1024 both cost about twice as much. `update="backward"` pays where weights are large beside
-the batch; where they are not, NeuRMS costs 4 to 11 percent more than fused SGD.
 """
 
 

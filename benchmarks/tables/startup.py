@@ -8,13 +8,14 @@ from benchmarks.tables.markdown import markdown
 
 STARTUP = """## Start
 
-`neurms bench startup`: medians over fresh processes. `import neurms` loads an index; each name's own
+`neurms bench startup`: medians over fresh processes. `import neurms` loads an index; each name's
 module comes when it is first used, which the warm-up has in it. The warm-up builds NeuRMS-F with
 momentum and takes a first step, with every kernel's earlier compilations found on disk.
 
 {table}
 
-With `backend="inductor"` the larger part is importing torch's compiler and tracing the kernels anew.
+With `backend="inductor"` the larger part is importing torch's compiler and tracing the
+kernels anew.
 """
 
 

@@ -42,6 +42,4 @@ def page(contents: Mapping[str, Content]) -> str:
 def summary(contents: Mapping[str, Content]) -> str:
     """Return the section of the first results page: the small LLaMA in short, and more."""
     found = contents["llama"], contents.get("llama_step")
-    return SUMMARY.format(
-        table=text.short(*found), answers=text.answers(*found), made=made_by(contents["llama"])
-    )
+    return SUMMARY.format(table=text.short(*found), made=made_by(contents["llama"]))

@@ -48,8 +48,6 @@ LEADS = (
 
 SUMMARY = """## A small LLaMA on English prose
 
-{answers}
-
 {table}
 
 {made}

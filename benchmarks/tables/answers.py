@@ -1,0 +1,115 @@
+"""The first screen of the results page: which optimizer, at what cost, and how sure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.perceptron_rows import Cell, best_of, cells, duel
+from benchmarks.tables import text
+from benchmarks.tables.markdown import markdown
+
+Content = Mapping[str, Any]
+
+NAMES = ("perceptrons", "step_times", "llama", "llama_step", "step", "memory", "kernels")
+"""The results files that the answers are drawn from."""
+
+ANSWERS = """## Which optimizer should I use on my CPU?
+
+**Language models and transformers.** A small LLaMA, 600 steps, 3 seeds, every method tuned with the
+same number of trials:
+
+{language}
+
+**Small perceptrons.** Test accuracy at equal wall-clock, one thread, 5 seeds; the NeuRMS is the one
+that validation images choose, *p* a paired t-test's after Holm's correction:
+
+{perceptrons}
+
+{small}
+
+**Large layers, little memory.** {backward}
+
+**What a step costs**, against torch's fused AdamW on one matrix, two threads: {steps}.
+
+How sure: a few seeds, minutes of training, one shared machine. Rankings with p below .05 should
+hold elsewhere at these scales; seconds will not, their ratios roughly. No figure here is from a run
+longer than minutes, so nothing here says what happens in long ones.
+"""
+
+
+def answers(contents: Mapping[str, Content]) -> str:
+    """Return the section.
+
+    Args:
+        contents: Of the results files of :data:`NAMES`, by name.
+    """
+    found = cells(contents["perceptrons"]["runs"], contents["step_times"]["runs"])
+    return ANSWERS.format(
+        language=text.answers(contents["llama"], contents["llama_step"]),
+        perceptrons=_perceptrons(found),
+        small=_stateless(found),
+        backward=_backward(contents["step"]["runs"], contents["memory"]["runs"]),
+        steps=_steps(contents["kernels"]["runs"]),
+    )
+
+
+def _perceptrons(found: Sequence[Cell]) -> str:
+    lines = []
+    for place in sorted({cell.place for cell in found}):
+        own = sorted((c for c in found if c.place == place), key=lambda cell: -cell.mean)
+        ours, rivals = best_of(own), [cell for cell in own if not cell.ours]
+        if ours is None or not rivals:
+            continue
+        test = duel(ours, own)[rivals[0].method]
+        lines.append(
+            [
+                f"{place[0]}, {place[2]:g} s",
+                f"{rivals[0].method} {rivals[0].mean:.4f}",
+                f"{ours.method} {ours.mean:.4f}",
+                f"{100 * test['difference']:+.2f}",
+                f"{test['p_holm']:.3f}",
+            ]
+        )
+    return markdown(["budget", "best of the others", "NeuRMS", "points", "p"], lines)
+
+
+def _stateless(found: Sequence[Cell]) -> str:
+    parts = []
+    for place in sorted({cell.place for cell in found}):
+        at = {cell.method: cell for cell in found if cell.place == place}
+        if "NeuRMS-U" in at and "AdamW" in at:
+            points = 100 * (at["NeuRMS-U"].mean - at["AdamW"].mean)
+            parts.append(f"{points:+.2f} ({place[0]}, {place[2]:g} s)")
+    state = {c.method: c.state_bytes for c in found}
+    return (
+        f"NeuRMS-U without momentum keeps {state['NeuRMS-U'] / 1e3:.0f} kB of state where AdamW "
+        f"keeps {state['AdamW'] / 1e3:,.0f}, for these points against AdamW: {', '.join(parts)}."
+    )
+
+
+def _backward(steps: Content, memory: Content) -> str:
+    wide = next(run for name, run in steps.items() if "4096" in name)
+    narrow = next(run for name, run in steps.items() if "4096" not in name)
+    name = "NeuRMS-U backward"
+    peak = {k: run["resident_bytes"] / 2**20 for k, run in memory.items()}
+    wide_ratio = {method: f"{run['ratio']:.2f}" for method, run in wide.items()}
+    weights = memory[name]["weight_bytes"] / 2**20
+    return (
+        '`NeuRMS(model, update="backward")` never holds the gradients. A training step of\n'
+        f"1024-4096-4096-1024 takes {wide_ratio[name]} of fused SGD's time (fused AdamW "
+        f"{wide_ratio['adamw fused']}, default AdamW\n{wide_ratio['adamw']}); at its peak the process "
+        f"holds {peak[name]:.0f} MiB, {weights:.0f} of them the weights, where SGD\nholds "
+        f"{peak['sgd']:.0f} and fused AdamW {peak['adamw fused']:.0f}. At 784-1024-1024-10, batch 128, "
+        f"it takes {narrow[name]['ratio']:.2f} of fused\nSGD's time "
+        f'(`update="step"`: {narrow["NeuRMS-U step"]["ratio"]:.2f}).'
+    )
+
+
+def _steps(kernels: Content) -> str:
+    sizes = {name: run for name, run in kernels.items() if name[0].isdigit()}
+    parts = []
+    for method in ("rmnp", "racs"):
+        ratios = ", ".join(f"{run[method]['ratio']:.2f} at {size}" for size, run in sizes.items())
+        parts.append(f"{method.upper()} {ratios}")
+    return "; ".join(parts)
