@@ -93,14 +93,15 @@ def _backward(steps: Content, memory: Content) -> str:
     narrow = next(run for name, run in steps.items() if "4096" not in name)
     name = "NeuRMS-U backward"
     peak = {k: run["resident_bytes"] / 2**20 for k, run in memory.items()}
+    sgd, fused = peak["sgd"], peak["adamw fused"]
     wide_ratio = {method: f"{run['ratio']:.2f}" for method, run in wide.items()}
     weights = memory[name]["weight_bytes"] / 2**20
     return (
         '`NeuRMS(model, update="backward")` never holds the gradients. A training step of\n'
         f"1024-4096-4096-1024 takes {wide_ratio[name]} of fused SGD's time (fused AdamW "
-        f"{wide_ratio['adamw fused']}, default AdamW\n{wide_ratio['adamw']}); at its peak the process "
-        f"holds {peak[name]:.0f} MiB, {weights:.0f} of them the weights, where SGD\nholds "
-        f"{peak['sgd']:.0f} and fused AdamW {peak['adamw fused']:.0f}. At 784-1024-1024-10, batch 128, "
+        f"{wide_ratio['adamw fused']}, default AdamW\n{wide_ratio['adamw']}); at its peak "
+        f"the process holds {peak[name]:.0f} MiB, {weights:.0f} of them the weights, where SGD\nholds "
+        f"{sgd:.0f} and fused AdamW {fused:.0f}. At 784-1024-1024-10, batch 128, "
         f"it takes {narrow[name]['ratio']:.2f} of fused\nSGD's time "
         f'(`update="step"`: {narrow["NeuRMS-U step"]["ratio"]:.2f}).'
     )

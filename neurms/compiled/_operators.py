@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["operator"]
+__all__ = ["operator", "returns_tensors"]
+
+
+def returns_tensors(definition: Callable[..., Any]) -> bool:
+    """Return whether a graph can hold a kernel's result, as its annotation says."""
+    return "Tensor" in str(inspect.signature(definition).return_annotation)
 
 
 def operator(
@@ -33,8 +38,7 @@ def operator(
     Returns:
         None for what a graph cannot hold: a kernel whose result is no tensor.
     """
-    signature = inspect.signature(definition)
-    if "Tensor" not in str(signature.return_annotation):
+    if not returns_tensors(definition):
         return None
     schema = torch.library.infer_schema(definition, mutates_args=mutates)
     if returns:  # which an operator may not do
@@ -53,7 +57,7 @@ def operator(
     call = getattr(torch.ops.neurms, definition.__name__).default
     if not returns:
         return call  # type: ignore[no-any-return]
-    place = list(signature.parameters).index(returns)
+    place = list(inspect.signature(definition).parameters).index(returns)
 
     def in_place(*args: Any) -> Any:
         call(*args)

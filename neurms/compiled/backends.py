@@ -12,6 +12,8 @@ What this file promises:
   operands, else the eager definition; the choice depends on shapes and dtypes alone;
 * there is one silent-proof fallback: ``inductor`` without a C++ compiler warns once, naming the
   cure, and runs the eager definition. Every other failure is raised;
+* a graph cannot hold an answer that is a Python bool: ``inductor`` runs the eager definition of
+  such a kernel;
 * kernels may be called from any thread. A context variable does not follow into the threads of
   autograd, so code in a backward hook fixes its choice with :meth:`Kernel.on`.
 """
@@ -29,7 +31,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 import torch
 
 from neurms.compiled._forms import InductorForm, script
-from neurms.compiled._operators import operator
+from neurms.compiled._operators import operator, returns_tensors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -157,7 +159,7 @@ class Kernel(Generic[P, R]):
             return _without_grad(self._positional(self._chosen))
         if backend == "torchscript":
             return _without_grad(script(self.eager))
-        if backend == "inductor":
+        if backend == "inductor" and returns_tensors(self.eager):
             return _without_grad(self._positional(self._inductor))
         return _without_grad(self.eager)
 

@@ -1,8 +1,8 @@
-"""Whether a tensor holds a NaN or an infinity, in one read."""
+"""Whether a tensor holds a NaN, an infinity or a number beyond a bound, in one read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 from neurms.compiled.backends import PROMPT, current_backend, kernel
 from neurms.compiled.native import LEAST_ELEMENTS, fits, library, suits, threads
 
-__all__ = ["all_finite", "are_finite"]
+__all__ = ["all_finite", "all_within", "are_finite", "are_within"]
+
+GREATEST = torch.finfo(torch.float32).max
 
 
 @kernel
@@ -41,7 +43,43 @@ def all_finite(x: Tensor) -> bool:
 def _all_finite(x: Tensor) -> bool:
     kernels = library()
     assert kernels is not None
-    return bool(kernels.neurms_all_finite(x.data_ptr(), x.numel(), threads()))
+    return bool(kernels.neurms_all_within(x.data_ptr(), x.numel(), GREATEST, threads()))
+
+
+@kernel
+def all_within(x: Tensor, bound: float) -> bool:
+    """Return whether no element's magnitude exceeds a bound.
+
+    The Euclidean norm is no less than any magnitude, and reads at memory speed; only where it
+    exceeds the bound are elements looked at.
+
+    Args:
+        x: Any shape, any floating dtype.
+        bound: At least 1e-15, whose square does not underflow; compared in float32, in float64 with
+            a float64 ``x``.
+
+    Returns:
+        False where there is a NaN; True for an empty tensor.
+
+    Example:
+        >>> import torch
+        >>> all_within(torch.tensor([1.0, -3.0]), 2.0)
+        False
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if bool(torch.linalg.vector_norm(x, 2.0, None, False, dtype=dtype) <= bound):
+        return True
+    return bool((x.to(dtype).abs() <= bound).all())
+
+
+@all_within.native(
+    lambda x, bound: bound <= GREATEST and suits(x),
+    fits=lambda x, bound: bound <= GREATEST and fits(x),
+)
+def _all_within(x: Tensor, bound: float) -> bool:
+    kernels = library()
+    assert kernels is not None
+    return bool(kernels.neurms_all_within(x.data_ptr(), x.numel(), bound, threads()))
 
 
 def are_finite(tensors: Sequence[Tensor], prompt: bool = False) -> bool:
@@ -57,8 +95,33 @@ def are_finite(tensors: Sequence[Tensor], prompt: bool = False) -> bool:
     if prompt:
         look = all_finite.on(PROMPT)
         return all(look(tensor) for tensor in tensors)
+    return _small_together(tensors, all_finite.on(_kind()))
+
+
+def are_within(tensors: Sequence[Tensor], bound: float, prompt: bool = False) -> bool:
+    """Return whether no magnitude in several CPU tensors exceeds a bound, as :func:`are_finite`.
+
+    Args:
+        tensors: Any shapes, any floating dtypes.
+        bound: At least 1e-15.
+        prompt: Whether to look natively at small ones too.
+
+    Returns:
+        False where there is a NaN; True without tensors.
+    """
+    if prompt:
+        look = all_within.on(PROMPT)
+        return all(look(tensor, bound) for tensor in tensors)
+    look = all_within.on(_kind())
+    return _small_together(tensors, lambda tensor: look(tensor, bound))
+
+
+def _kind() -> str:
     # No compiled form exists: a graph cannot hold an answer that is a Python bool.
-    look = all_finite.on("eager" if current_backend() == "eager" else "auto")
+    return "eager" if current_backend() == "eager" else "auto"
+
+
+def _small_together(tensors: Sequence[Tensor], look: Callable[[Tensor], bool]) -> bool:
     small: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() >= LEAST_ELEMENTS:

@@ -8,6 +8,7 @@ from torch.autograd.graph import increment_version
 
 from neurms.compiled.backends import kernel
 from neurms.compiled.native import library, suits, threads
+from neurms.compiled.normalization import row_norms
 
 __all__ = ["row_normalized_update_"]
 
@@ -54,8 +55,7 @@ def row_normalized_update_(
     """
     momentum.lerp_(gradient, 1.0 - mu)
     ahead = torch.lerp(gradient, momentum, mu) if nesterov else momentum
-    norms: Tensor = torch.linalg.vector_norm(ahead, 2.0, [-1], True)
-    unit = ahead / norms.clamp(min=floor)
+    unit = ahead / row_norms(ahead).clamp(min=floor)
     return w.mul_(decay.to(w.device, w.dtype)).sub_(unit.mul_(step.to(w.device, w.dtype)))
 
 

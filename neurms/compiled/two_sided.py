@@ -168,7 +168,9 @@ def scaled_square_sum(gradient: Tensor, left: Tensor, right: Tensor) -> Tensor:
         >>> scaled_square_sum(torch.ones(2, 2), torch.tensor([1.0, 2.0]), torch.ones(2))
         tensor(10.)
     """
-    return _matvec(gradient.square(), right.square()).mul(left.square()).sum()
+    # Not as a product of matrix and vector, whose running sum over 40,000 features is 2e-6 off.
+    weighted = gradient.square().mul(right.square())
+    return weighted.sum(-1).mul(left.square()).sum()
 
 
 @scaled_square_sum.native(

@@ -84,18 +84,19 @@ void scale_columns(const float* x, int64_t rows, int64_t stride, int64_t width, 
 
 extern "C" {
 
-// Whether every element is finite: exponents are compared as integers, which no rounding mode touches.
-int neurms_all_finite(const float* x, int64_t count, int threads) {
-  const uint32_t full = 0x7f800000u;
-  uint32_t bad = 0;
+// Whether no magnitude exceeds `bound`, which no NaN is within: floats without their sign are ordered as integers are.
+int neurms_all_within(const float* x, int64_t count, float bound, int threads) {
+  const uint32_t magnitude = 0x7fffffffu;
+  uint32_t greatest, bad = 0;
+  std::memcpy(&greatest, &bound, sizeof bound);
 #pragma omp parallel for num_threads(count < kAlone ? 1 : threads) schedule(static) reduction(| : bad)
   for (int64_t block = 0; block < count; block += 8192) {
     const int64_t end = std::min(count, block + 8192);
     const uint32_t* bits = reinterpret_cast<const uint32_t*>(x);
     uint32_t peak = 0;
 #pragma omp simd reduction(max : peak)
-    for (int64_t i = block; i < end; ++i) peak = std::max(peak, bits[i] & full);
-    bad |= peak == full;
+    for (int64_t i = block; i < end; ++i) peak = std::max(peak, bits[i] & magnitude);
+    bad |= peak > greatest;
   }
   return !bad;
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
@@ -260,7 +261,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             What ``closure`` returned, else None.
 
         Raises:
-            NonFiniteError: A gradient or statistic is NaN or infinite and ``nonfinite="raise"``.
+            NonFiniteError: A gradient or statistic is NaN or infinite, or would make state so, and
+                ``nonfinite="raise"``.
                 Parameters and state are as they were before the call.
             TypeError: A gradient is sparse.
         """
@@ -312,15 +314,25 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return True
 
     def _bad_names(self, items: Sequence[Item]) -> list[str]:
-        return nonfinite_names(items)
+        return nonfinite_names(items, self._greatest(items))
+
+    def _greatest(self, items: Sequence[Item]) -> list[float]:
+        """Return how large each gradient may be; AdamW's may overflow as they do in torch."""
+        groups = {id(item.group): item.group for item in items if item.rule != FALLBACK}
+        recipes = {key: self._recipe(group) for key, group in groups.items()}
+        return [
+            math.inf if item.rule == FALLBACK else recipes[id(item.group)].greatest(item.parameter)
+            for item in items
+        ]
 
     def _on_nonfinite(self, names: Sequence[str]) -> None:
         if self.nonfinite == "skip":
             self.skipped_steps += 1
             return
         raise NonFiniteError(
-            f"the gradient of {', '.join(map(repr, names[:5]))} is NaN or infinite; nothing was "
-            'changed. Lower lr, clip gradients, or pass nonfinite="skip" to leave such steps out'
+            f"the gradient of {', '.join(map(repr, names[:5]))} is NaN or infinite, or so large "
+            "that what is kept of it would be; nothing was changed. "
+            'Lower lr, clip gradients, or pass nonfinite="skip" to leave such steps out'
         )
 
     def _update(self, items: Sequence[Item]) -> None:

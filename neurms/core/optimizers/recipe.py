@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from neurms.core.precision import compute_dtype
 from neurms.core.structures.base import Context, State, Transform
 
 __all__ = ["FusedStep", "Recipe"]
@@ -85,6 +87,22 @@ class Recipe:
     def row_local(self) -> bool:
         """Whether a rank's own rows of a matrix are enough for every transform."""
         return all(transform.row_local for transform in self.transforms)
+
+    @functools.cached_property
+    def any_scale(self) -> bool:
+        """Whether no transform minds how large a gradient is."""
+        return all(transform.any_scale for transform in self.transforms)
+
+    def greatest(self, like: Tensor) -> float:
+        """Return the magnitude up to which gradients of a matrix like ``like`` can be worked on.
+
+        Norms of what is below it do not overflow or, where a transform keeps squares, sums of them
+        over the whole matrix: with a factor of 4 to spare.
+        """
+        greatest = torch.finfo(compute_dtype(like)).max
+        if self.any_scale:
+            return greatest / 2.0 / math.sqrt(like.numel())
+        return math.sqrt(greatest / like.numel()) / 2.0
 
     @functools.cached_property
     def parts(self) -> tuple[Recipe, Recipe]:

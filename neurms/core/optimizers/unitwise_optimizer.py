@@ -193,6 +193,7 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         self._layers.synchronize()
         gradients = [item.gradient for item in items]
         plain = all(type(gradient) is Tensor and gradient.is_cpu for gradient in gradients)
+        plain = plain and all(item.rule in (self.rule, FALLBACK) for item in items)
         bad: list[str] | None = [] if plain and are_finite(gradients, self._layers.large) else None
         return (super()._bad_names(items) if bad is None else bad) or self._layers.nonfinite_names()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.compiled.finite import are_finite
+from neurms.compiled.finite import are_within
 from neurms.core.distributed.shards import (
     RowShard,
     is_sharded,
@@ -129,16 +130,20 @@ def gathered(groups: Iterable[dict[str, Any]], routes: Mapping[Tensor, Route]) -
     return items
 
 
-def nonfinite_names(items: Sequence[Item]) -> list[str]:
-    """Return the names of parameters whose gradient holds a NaN or an infinity.
+def nonfinite_names(items: Sequence[Item], greatest: Sequence[float] | None = None) -> list[str]:
+    """Return the names of parameters whose gradient holds a NaN or an infinity, or is too large.
 
-    A sum reads each gradient once at memory speed and is non-finite whenever an element is; only
-    then are elements looked at, since a sum of huge finite numbers may overflow. Ranks that share
-    sharded gradients agree on the answer, so that all of them take the step or none.
+    A norm reads each gradient once at memory speed and is no less than any element; only where it
+    is above the bound are elements looked at. Ranks that share sharded gradients agree on the
+    answer, so that all of them take the step or none.
+
+    Args:
+        items: Parameters with their gradients.
+        greatest: The largest magnitude that each gradient may have; None for any finite one.
     """
     if not items:
         return []
-    names = _on_any_rank(items, set(_bad_here(items)))
+    names = _on_any_rank(items, set(_bad_here(items, greatest or [math.inf] * len(items))))
     return [item.route.name for item in items if item.route.name in names]
 
 
@@ -177,20 +182,34 @@ def is_rehearsal(items: Sequence[Item]) -> bool:
     return not _on_any_rank(items, moving)
 
 
-def _bad_here(items: Sequence[Item]) -> list[str]:
-    """Return the names of parameters whose gradient is not finite where this rank holds it."""
-    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for item in items:
-        pair = (item.route.name, local(item.gradient))
-        by_device.setdefault(item.gradient.device, []).append(pair)
+def _bad_here(items: Sequence[Item], greatest: Sequence[float]) -> list[str]:
+    """Return the names of parameters whose gradient, where this rank holds it, is out of bounds."""
+    by_device: dict[torch.device, list[tuple[str, Tensor, float]]] = {}
+    for item, bound in zip(items, greatest, strict=True):
+        part = local(item.gradient)
+        own = (item.route.name, part, min(bound, torch.finfo(_wide(part)).max))
+        by_device.setdefault(part.device, []).append(own)
     suspects = []
-    for device, own in by_device.items():
-        if device.type == "cpu" and are_finite([gradient for _, gradient in own]):
+    for device, parts in by_device.items():
+        least = min(bound for *_, bound in parts)
+        if device.type == "cpu" and are_within([part for _, part, _ in parts], least):
             continue
-        sums = torch.stack([gradient.sum(dtype=torch.float32) for _, gradient in own])
-        finite = torch.isfinite(sums).tolist()
-        suspects += [pair for pair, good in zip(own, finite, strict=True) if not good]
-    return [name for name, gradient in suspects if not bool(torch.isfinite(gradient).all())]
+        small = torch.stack([_norm(part) <= bound for _, part, bound in parts]).tolist()
+        suspects += [own for own, good in zip(parts, small, strict=True) if not good]
+    return [
+        name
+        for name, part, bound in suspects
+        if not bool((part.to(_wide(part)).abs() <= bound).all())
+    ]
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=_wide(tensor))
+    return norm
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _agreed(mesh: Any, items: Sequence[Item], names: Collection[str]) -> set[str]:

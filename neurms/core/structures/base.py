@@ -91,6 +91,9 @@ class Transform(ABC):
     """Whether :attr:`Context.weight` must be given."""
     row_local: bool = False
     """Whether a rank's own rows are enough, so that sharded matrices need not be gathered."""
+    any_scale: bool = False
+    """Whether it works at any magnitude, its squares or their overflow doing no harm. Elsewhere
+    gradients whose squares could overflow are refused, for state made of them would be lost."""
 
     def init(self, matrix: Tensor) -> State:
         """Return the state for matrices like ``matrix`` (..., m, n), possibly on meta."""

@@ -33,6 +33,7 @@ class RowNormalized(Structure):
     """
 
     row_local = True
+    any_scale = True
 
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
         """Do nothing: one sample is all there is."""

@@ -34,6 +34,7 @@ class Orthogonalized(Structure):
 
     steps: int = 5
     coefficients: tuple[float, float, float] = MUON_COEFFICIENTS
+    any_scale = True
 
     def __post_init__(self) -> None:
         check_positive_int("steps", self.steps)

@@ -61,6 +61,7 @@ class UnitFeatureDiagonal(Structure):
     factored: bool = False
     clip: Clip = "absolute"
     kappa: float = 10.0
+    any_scale = True  # of a gradient; what it averages is judged by itself
 
     def __post_init__(self) -> None:
         check_fraction("beta", self.beta)

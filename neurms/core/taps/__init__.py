@@ -10,6 +10,8 @@
 :func:`activity_of`             the :class:`Activity` of a module
 :func:`forget_compiled_graphs`  makes functions compiled before attaching see the taps
 ==============================  ==================================================================
+
+In graphs of torch.compile, :class:`~neurms.core.taps.probe.Probe` stands for the hooks.
 """
 
 from neurms.core.taps.activity import Activity, activity_of

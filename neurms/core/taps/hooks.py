@@ -6,6 +6,8 @@ delivered from there, together: a forward that no backward reaches, or that a ch
 twice, counts once or not at all. Tensor hooks stand where they were registered, before any later
 in-place activation, which is where D = dL/dZ is (module backward hooks refuse in-place
 activations).
+
+In a graph of torch.compile the probe engine stands for the hook on the output.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from torch.utils.hooks import RemovableHandle
 
 from neurms.compiled.backends import PROMPT, validate_backend
 from neurms.core.diagnostics.spans import span
+from neurms.core.errors import UnsupportedTrainingError, check_choice
 from neurms.core.taps.accumulation import destination, is_ordinary
 from neurms.core.taps.activity import Activity, activity_of
+from neurms.core.taps.probe import Probe
 from neurms.core.taps.protocol import Sink, Sums
 
 __all__ = ["HookTap", "InertTap", "forget_compiled_graphs"]
@@ -69,8 +73,9 @@ class HookTap:
     and takes its hook off at the first forward after its sink is gone. Whoever makes the tap keeps
     the sink. Copies and pickles of the model hold an :class:`InertTap` instead.
 
-    Under torch.compile the hook breaks the graph; functions compiled before :meth:`attach` do not
-    see it until :func:`forget_compiled_graphs`. FSDP2 is seen through the unsharded parameter that
+    Graphs of torch.compile hold a :class:`~neurms.core.taps.probe.Probe` where ``in_graph`` says
+    so, and break at the layer where it does not; functions compiled before :meth:`attach` see
+    neither until :func:`forget_compiled_graphs`. FSDP2 is seen through the unsharded parameter that
     the module holds during its forward.
 
     Args:
@@ -80,6 +85,8 @@ class HookTap:
         activity: Axes of H and D; None takes :func:`~neurms.core.taps.activity.activity_of`.
         features: Whether H is reduced too.
         backend: How the reductions run.
+        in_graph: What compiled graphs do: ``"observe"`` for a sink that never rescales,
+            ``"rescale"`` for one that may, or None to break the graph and run the hook.
 
     Raises:
         TypeError: ``sink`` is no :class:`~neurms.core.taps.protocol.Sink`.
@@ -119,6 +126,7 @@ class HookTap:
         activity: Activity | None = None,
         features: bool = False,
         backend: str = "auto",
+        in_graph: str | None = None,
     ) -> None:
         if not isinstance(sink, Sink):
             raise TypeError(f"sink={sink!r} must have the methods add, rescale and loss_scale")
@@ -138,6 +146,10 @@ class HookTap:
         self._handle: RemovableHandle | None = None
         self._accumulator: Any = None
         self._lock = threading.Lock()
+        if in_graph is not None:
+            check_choice("in_graph", in_graph, ("observe", "rescale"))
+        rescales = in_graph == "rescale"
+        self._probe = None if in_graph is None else Probe(self, rescales=rescales)
 
     @property
     def attached(self) -> bool:
@@ -178,15 +190,22 @@ class HookTap:
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        """Observe one forward of the module (torch's forward hook); never touches the output."""
+    ) -> Any:
+        """Observe one forward of the module (torch's forward hook); never touches the output.
+
+        Returns:
+            None, save in a graph that is being recorded: the output as the graph goes on with it.
+        """
+        inputs = args[0] if args else kwargs.get("input")
         if torch.compiler.is_dynamo_compiling():
-            _break_graph(self, module, args, kwargs, output)
-            return
+            if self._joins_graph(module):
+                return self._in_graph(module, inputs, output)
+            return _break_graph(self, module, args, kwargs, output)
         if self._sink() is None:
             self.detach()
         elif (weight := self._weight_in_use(module)) is not None:
-            self.observe(args[0] if args else kwargs.get("input"), output, weight)
+            self.observe(inputs, output, weight)
+        return None
 
     def observe(self, inputs: Any, outputs: Any, weight: Tensor | None = None) -> None:
         """Observe one product of ``inputs`` with the weight: reduce H now and D when it passes.
@@ -206,6 +225,38 @@ class HookTap:
         feature_sums, feature_rows = self._reduce_inputs(inputs)
         signal = _in_place_safe(outputs, -min(self.activity.unit_axes))
         signal.register_hook(self._on_errors(weight, feature_sums, feature_rows))
+
+    def _joins_graph(self, module: nn.Module) -> bool:
+        """Return whether the graph being recorded can hold this tap. Traced by Dynamo."""
+        if self._probe is None or _is_sharded(self.weight):
+            return False
+        # Hooks of others on the output would see D before it is rescaled instead of after.
+        return not self._probe.rescales or len(module._forward_hooks) == 1
+
+    def _in_graph(self, module: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
+        """Return the output shown to the probe, None where nothing counts. Traced by Dynamo."""
+        weight = module._parameters.get(self._name)
+        trained = torch.is_grad_enabled() and self.weight.requires_grad and outputs.requires_grad
+        if self._probe is None or weight is not self.weight or not trained:
+            return None
+        return self._probe.through(outputs, inputs.detach() if self.features else None)
+
+    def serve(self, errors: Tensor, inputs: Tensor | None, rescales: bool) -> Tensor | None:
+        """Take D and H from a compiled graph's backward; see :class:`ServesGraphs`.
+
+        Raises:
+            UnsupportedTrainingError: The sink rescales D, which the graph does not expect.
+        """
+        if self._sink() is None:
+            return None
+        rescaled = self._on_errors(self.weight, *self._reduce_inputs(inputs))(errors)
+        if rescaled is not None and not rescales:
+            raise UnsupportedTrainingError(
+                f"the tap of a {type(self._module()).__name__} began to rescale its error signal "
+                "after the model was compiled for one that does not (was variant changed in a "
+                'parameter group?); build the optimizer anew with variant="B"'
+            )
+        return rescaled
 
     def _reduce_inputs(self, inputs: Any) -> tuple[Tensor | None, int]:
         if not self.features:

@@ -30,6 +30,7 @@ class Momentum(Transform):
     nesterov: bool = False
     average: bool = True
     row_local = True
+    any_scale = True
 
     def __post_init__(self) -> None:
         check_fraction("momentum", self.momentum)

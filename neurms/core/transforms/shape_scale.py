@@ -39,6 +39,7 @@ class ShapeScale(Transform):
 
     adjust_lr: ShapeScaling | None = "original"
     row_local = True
+    any_scale = True
 
     def __post_init__(self) -> None:
         check_choice("adjust_lr", self.adjust_lr, (None, "original", "match_rms_adamw"))

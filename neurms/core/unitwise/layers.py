@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from neurms.compiled.finite import all_finite, are_finite
+from neurms.compiled.finite import all_finite, all_within, are_within
 from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.core.diagnostics.spans import span
 from neurms.core.distributed.shards import is_sharded, mesh_of, row_shard
@@ -163,7 +163,10 @@ class UnitwiseLayers:
         if in_backward and (type(module) is nn.Linear or is_tapped_linear(module)):
             assert isinstance(module, nn.Linear)
             return BackwardUpdateTap(module, layer, name=layer.name)
-        return HookTap(module, layer.weight, layer, features=features, backend=backend)
+        in_graph = "rescale" if layer.owner.variant_of(layer) == "B" else "observe"
+        return HookTap(
+            module, layer.weight, layer, features=features, backend=backend, in_graph=in_graph
+        )
 
     def _heads_of(self, route: Route) -> int:
         return next(
@@ -238,7 +241,9 @@ class UnitwiseLayers:
         observed = [x for x in self if x.observed.units is not None and x.name not in seen]
         if not observed:
             return list(self._bad)
-        if _all_finite([s for x in observed for s in _tensors(x.observed)], self.large):
+        greatest = min(x.observed.greatest() for x in observed)
+        sums = [s for x in observed for s in _tensors(x.observed)]
+        if _all_within(sums, greatest, self.large):
             return list(self._bad)
         return self._bad + [layer.name for layer in observed if not layer.observed.is_finite()]
 
@@ -262,7 +267,7 @@ class UnitwiseLayers:
             NonFiniteError: They are not and ``nonfinite`` is ``"raise"``; names what was updated
                 before.
         """
-        if _are_finite(sums, activations, layer.backend):
+        if _are_finite(sums, activations, layer):
             self._updated.append(layer.name)
             return True
         if nonfinite == "skip":
@@ -367,21 +372,22 @@ def _tensors(pending: PendingSums) -> list[Tensor]:
     return [sums for sums in (pending.units, pending.features) if sums is not None]
 
 
-def _all_finite(tensors: Sequence[Tensor], prompt: bool) -> bool:
-    """Return whether tensors are finite, waiting but once for an accelerator."""
+def _all_within(tensors: Sequence[Tensor], greatest: float, prompt: bool) -> bool:
+    """Return whether no sum exceeds ``greatest``, waiting but once for an accelerator."""
     if all(tensor.is_cpu for tensor in tensors):
-        return are_finite(tensors, prompt)
-    sums = [tensor.sum().to(tensors[0].device, torch.float32) for tensor in tensors]
-    return bool(torch.isfinite(torch.stack(sums)).all())
+        return are_within(tensors, greatest, prompt)
+    good = [(tensor <= greatest).all().to(tensors[0].device) for tensor in tensors]
+    return bool(torch.stack(good).all())
 
 
-def _are_finite(sums: Sums, activations: Tensor, backend: str) -> bool:
+def _are_finite(sums: Sums, activations: Tensor, layer: TappedLayer) -> bool:
     """Return whether D and H are finite: by their sums of squares, or H by itself without one."""
-    look = all_finite.on(backend)
+    look = all_within.on(layer.backend)
     parts = [s for s in (sums.unit_square_sum, sums.feature_square_sum) if s is not None]
-    if not all(look(part) for part in parts):
+    rows = max(layer.pending.rows + sums.rows, 1)
+    if not all(look(part, torch.finfo(part.dtype).max / (4.0 * rows)) for part in parts):
         return False
-    return sums.feature_square_sum is not None or look(activations)
+    return sums.feature_square_sum is not None or all_finite.on(layer.backend)(activations)
 
 
 def _is_compiled(module: nn.Module | None) -> bool:

@@ -321,13 +321,14 @@ class GradientPreconditioner:
     def _nonfinite_statistics(self, layers: Sequence[TappedLayer]) -> list[str]:
         # Backward updates that were left out have no sums to show for it.
         left_out = self._layers.nonfinite_names() if self._in_backward else []
-        sums = [
-            part.sum().to(layers[0].weight.device, torch.float32)
+        device = layers[0].weight.device if layers else None
+        good = [
+            (part <= layer.observed.greatest()).all().to(device)
             for layer in layers
             for part in (layer.observed.units, layer.observed.features)
             if part is not None
         ]
-        if left_out or not sums or bool(torch.isfinite(torch.stack(sums)).all()):
+        if left_out or not good or bool(torch.stack(good).all()):
             return left_out
         return [layer.name for layer in layers if not layer.observed.is_finite()]
 

@@ -9,6 +9,7 @@ means that the moving averages take.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -86,10 +87,20 @@ class PendingSums:
         """Return the weight of D's sum of squares in its mean: N for a mean loss, else 1 / N."""
         return float(self.rows) if reduction == "mean" else 1.0 / self.rows
 
+    def greatest(self) -> float:
+        """Return what sums may be at most, so that weights leave them far from overflowing.
+
+        An average that has become infinite would be NaN one step later.
+        """
+        dtypes = [s.dtype for s in (self.units, self.features) if s is not None]
+        least = min((torch.finfo(dtype).max for dtype in dtypes), default=math.inf)
+        return least / (4.0 * max(self.rows, 1))
+
     def is_finite(self) -> bool:
-        """Return whether neither sum holds a NaN or an infinity."""
+        """Return whether neither sum holds a NaN, an infinity or what would become one."""
+        greatest = self.greatest()
         return all(
-            bool(torch.isfinite(s).all()) for s in (self.units, self.features) if s is not None
+            bool((s <= greatest).all()) for s in (self.units, self.features) if s is not None
         )
 
 

@@ -306,7 +306,7 @@ class TestBadGradients:
     def test_huge_finite_gradients_are_no_error(self) -> None:
         parameter = matrix()
         optimizer = Muon([parameter])
-        parameter.grad = torch.full((4, 3), 3e38)
+        parameter.grad = torch.full((4, 3), 3e37)  # their sum overflows
         optimizer.step()
         assert parameter.isfinite().all()
 

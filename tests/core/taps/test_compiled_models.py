@@ -1,4 +1,4 @@
-"""Taps under torch.compile: the hook breaks the graph and delivers what eager delivers."""
+"""Taps without a probe under torch.compile: the graph breaks, eager's statistics are delivered."""
 
 import copy
 from collections.abc import Callable, Iterator
