@@ -31,7 +31,7 @@ from neurms.core.optimizers.plan import tensor_bytes
 
 SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 BATCH = 1000
-TRIALS = 3
+TRIALS = 4
 TIMES = "step seconds/threads "
 """What the key of step times begins with, before their number of threads."""
 
@@ -53,7 +53,7 @@ METHODS: dict[str, Method] = {
         1e-3,
         {"rank": 32, "betas": (0.9, 0.999), "grafting": "adam", "interval": 10, "head": "rule"},
     ),
-    "SharedBasis": Method("shared_basis", 3e-4, _OTHERS),
+    "SharedBasis": Method("shared_basis", 1e-4, _OTHERS),
 }
 TIMED_ALONE: dict[str, Method] = {
     "Shampoo(1000), roots every step": Method(

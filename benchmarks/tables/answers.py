@@ -100,7 +100,7 @@ def _backward(steps: Content, memory: Content) -> str:
         '`NeuRMS(model, update="backward")` never holds the gradients. A training step of\n'
         f"1024-4096-4096-1024 takes {wide_ratio[name]} of fused SGD's time (fused AdamW "
         f"{wide_ratio['adamw fused']}, default AdamW\n{wide_ratio['adamw']}); at its peak "
-        f"the process holds {peak[name]:.0f} MiB, {weights:.0f} of them the weights, where SGD\nholds "
+        f"the process holds {peak[name]:.0f} MiB, {weights:.0f} of them the weights, where SGD "
         f"{sgd:.0f} and fused AdamW {fused:.0f}. At 784-1024-1024-10, batch 128, "
         f"it takes {narrow[name]['ratio']:.2f} of fused\nSGD's time "
         f'(`update="step"`: {narrow["NeuRMS-U step"]["ratio"]:.2f}).'

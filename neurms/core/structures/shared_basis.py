@@ -14,6 +14,9 @@ from neurms.core.structures.base import Context, State, Structure
 
 __all__ = ["SharedBasisBlocks"]
 
+_PART = 128
+"""Units at a time: 512 kB of float32 for each set of their 32 x 32 matrices."""
+
 
 @dataclass(frozen=True)
 class SharedBasisBlocks(Structure):
@@ -84,46 +87,68 @@ class SharedBasisBlocks(Structure):
 
     def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
         """Return u (..., m, n), row by row (B R_i B^T + (rho_i + eps) I)^(-1/2) g_i."""
-        return self._rooted(gradient, state, *eigh(state["blocks"]))
+        basis, update = state["basis"], torch.empty_like(gradient)
+        for part in _parts(gradient.shape[-2]):
+            values, vectors = eigh(state["blocks"][..., part, :, :])
+            ridge = state["rho"][..., part, None] + self.eps
+            update[..., part, :] = _rooted(gradient[..., part, :], basis, ridge, values, vectors)
+        return update
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Observe and precondition with one eigendecomposition for both."""
-        values, vectors = self._observe(update, state)
-        return self._rooted(update, state, values, vectors)
+        result = torch.empty_like(update)
+        self._observe(update, state, result)
+        return result
 
-    def _observe(self, gradient: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def _observe(self, gradient: Tensor, state: State, result: Tensor | None = None) -> None:
+        """Bring the state up to date and, with ``result`` (..., m, n), write the update to it."""
         basis, blocks, rho = state["basis"], state["blocks"], state["rho"]
         unseen = (blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1)) == 0) & (rho.sum(-1) == 0)
         old = _started(basis, gradient, unseen)
-        blocks.mul_(self.decay)
+        if self.decay != 1.0:
+            blocks.mul_(self.decay)
+            rho.mul_(self.decay)
         new = orthonormal(_times_squares(old, blocks, gradient))
-        turn, coordinates = new.mT @ old, gradient @ new
-        turned = turn[..., None, :, :] @ blocks @ turn.mT[..., None, :, :]
-        projected = turned + coordinates[..., :, None] * coordinates[..., None, :]
-        projected = (projected + projected.mT) / 2
-        residual = _residual_norm(old, blocks, new, projected, gradient, self.norm_iterations)
-        rho.mul_(self.decay).add_(residual)
-        values, vectors = eigh(projected)
-        if basis.shape[-1] < basis.shape[-2]:
-            shift = values[..., :1].clamp(min=0.0)
-            values = values - shift
-            projected.diagonal(dim1=-2, dim2=-1).sub_(shift)
+        turn = new.mT @ old
+        frame = None if old.shape[-1] == old.shape[-2] else _Frame.of(old, new)
+        for part in _parts(gradient.shape[-2]):
+            rows, own, ridge = gradient[..., part, :], blocks[..., part, :, :], rho[..., part]
+            coordinates = rows @ new
+            turned = turn[..., None, :, :] @ own @ turn.mT[..., None, :, :]
+            projected = (turned + turned.mT).mul_(0.5)
+            projected.addcmul_(coordinates[..., :, None], coordinates[..., None, :])
+            if frame is not None:
+                ridge.add_(_residual_norm(frame, own, projected, rows, self.norm_iterations))
+            values, vectors = eigh(projected)
+            if frame is not None:
+                shift = values[..., :1].clamp(min=0.0)
+                values = values - shift
+                projected.diagonal(dim1=-2, dim2=-1).sub_(shift)
+            own.copy_(projected)
+            if result is not None:
+                damping = ridge[..., None] + self.eps
+                result[..., part, :] = _rooted(rows, new, damping, values, vectors)
         basis.copy_(new)
-        blocks.copy_(projected)
-        return values, vectors
 
-    def _rooted(self, gradient: Tensor, state: State, values: Tensor, vectors: Tensor) -> Tensor:
-        basis = state["basis"]
-        ridge = state["rho"][..., None] + self.eps
-        floor = relative_floor(values)
-        coordinates = gradient @ basis
-        rotated = (vectors.mT @ coordinates[..., None])[..., 0]
-        rotated = rotated * torch.maximum(values.clamp(min=0.0) + ridge, floor).rsqrt()
-        inside = (vectors @ rotated[..., None])[..., 0] @ basis.mT
-        if basis.shape[-1] == basis.shape[-2]:
-            return inside
-        outside = gradient - coordinates @ basis.mT
-        return inside + outside * torch.maximum(ridge, floor).rsqrt()
+
+def _parts(units: int) -> list[slice]:
+    """Return slices of the units whose k x k matrices stay in a core's cache between products."""
+    return [slice(start, start + _PART) for start in range(0, units, _PART)]
+
+
+def _rooted(
+    gradient: Tensor, basis: Tensor, ridge: Tensor, values: Tensor, vectors: Tensor
+) -> Tensor:
+    """Return (B R_i B^T + ridge_i I)^(-1/2) g_i from the eigenpairs of R_i, shape (..., m, n)."""
+    floor = relative_floor(values)
+    coordinates = gradient @ basis
+    rotated = (vectors.mT @ coordinates[..., None])[..., 0]
+    rotated = rotated * torch.maximum(values.clamp(min=0.0) + ridge, floor).rsqrt()
+    inside = (vectors @ rotated[..., None])[..., 0]
+    if basis.shape[-1] == basis.shape[-2]:
+        return inside @ basis.mT
+    outside = torch.maximum(ridge, floor).rsqrt()
+    return (gradient - coordinates @ basis.mT).mul_(outside).add_(inside @ basis.mT)
 
 
 def _started(basis: Tensor, gradient: Tensor, fresh: Tensor) -> Tensor:
@@ -157,31 +182,50 @@ def _times_squares(basis: Tensor, blocks: Tensor, gradient: Tensor) -> Tensor:
     return basis @ inner + gradient.mT @ weights
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """An orthonormal basis of span(B', B), in which the residuals are small matrices.
+
+    Args:
+        vectors: The basis, shape (..., n, d) with d at most 2k.
+        to_new: B' in it, (..., d, k).
+        to_old: B in it, (..., d, k).
+    """
+
+    vectors: Tensor
+    to_new: Tensor
+    to_old: Tensor
+
+    @classmethod
+    def of(cls, old: Tensor, new: Tensor) -> _Frame:
+        """Return the frame of B and B'."""
+        vectors, triangle = positive_qr(torch.cat([new, old], dim=-1))
+        k = old.shape[-1]
+        return cls(vectors, triangle[..., :k].contiguous(), triangle[..., k:].contiguous())
+
+
 def _residual_norm(
-    old: Tensor, blocks: Tensor, new: Tensor, projected: Tensor, gradient: Tensor, iterations: int
+    frame: _Frame, blocks: Tensor, projected: Tensor, gradient: Tensor, iterations: int
 ) -> Tensor:
     """Return ||B R_i B^T + g_i g_i^T - B' R_i' B'^T||_2 for every unit, shape (..., m)."""
-    k = old.shape[-1]
-    if k == old.shape[-2]:
-        return gradient.new_zeros(gradient.shape[:-1])
-    frame, triangle = positive_qr(torch.cat([new, old], dim=-1))
-    to_new, to_old = triangle[..., :k], triangle[..., k:]
-    inside = gradient @ frame
-    beyond = torch.linalg.vector_norm(gradient - inside @ frame.mT, dim=-1, keepdim=True)
+    to_new, to_old = frame.to_new, frame.to_old
+    inside = gradient @ frame.vectors
+    beyond = torch.linalg.vector_norm(gradient - inside @ frame.vectors.mT, dim=-1, keepdim=True)
     outer = torch.cat([inside, beyond], dim=-1)
     # A unit's matrices enter in units of |g_i|^2 or of R_i, or the iteration would leave float32.
+    # The vectors that they meet are scaled, of length 1, instead of k^2 numbers of each unit.
     peak = projected.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
     scale = torch.maximum(peak, outer.square().sum(-1, keepdim=True))
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale > 0, scale, 1.0).clamp(min=torch.finfo(scale.dtype).tiny)
     outer = outer / scale.sqrt()
-    blocks, projected = blocks / scale[..., None], projected / scale[..., None]
 
     def product(x: Tensor) -> Tensor:
-        head = x[..., :-1]
+        head = x[..., :-1] / scale
         kept = _batched(blocks, head @ to_old) @ to_old.mT
         cut = _batched(projected, head @ to_new) @ to_new.mT
         image = outer * (outer * x).sum(-1, keepdim=True)
-        return image + torch.nn.functional.pad(kept - cut, (0, 1))
+        image[..., :-1].add_(kept).sub_(cut)
+        return image
 
     norm = _largest_eigenvalue(product, outer + torch.ones_like(outer), iterations)
     return norm * scale[..., 0]
