@@ -40,10 +40,10 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     if matrix.numel() == 0:
         return matrix.new_zeros(matrix.shape[:-1]), torch.zeros_like(matrix)
-    exponent = torch.frexp(torch.linalg.vector_norm(matrix, torch.inf, (-2, -1))).exponent
-    exponent = exponent.clamp(-120, 120)
+    peak = torch.linalg.vector_norm(matrix, torch.inf, (-2, -1))
+    exponent = torch.frexp(peak).exponent.clamp(-120, 120)
     # Powers of two from ldexp, then a product: on whole matrices ldexp costs a fifth of LAPACK.
-    scaled = matrix * torch.ldexp(matrix.new_ones(()), -exponent)[..., None, None]
+    scaled = matrix * torch.ldexp(torch.ones_like(peak), -exponent)[..., None, None]
     found = _lapack_eigh(scaled)
     if found is None:
         found = torch.linalg.eigh(scaled.double())

@@ -1,0 +1,236 @@
+"""Every kernel on every backend against its definition in float64, at every magnitude."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import neurms.compiled
+from neurms.compiled._forms import has_cpp_compiler
+from neurms.compiled.backends import PROMPT, Kernel
+
+ROUNDING = 1e-6
+TINY = 2.0**-126  # what is below the least normal number may be rounded to a denormal or to zero
+ONE = torch.tensor(1.0, dtype=torch.float64)
+LINEAR = (1e-42, 1e-38, 1e-30, 1.0, 1e30)
+SQUARED = (1e-42, 1e-30, 1e-16, 1.0, 1e12)  # sums of squares within float32
+FOURTH = (1e-30, 1e-8, 1.0, 1e6)  # squares of squares
+
+Make = Callable[[Tensor], tuple[Any, ...]]
+
+
+class Case(NamedTuple):
+    """Arguments of one kernel made of a matrix, the magnitudes that it allows, its tolerance."""
+
+    make: Make
+    scales: tuple[float, ...] = LINEAR
+    rounding: float = ROUNDING
+
+
+def like(g: Tensor, seed: int, *shape: int) -> Tensor:
+    """Return numbers in [.5, 1.5), of the matrix's shape unless another is given."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape or g.shape, generator=generator) + 0.5
+
+
+def units(g: Tensor) -> Tensor:
+    return like(g, 1, g.shape[0])
+
+
+def features(g: Tensor) -> Tensor:
+    return like(g, 2, g.shape[1])
+
+
+def magnitude(g: Tensor) -> float:
+    return float(g.abs().amax()) if g.numel() else 1.0
+
+
+ROOT = (1e-8, 1e-12, 1e-3, 1e3)  # eps, v_min, low, high
+
+CASES: dict[str, Case] = {
+    "row_clip_": Case(lambda g: (g, like(g, 3) * 0.1, 0.5, 1e-3), SQUARED),
+    "correlation_sums": Case(lambda g: (g, units(g), features(g)), FOURTH),
+    "row_normalize": Case(lambda g: (g, 1e-35)),
+    "newton_schulz": Case(lambda g: (g, 3, 3.4445, -4.7750, 2.0315), (1e-30, 1.0, 1e30), 2e-5),
+    "whiten": Case(lambda g: (g, 3, 0.5), (1e-30, 1.0, 1e30), 2e-5),
+    "column_square_sum": Case(lambda g: (g, None), SQUARED),
+    "channel_square_sum": Case(lambda g: (g, 1, None), SQUARED),
+    "row_normalized_update_": Case(
+        lambda g: (like(g, 3), like(g, 4) * magnitude(g), g, 0.9, True, ONE * 0.1, ONE * 0.9, 1e-35)
+    ),
+    "scale_factors": Case(lambda g: (units(g) * magnitude(g), ONE * 0.3, *ROOT)),
+    "relative_scale_factors": Case(
+        lambda g: (units(g) * magnitude(g), ONE * 0.3, 1e-8, 1e-12, 2.0)
+    ),
+    "ema_": Case(lambda g: (units(g) * magnitude(g), like(g, 5, g.shape[0]) * magnitude(g), 0.9)),
+    "moment_factors_": Case(
+        lambda g: (units(g), like(g, 5, g.shape[0]) * magnitude(g), ONE / 7, 0.9, ONE * 0.3, *ROOT)
+    ),
+    "scaled_signal": Case(lambda g: (g, features(g), True, 0.9, ONE * 0.3, *ROOT), SQUARED),
+    "two_sided_fit": Case(lambda g: (g, 5), (1e-16, 1.0, 1e12), 3e-6),
+    "two_sided_scales_": Case(
+        lambda g: (g, units(g), features(g) * magnitude(g) ** 2, 5, 0.1, 1.0),
+        (1e-12, 1.0, 1e12),
+        3e-6,
+    ),
+    "scaled_square_sum": Case(lambda g: (g, units(g), features(g)), SQUARED),
+    "two_sided_update_": Case(
+        lambda g: (like(g, 3) * magnitude(g), g, units(g), features(g), ONE * 0.1, ONE * 0.9)
+    ),
+    "scaled_update_": Case(
+        lambda g: (like(g, 3) * magnitude(g), g, units(g), features(g), ONE * 0.1, ONE * 0.9)
+    ),
+    "scaled_momentum_update_": Case(
+        lambda g: (
+            like(g, 3) * magnitude(g),
+            like(g, 4) * magnitude(g),
+            g,
+            units(g),
+            features(g),
+            *(ONE * 0.1, ONE * 0.9, ONE * 0.8, True),
+        )
+    ),
+    "scale_gradient_": Case(lambda g: (g, units(g), features(g))),
+}
+TRUTH_VALUES = ("all_finite", "all_within")
+
+
+def found() -> dict[str, Kernel[..., Any]]:
+    """Return every kernel of the package by name."""
+    names = [module.name for module in pkgutil.iter_modules(neurms.compiled.__path__)]
+    modules = [importlib.import_module(f"neurms.compiled.{name}") for name in names]
+    kernels = [x for module in modules for x in vars(module).values() if isinstance(x, Kernel)]
+    return {kernel.__name__: kernel for kernel in kernels}  # type: ignore[attr-defined]
+
+
+KERNELS = found()
+CALLS = [(name, scale) for name, case in CASES.items() for scale in case.scales]
+
+
+def test_no_kernel_is_left_out() -> None:
+    assert set(KERNELS) == {*CASES, *TRUTH_VALUES}
+
+
+@pytest.fixture(
+    params=[
+        "eager",
+        "auto",
+        PROMPT,
+        "torchscript",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not has_cpp_compiler(), reason="needs a C++ compiler"),
+            ],
+        ),
+    ]
+)
+def form(request: pytest.FixtureRequest) -> str:
+    """Every way in which a kernel can run; ``PROMPT`` takes the native one at any size."""
+    name: str = request.param
+    return name
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def wide(argument: Any) -> Any:
+    return argument.double() if isinstance(argument, Tensor) else argument
+
+
+def outcomes(result: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """Return what a call has returned, and what it may have written into."""
+    returned = result if isinstance(result, tuple) else (result,)
+    return [*returned, *(argument for argument in arguments if isinstance(argument, Tensor))]
+
+
+def check(name: str, form: str, gradient: Tensor) -> None:
+    """Compare all results with float64's, to within rounding of the largest in each tensor."""
+    kernel, case = KERNELS[name], CASES[name]
+    arguments = case.make(gradient)
+    exact = tuple(
+        wide(argument).clone() if isinstance(argument, Tensor) else argument
+        for argument in arguments
+    )
+    found = outcomes(kernel.on(form)(*arguments), arguments)
+    truths = outcomes(kernel.eager(*exact), exact)
+    for value, truth in zip(found, truths, strict=True):
+        assert value.shape == truth.shape
+        size = float(truth.abs().amax()) if truth.numel() else 0.0
+        torch.testing.assert_close(
+            value.double(), truth, rtol=case.rounding, atol=case.rounding * size + TINY
+        )
+
+
+def matrix(*shape: int, scale: float = 1.0) -> Tensor:
+    """Return a matrix whose columns differ in size, so that its singular values do."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    spread = torch.linspace(0.5, 2.0, shape[1]) if shape[1] else torch.ones(0)
+    return torch.randn(shape, generator=generator) * spread * scale
+
+
+@pytest.mark.parametrize(("name", "scale"), CALLS)
+def test_magnitudes(form: str, name: str, scale: float) -> None:
+    check(name, form, matrix(9, 7, scale=scale))
+
+
+@pytest.mark.parametrize(("name", "scale"), CALLS)
+def test_magnitudes_in_large_matrices(form: str, name: str, scale: float) -> None:
+    check(name, form, matrix(210, 160, scale=scale))
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((1, 40_000), 1), ((40_000, 1), 1), ((201, 333), 1), ((201, 333), 2)]
+)
+@pytest.mark.parametrize("name", set(CASES) - {"newton_schulz", "whiten"})
+def test_threads_and_shapes(form: str, name: str, shape: tuple[int, int], count: int) -> None:
+    if name in ("two_sided_fit", "two_sided_scales_") and 40_000 in shape:
+        pytest.skip("sums of 40,000 numbers by BLAS, which only the native form does without")
+    with threads(count):
+        check(name, form, matrix(*shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (0, 3), (3, 0)], ids=str)
+@pytest.mark.parametrize("name", set(CASES) - {"newton_schulz", "whiten"})
+def test_one_element_and_none(form: str, name: str, shape: tuple[int, int]) -> None:
+    if name == "scaled_signal" and not shape[0]:
+        pytest.skip("a signal has at least one row")
+    if name.startswith("two_sided") and 0 in shape:
+        pytest.skip("a fit has no peak to find without entries")
+    check(name, form, matrix(*shape))
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (210, 160)], ids=str)
+@pytest.mark.parametrize("view", ["columns", "slice"])
+@pytest.mark.parametrize("name", CASES)
+def test_strides(form: str, name: str, view: str, shape: tuple[int, int]) -> None:
+    m, n = shape
+    stored = matrix(n, m).mT if view == "columns" else matrix(m, 2 * n)[:, ::2]
+    assert not stored.is_contiguous()
+    check(name, form, stored)
+
+
+@pytest.mark.parametrize("value", [1e-42, 1.0, 1e38, float("inf"), float("nan")])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 7), (210, 160)], ids=str)
+def test_truth_values(form: str, shape: tuple[int, int], value: float) -> None:
+    x = torch.full(shape, -value)
+    finite = value < float("inf")
+    assert KERNELS["all_finite"].on(form)(x) is finite
+    bound = max(value, 1e-15) if finite else 3e38
+    assert KERNELS["all_within"].on(form)(x, bound) is finite
+    assert KERNELS["all_within"].on(form)(x * 1.1, bound) is (value == 1e-42)
