@@ -35,10 +35,10 @@ demo: $(INSTALLED)  ## train a few optimizers on handwritten digits and compare 
 	@$(BIN)/neurms demo
 
 test: $(INSTALLED)  ## the fast tests, doctests and documentation examples
-	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -q
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -q
 
 test-all: $(INSTALLED)  ## every test, the slow ones too
-	@$(BIN)/python -m pytest -n $(WORKERS) -q
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
 
 lint: $(INSTALLED)  ## ruff, mypy and the contracts between the floors
 	@$(BIN)/ruff check .

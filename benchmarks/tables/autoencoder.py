@@ -29,7 +29,9 @@ each{unlike}.
 The paper trains for 6,000 steps: its losses stand beside ours for their order alone. Seconds a
 step are measured on one thread. Shampoo and Sketchy take their roots and sketches every tenth step,
 SharedBasis does all of its work in every step; Shampoo with roots in every step was timed alone
-({every:.2f} s). A dash means that a run has not been made.
+({every:.2f} s). SharedBasis's momentum sums its updates where the others' averages them: the same
+rate is ten times the step, so its rates lie a factor of ten lower. A dash means that a run has not
+been made.
 
 {table}
 

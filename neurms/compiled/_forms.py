@@ -59,8 +59,9 @@ class InductorForm:
     """``torch.compile`` of one eager definition, with one cache per kind of call.
 
     TorchDynamo bounds the compilations per code object and then refuses. The number of axes, the
-    dtypes and which optional arguments are present are legitimate reasons to compile again, so
-    each such combination gets a copy of the code object, and with it a bound of its own.
+    dtypes, the layout in memory, axes of no or one element and which optional arguments are
+    present are legitimate reasons to compile again, so each such combination gets a copy of the
+    code object, and with it a bound of its own.
     """
 
     def __init__(self, eager: Callable[..., Any]) -> None:
@@ -73,10 +74,7 @@ class InductorForm:
         if not has_cpp_compiler():
             _warn_no_compiler()
             return self._eager(*args)
-        key = tuple(
-            (arg.dim(), arg.dtype, arg.device) if isinstance(arg, Tensor) else type(arg)
-            for arg in args
-        )
+        key = tuple(_kind(arg) if isinstance(arg, Tensor) else type(arg) for arg in args)
         variant = self._variants.get(key)
         if variant is None:
             variant = self._add_variant(key)
@@ -103,6 +101,13 @@ class InductorForm:
         compiled = compile_fx(graph, inputs)
         _logger.info("compiled %s in %.1f s", name, time.perf_counter() - start)
         return compiled
+
+
+def _kind(t: Tensor) -> tuple[Any, ...]:
+    # Sizes and strides of 0 and 1 are constants of a graph, all others are symbols.
+    sizes = tuple([min(size, 2) for size in t.shape])
+    strides = tuple([min(stride, 2) for stride in t.stride()])
+    return t.dtype, t.device, sizes, strides, t.is_contiguous()
 
 
 def _one_at_a_time(fn: Callable[..., Any]) -> Callable[..., Any]:

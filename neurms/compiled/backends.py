@@ -13,7 +13,7 @@ What this file promises:
 * there is one silent-proof fallback: ``inductor`` without a C++ compiler warns once, naming the
   cure, and runs the eager definition. Every other failure is raised;
 * a graph cannot hold an answer that is a Python bool: ``inductor`` runs the eager definition of
-  such a kernel;
+  such a kernel, and of one marked by :meth:`Kernel.keep_eager_on_inductor`;
 * kernels may be called from any thread. A context variable does not follow into the threads of
   autograd, so code in a backward hook fixes its choice with :meth:`Kernel.on`.
 """
@@ -116,6 +116,7 @@ class Kernel(Generic[P, R]):
         self._suits: Callable[..., bool] = lambda *args: False
         self._fits: Callable[..., bool] = lambda *args: False
         self._operator: Callable[..., R] | None = None
+        self._compiles = returns_tensors(fn)
         self._lock = threading.Lock()
         self._forms: dict[str, Callable[P, R]] = {}
         functools.update_wrapper(self, fn)
@@ -159,9 +160,13 @@ class Kernel(Generic[P, R]):
             return _without_grad(self._positional(self._chosen))
         if backend == "torchscript":
             return _without_grad(script(self.eager))
-        if backend == "inductor" and returns_tensors(self.eager):
+        if backend == "inductor" and self._compiles:
             return _without_grad(self._positional(self._inductor))
         return _without_grad(self.eager)
+
+    def keep_eager_on_inductor(self) -> None:
+        """Run the eager definition on ``inductor``, for one that TorchInductor cannot compile."""
+        self._compiles = False
 
     def native(
         self,

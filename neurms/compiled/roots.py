@@ -40,7 +40,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     if matrix.numel() == 0:
         return matrix.new_zeros(matrix.shape[:-1]), torch.zeros_like(matrix)
-    peak = torch.linalg.vector_norm(matrix, torch.inf, (-2, -1))
+    peak = torch.linalg.vector_norm(matrix.flatten(-2), torch.inf, -1)
     exponent = torch.frexp(peak).exponent.clamp(-120, 120)
     # Powers of two from ldexp, then a product: on whole matrices ldexp costs a fifth of LAPACK.
     scaled = matrix * torch.ldexp(torch.ones_like(peak), -exponent)[..., None, None]

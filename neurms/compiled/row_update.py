@@ -59,6 +59,11 @@ def row_normalized_update_(
     return w.mul_(decay.to(w.device, w.dtype)).sub_(unit.mul_(step.to(w.device, w.dtype)))
 
 
+# torch 2.13's C++ code generator fails (KeyError: 'buf9') where one loop reads the old momentum and
+# writes the weight; as_strided in between compiles, and gives wrong numbers for some strides.
+row_normalized_update_.keep_eager_on_inductor()
+
+
 def _suits(w: Tensor, momentum: Tensor, gradient: Tensor, *settings: object) -> bool:
     return suits(w, momentum, gradient) or suits(w.mT, momentum.mT, gradient.mT)
 

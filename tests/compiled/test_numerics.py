@@ -197,7 +197,7 @@ def test_magnitudes_in_large_matrices(form: str, name: str, scale: float) -> Non
 @pytest.mark.parametrize(
     ("shape", "count"), [((1, 40_000), 1), ((40_000, 1), 1), ((201, 333), 1), ((201, 333), 2)]
 )
-@pytest.mark.parametrize("name", set(CASES) - {"newton_schulz", "whiten"})
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("newton_schulz", "whiten")])
 def test_threads_and_shapes(form: str, name: str, shape: tuple[int, int], count: int) -> None:
     if name in ("two_sided_fit", "two_sided_scales_") and 40_000 in shape:
         pytest.skip("sums of 40,000 numbers by BLAS, which only the native form does without")
@@ -206,7 +206,7 @@ def test_threads_and_shapes(form: str, name: str, shape: tuple[int, int], count:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (0, 3), (3, 0)], ids=str)
-@pytest.mark.parametrize("name", set(CASES) - {"newton_schulz", "whiten"})
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("newton_schulz", "whiten")])
 def test_one_element_and_none(form: str, name: str, shape: tuple[int, int]) -> None:
     if name == "scaled_signal" and not shape[0]:
         pytest.skip("a signal has at least one row")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +13,15 @@ from neurms.core.distributed.shards import is_sharded, placed_like
 from neurms.core.errors import CheckpointError, check_real
 from neurms.core.optimizers.plan import meta_like
 from neurms.core.optimizers.settings import check_group
+from neurms.core.optimizers.updates import ParameterUpdates
 from neurms.core.routing import FALLBACK
-
-if TYPE_CHECKING:
-    from neurms.core.optimizers.base import PreconditionedOptimizer
 
 __all__ = ["check_entries", "restore", "verified"]
 
 Group = dict[str, Any]
 
 
-def verified(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def verified(optimizer: ParameterUpdates, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return ``state_dict`` with groups and parameters in the optimizer's order.
 
     Raises:
@@ -35,7 +33,7 @@ def verified(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]) -> 
     return aligned
 
 
-def restore(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]) -> None:
+def restore(optimizer: ParameterUpdates, state_dict: dict[str, Any]) -> None:
     """Give every state tensor its saved dtype back, sharded as this optimizer's parameters are.
 
     ``torch.optim.Optimizer.load_state_dict`` casts state to the parameter's dtype, which would
@@ -137,7 +135,7 @@ def _settings(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
-def _check_state(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any]) -> None:
+def _check_state(optimizer: ParameterUpdates, state_dict: dict[str, Any]) -> None:
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         rule = saved.get("rule", group["rule"])
         if not isinstance(rule, str) or rule != group["rule"]:
@@ -158,7 +156,7 @@ def _check_state(optimizer: PreconditionedOptimizer, state_dict: dict[str, Any])
             _check_parameter(optimizer, saved, parameter, state_dict["state"].get(key) or {})
 
 
-def _check_settings(optimizer: PreconditionedOptimizer, group: Group) -> None:
+def _check_settings(optimizer: ParameterUpdates, group: Group) -> None:
     """Raise unless the settings would be accepted by the constructor."""
     try:
         for name in ("lr", "base_lr"):
@@ -171,7 +169,7 @@ def _check_settings(optimizer: PreconditionedOptimizer, group: Group) -> None:
 
 
 def _check_parameter(
-    optimizer: PreconditionedOptimizer,
+    optimizer: ParameterUpdates,
     group: Group,
     parameter: Tensor,
     state: Mapping[str, Any],

@@ -1,8 +1,7 @@
-"""Optimizers by name: the one table that a new method is added to."""
+"""Optimizers by name: the rules of this library, and torch's own."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,32 +9,9 @@ import torch
 from torch import nn
 
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
+from neurms.core.optimizers.rules import RULES, rule_class
 
 __all__ = ["available", "create", "is_torch", "optimizer_class"]
-
-_OURS = {
-    "neurms": "NeuRMS",
-    "rmnp": "RMNP",
-    "racs": "RACS",
-    "muon": "Muon",
-    "swan": "SWAN",
-    "nora": "Nora",
-    "lars": "LARS",
-    "lamb": "LAMB",
-    "shampoo": "Shampoo",
-    "shared_basis": "SharedBasis",
-    "block_adam": "BlockAdam",
-    "adapprox": "Adapprox",
-    "sketchy": "Sketchy",
-    "alice": "Alice",
-    "eigen_adam": "EigenAdam",
-    "soap": "SOAP",
-    "galore": "GaLore",
-    "fira": "Fira",
-    "apollo": "APOLLO",
-    "low_rank_soap": "LowRankSOAP",
-}
-"""snake_case name -> class in the module ``neurms.core.optimizers.<name>``."""
 
 _TORCH = {
     "sgd": torch.optim.SGD,
@@ -48,7 +24,7 @@ _TORCH = {
 
 def available() -> list[str]:
     """Return the names that :func:`create` knows: this library's rules, then torch's own."""
-    return [*_OURS, *_TORCH]
+    return [*RULES, *_TORCH]
 
 
 def is_torch(name: str) -> bool:
@@ -62,10 +38,7 @@ def optimizer_class(name: str) -> type[PreconditionedOptimizer]:
     Raises:
         ValueError: No rule of this library has that name.
     """
-    if name not in _OURS:
-        raise ValueError(f"rule={name!r} is not known; choose one of {list(_OURS)}")
-    module = importlib.import_module(f"neurms.core.optimizers.{name}")
-    found: type[PreconditionedOptimizer] = getattr(module, _OURS[name])
+    found: type[PreconditionedOptimizer] = rule_class(name)
     return found
 
 
@@ -93,7 +66,7 @@ def create(name: str, params: Params, **settings: Any) -> torch.optim.Optimizer:
         parameters = params.parameters() if isinstance(params, nn.Module) else params
         torch_class: Callable[..., torch.optim.Optimizer] = _TORCH[name]
         return torch_class(parameters, **settings)
-    if name not in _OURS:
+    if name not in RULES:
         raise ValueError(f"name={name!r} is not known; choose one of {available()}")
     our_class: Callable[..., PreconditionedOptimizer] = optimizer_class(name)
     return our_class(params, **settings)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neurms import NeuRMS
+from neurms.compiled._forms import has_cpp_compiler
 from neurms.core.errors import UnsupportedTrainingError
 from tests.core.optimizers.neurms_models import (
+    assert_close_models,
     assert_same,
     batches,
     cnn,
@@ -216,3 +218,22 @@ class TestPlainWhereItShould:
         train(twin, other, [(x, y)])
         assert_same(dict(model.state_dict()), dict(twin.state_dict()))
         gc.collect()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not has_cpp_compiler(), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("variant", ["U", "B", "F"])
+def test_inductor_trains_as_eager_does(variant: str) -> None:
+    settings = {"update": "backward", "variant": variant}
+    (model, optimizer), (twin, other) = (
+        pair(**settings, backend=backend) for backend in ("inductor", "eager")
+    )
+    start = mlp()
+    data = batches(1) * 24
+    losses = train(model, optimizer, data)
+    train(twin, other, data)
+    assert losses[-1] < 0.9 * losses[0]
+    for moved, initial in zip(model.parameters(), start.parameters(), strict=True):
+        assert not torch.equal(moved, initial)
+    assert_close_models(model, twin, rtol=1e-5)

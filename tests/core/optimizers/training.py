@@ -26,6 +26,11 @@ SETTINGS = {
 """Settings that make a rule do something within a few steps of a tiny model."""
 
 
+def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """Return a parameter of random numbers, 4 x 3 unless another shape is asked for."""
+    return nn.Parameter(torch.randn(shape or (4, 3)).to(dtype))
+
+
 def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """A convolution, two hidden linear layers of one shape, a norm and a head."""
     torch.manual_seed(seed)

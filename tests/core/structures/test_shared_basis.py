@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurms.core.optimizers.plan import tensor_bytes
+from neurms.core.structures import shared_basis
 from neurms.core.structures.base import Context
 from neurms.core.structures.shared_basis import SharedBasisBlocks
 from tests.core.structures.contract import TransformContract, gradients, run
@@ -77,6 +78,21 @@ class TestSharedBasisBlocks(TransformContract):
         ours = basis @ state["blocks"] @ basis.mT
         torch.testing.assert_close(ours, blocks, rtol=1e-5, atol=1e-5 * float(blocks.max()))
         torch.testing.assert_close(state["rho"], rho, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("shape", [(12, 7), (2, 12, 7)])
+    @pytest.mark.parametrize("rank", [3, 7])
+    def test_units_are_independent_of_the_part_they_fall_in(
+        self, shape: tuple[int, ...], rank: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps = torch.randn(5, *shape, dtype=torch.float64)
+        transform = SharedBasisBlocks(rank, decay=0.9, eps=1e-2)
+        whole, state = run(transform, steps)
+        monkeypatch.setattr(shared_basis, "_PART", 5)
+        parts, parted = run(transform, steps)
+        torch.testing.assert_close(parts, whole, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(parted, state, rtol=1e-7, atol=1e-9)
+        again = transform.precondition(steps[-1], parted, Context(6))
+        torch.testing.assert_close(again, parts[-1], rtol=1e-7, atol=1e-9)
 
     @pytest.mark.parametrize("rank", [2, 8])
     def test_the_spectral_norm_is_near_from_below(self, rank: int) -> None:

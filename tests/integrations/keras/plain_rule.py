@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from neurms.core.optimizers import registry
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.rules import RULES
 from neurms.core.transforms.momentum import Momentum
 
 NAME = "plain"
@@ -44,10 +44,10 @@ def keras_plain() -> type:
     module = ModuleType(f"neurms.core.optimizers.{NAME}")
     vars(module)["Plain"] = Plain
     sys.modules[module.__name__] = module
-    with mock.patch.dict(registry._OURS, {NAME: "Plain"}):
+    with mock.patch.dict(RULES, {NAME: "Plain"}):
         return classes._made(NAME)
 
 
 def known() -> Any:
     """Return a patch under which the registry knows the rule."""
-    return mock.patch.dict(registry._OURS, {NAME: "Plain"})
+    return mock.patch.dict(RULES, {NAME: "Plain"})
