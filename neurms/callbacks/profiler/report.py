@@ -164,15 +164,15 @@ class ProfilerReport(Sequence[LayerRow]):
         return advise(self)
 
     def table(self) -> Any:
-        """Return a ``rich.table.Table`` of the rows; ``rich.print`` shows it.
+        """Return a table of the rows that ``rich.print`` shows, fewer columns in narrow terminals.
 
         Raises:
             ImportError: rich is not installed.
         """
-        from neurms.callbacks.profiler.table import rich_table
-
         require("rich", extra="report")
-        return rich_table(self)
+        from neurms.callbacks.profiler.table import LayerTable
+
+        return LayerTable(self)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows; vectors take one column for each entry.

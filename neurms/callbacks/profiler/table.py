@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 
 from neurms.callbacks.profiler.formats import bytes_text, number, percent, time_text
@@ -11,7 +14,7 @@ from neurms.callbacks.profiler.formats import bytes_text, number, percent, time_
 if TYPE_CHECKING:
     from neurms.callbacks.profiler.report import ProfilerReport
 
-__all__ = ["comparison_table", "rich_table"]
+__all__ = ["LayerTable", "comparison_table", "rich_table"]
 
 _COLUMNS = (
     "layer",
@@ -32,16 +35,40 @@ _COLUMNS = (
     "state",
     "advice",
 )
+_BRIEF = ("layer", "rule", "backward", "reduce", "scale", "overhead", "rho", "advice")
+"""The columns of a terminal too narrow for all: the others are in the files and the HTML report."""
 
 
-def rich_table(report: ProfilerReport) -> Table:
-    """Return the rows as a table, with the run's totals as its caption."""
+class LayerTable:
+    """A report's rows as a table of as many columns as the terminal has room for.
+
+    Args:
+        report: The report.
+    """
+
+    def __init__(self, report: ProfilerReport) -> None:
+        self.report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = rich_table(self.report)
+        room = options.update(width=10 * console.width + 1000)
+        fits = Measurement.get(console, room, whole).maximum <= options.max_width
+        yield whole if fits else rich_table(self.report, _BRIEF)
+
+
+def rich_table(report: ProfilerReport, columns: Sequence[str] = _COLUMNS) -> Table:
+    """Return the rows as a table, with the run's totals as its caption.
+
+    Args:
+        report: The report.
+        columns: The names of those to show, in their order.
+    """
     table = Table(title=f"{report.run.header.get('optimizer', '')}: layers", caption=totals(report))
-    for name in _COLUMNS:
+    for name in columns:
         left = name in ("layer", "shape", "rule", "advice")
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     for row, advice in zip(report, report.advice(), strict=True):
-        table.add_row(
+        cells = (
             row.layer,
             "x".join(map(str, row.shape)),
             row.rule,
@@ -55,6 +82,8 @@ def rich_table(report: ProfilerReport) -> Table:
             bytes_text(row.state_bytes),
             advice.rule,
         )
+        shown = dict(zip(_COLUMNS, cells, strict=True))
+        table.add_row(*(shown[name] for name in columns))
     return table
 
 

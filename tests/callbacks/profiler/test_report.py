@@ -182,6 +182,16 @@ def test_table_names_every_layer(report: ProfilerReport) -> None:
     assert "9x16" in text
 
 
+def test_a_narrow_terminal_gets_fewer_columns_whole(report: ProfilerReport) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.table())
+    lines = console.export_text().splitlines()
+    header = next(line for line in lines if "layer" in line and "┃" in line)
+    for name in ("reduce", "scale", "overhead", "rho", "advice"):
+        assert name in header
+    assert "shape" not in header
+
+
 # -------------------------------------------------------------------- run files
 
 
