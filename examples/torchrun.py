@@ -67,6 +67,8 @@ def main() -> None:
         print(f"accuracy {float(right):.1%} on {ranks} processes")
         if arguments.save:
             torch.save(weights, arguments.save)
+    # No process lets go while another still waits for its part.
+    dist.barrier()
     dist.destroy_process_group()
 
 
