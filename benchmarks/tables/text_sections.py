@@ -41,8 +41,9 @@ about Muon, both ahead of AdamW.
 {table}
 
 RMNP at its own momentum of .95 is ahead of AdamW in the shortest runs and behind it in the longer
-ones, here as at width 128 above; with momentum .8 it stays ahead, without reaching Muon. So the
-order of the paper does not appear at these scales, of 512 to 2048 tokens a step; Muon's place does.
+ones, here as at width 128 above, and behind it with a smaller batch or more layers; with momentum
+.8 it stays ahead, without reaching Muon. So the
+order of the paper does not appear at these scales, of 128 to 2048 tokens a step; Muon's place does.
 At 900 steps, time ended with the best rates of Muon and of the short momentum the outermost of
 those tried, which can only understate them.
 
