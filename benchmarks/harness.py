@@ -95,9 +95,12 @@ class Results:
                 own = {"settings": self.content["settings"], "runs": runs}
                 self.content = {**self.content, **found, **own}
             self.content.update(extra)
-            commits = self.content.setdefault("commits", [])
-            if (commit := self._record["environment"]["commit"]) not in commits:
-                commits.append(commit)
+            made = self._record["environment"]
+            for key, own in (("commits", made["commit"]), ("machines", made["machine"])):
+                # The first environment stands for a file from before there was such a list.
+                known = self.content.setdefault(key, [self.content["environment"][key[:-1]]])
+                if own not in known:
+                    known.append(own)
             partial = self.path.with_suffix(f".{os.getpid()}.partial")
             partial.write_text(json.dumps(self.content, indent=1) + "\n")
             partial.replace(self.path)

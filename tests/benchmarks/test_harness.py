@@ -69,3 +69,18 @@ def test_settings_of_a_method_added_since_are_kept(tmp_path) -> None:
     assert content["settings"] == {"steps": 5, "methods": {"a": {"beta": 0.9}, "b": {}}}
     with pytest.raises(SystemExit, match="holds runs with other settings"):
         Results(path, {"steps": 5, "methods": {"a": {"beta": 0.8}}})
+
+
+def test_every_machine_and_commit_is_kept(tmp_path) -> None:
+    path = tmp_path / "some.json"
+    Results(path, {}).run("a", lambda: {})
+    content = json.loads(path.read_text())
+    here = content["environment"]
+    content["environment"] = {**here, "commit": "of before", "machine": "Z80"}
+    for key in ("commits", "machines"):
+        del content[key]
+    path.write_text(json.dumps(content))
+    Results(path, {}).run("b", lambda: {})
+    content = json.loads(path.read_text())
+    assert content["commits"] == ["of before", here["commit"]]
+    assert content["machines"] == ["Z80", here["machine"]]
