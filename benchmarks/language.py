@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import neurms
 from benchmarks.gpt2_model import GPT2
 from benchmarks.harness import Results
 from benchmarks.llama_model import Llama
+from benchmarks.own_rules import create
 
 BOOKS = ("austen", "shakespeare_milton", "web_bible")
 VALIDATION_BATCHES = 24
@@ -64,7 +64,7 @@ class Method:
         settings = dict(self.settings, lr=lr)
         if self.rule not in ("adamw", "sgd"):
             settings = {"fallback_lr": fallback_lr, "fallback_betas": (0.9, 0.95)} | settings
-        return neurms.create(self.rule, model, **settings)
+        return create(self.rule, model, **settings)
 
 
 def recorded(methods: Mapping[str, Method]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ ALICE = LOW_RANK | {"leading": 5}
 ALICE_RATES = (0.02, 0.04, 0.08)
 RACS_RATES = (0.04, 0.08, 0.16)
 SHARED_RATES = (1e-4, 3e-4, 1e-3)
+MOMENTUM_FIRST = "shared_basis, momentum first"
 
 
 def neurms(warmup: float = 0.1, rates: tuple[float, ...] = NEURMS_RATES, **changed: Any) -> Method:
@@ -117,12 +118,19 @@ GROUPS: dict[str, dict[str, Method]] = {
         "grafting=adam": shared(grafting="adam"),
         "grafting=None": Method("shared_basis", (1e-3, 3e-3, 1e-2), {"rank": 8, "grafting": None}),
         "eps=1e-3": shared(eps=1e-3),
+        "eps=1e-12": shared(eps=1e-12),
+        "rank=32": shared(rank=32),
         "momentum=0": Method("shared_basis", (1e-3, 3e-3, 1e-2), {"rank": 8, "momentum": 0.0}),
+        "momentum-first": Method(MOMENTUM_FIRST, (1e-3, 3e-3, 1e-2), {"rank": 8}),
+        "momentum-first,decay=.99": Method(
+            MOMENTUM_FIRST, (1e-3, 3e-3, 1e-2), {"rank": 8, "decay": 0.99}
+        ),
     },
 }
 
-# Groups whose variants all run at the rate that is best for the whole method.
-ABLATIONS = {"alice": "methods:alice", "shared_basis": "methods:shared_basis"}
+# Groups whose variants all run at the rate that is best for the whole method. Not those whose
+# variants change the length of a step: each of them needs a rate of its own.
+ABLATIONS = {"alice": "methods:alice"}
 
 
 def clipped_share(steps: int, least: int = 10) -> Watch:
