@@ -10,6 +10,8 @@ import optuna
 __all__ = ["tune"]
 
 FACTOR = 3.0
+NEAR = 0.05
+"""How little two rates may differ to count as one, when trials refine."""
 
 
 def tune(
@@ -19,8 +21,9 @@ def tune(
 
     The centre and its neighbours at a factor of three come first; while the best lies at an edge,
     the next value outside is tried; the rest is optuna's TPE within a factor of three of the best,
-    and ``refine`` more trials lie a factor of sqrt(3) above and below the best so far, in turn. The
-    seed is fixed, so that the same objective gives the same trials.
+    and ``refine`` more trials lie a factor of sqrt(3) above and below the best so far, in turn, or
+    half as far where that was tried before. No value is tried twice, so that equal numbers of
+    trials are equally many values. The seed is fixed: the same objective gives the same trials.
 
     Args:
         objective: Of a learning rate rounded to three digits; NaN and infinities count as worst.
@@ -36,7 +39,7 @@ def tune(
         sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=3)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         tried: dict[float, float] = {}
-        for _ in range(trials):
+        while len(tried) < trials:
             lr = _next(tried, centre)
             low, high = (lr, lr) if lr is not None else _around(tried)
             space = optuna.distributions.FloatDistribution(low, high, log=True)
@@ -48,8 +51,7 @@ def tune(
     finally:
         optuna.logging.set_verbosity(verbosity)
     for number in range(refine):
-        factor = FACTOR ** (-0.5 if number % 2 else 0.5)
-        chosen = float(f"{max(tried, key=tried.__getitem__) * factor:.3g}")
+        chosen = _between(tried, upward=number % 2 == 0)
         value = objective(chosen)
         tried[chosen] = value if math.isfinite(value) else -math.inf
     return max(tried, key=tried.__getitem__)
@@ -69,3 +71,19 @@ def _next(tried: dict[float, float], centre: float) -> float | None:
 def _around(tried: dict[float, float]) -> tuple[float, float]:
     best = max(tried, key=tried.__getitem__)
     return best / FACTOR, best * FACTOR
+
+
+def _between(tried: dict[float, float], *, upward: bool) -> float:
+    """Return a value near the best that was not tried, above it rather than below or the reverse.
+
+    Steps shrink from sqrt(3): what differs by less than a twentieth counts as tried.
+    """
+    best, power = max(tried, key=tried.__getitem__), 0.5
+    while True:
+        for sign in (1, -1) if upward else (-1, 1):
+            chosen = float(f"{best * FACTOR ** (sign * power):.3g}")
+            if all(abs(chosen / known - 1) > NEAR for known in tried):
+                return chosen
+        power /= 2
+        if FACTOR**power < 1 + 2 * NEAR:
+            return chosen

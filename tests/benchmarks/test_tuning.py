@@ -34,8 +34,16 @@ def test_refinement_halves_the_step() -> None:
     best = tune(
         lambda lr: tried.append(lr) or -(math.log(lr / 0.0173) ** 2), 0.01, trials=3, refine=2
     )
-    assert tried[3:] == [0.0173, 0.00999]
+    # Below .0173 lies .01, which the bracket has: the second step is a shorter one.
+    assert tried[3:] == [0.0173, 0.0131]
     assert best == 0.0173
+
+
+def test_no_rate_is_tried_twice() -> None:
+    for peak in (1e-3, 0.004, 0.0173, 0.05):
+        tried: list[float] = []
+        tune(lambda lr: tried.append(lr) or -(math.log(lr / peak) ** 2), 0.01, trials=6, refine=2)  # noqa: B023
+        assert len(set(tried)) == len(tried) == 8
 
 
 def test_is_the_same_every_time() -> None:
