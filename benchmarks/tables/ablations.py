@@ -26,12 +26,12 @@ is to variant U with momentum .9, the row "U".
 
 LEADS = (
     ("F, c_max 1", "F", "letting C only shrink features"),
-    ("F, c_max 3", "F", "a lower bound on C"),
+    ("F, c_max 3", "F", "a tighter bound on C"),
     ("F, head to AdamW", "F", "the head to AdamW, under F"),
     ("head to AdamW", "U", "the head to AdamW, under U"),
-    ("s_max 1e4", "U", "hardly any clipping of S"),
+    ("U, s_max 1e4", "U", "hardly any clipping of S"),
     ("clip relative, kappa 2", "U", "clipping relative to the layer's median"),
-    ("beta .9", "U", "a shorter memory of v"),
+    ("U, beta .9", "U", "a shorter memory of v"),
     ("U", "bias correction off", "bias correction"),
     ("U", "no momentum", "momentum"),
     ("U", "AdamW", "NeuRMS-U in the place of AdamW, at equal steps"),

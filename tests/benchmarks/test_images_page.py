@@ -3,7 +3,9 @@ import pytest
 from benchmarks.autoencoder import TIMES
 from benchmarks.perceptrons import REFERENCE_MS
 from benchmarks.tables import images
-from benchmarks.tables.autoencoder import EVERY_STEP, PUBLISHED
+from benchmarks.tables.ablations import ablations
+from benchmarks.tables.autoencoder import EVERY_STEP, PUBLISHED, autoencoder
+from benchmarks.tables.cifar import cifar
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +69,7 @@ def test_ablations_say_what_differs() -> None:
         for seed, accuracy in enumerate(series):
             runs[f"{name}/lr 0.1/seed {seed}"] = {"accuracy": accuracy}
     runs["rho/U/60 steps"] = {"every": 30, "rho": {"0": [0.1, 0.2, 0.25]}}
-    text = images.ablations(content(runs))
+    text = ablations(content(runs))
     assert "differ from U significantly: F." in text
     assert "| F | 0.1 | 0.9017 | 0.0015 | -4.97 |" in text
     assert "| U, layer 0 | 0.10 | 0.20 | 0.25 |" in text
@@ -78,7 +80,7 @@ def test_cifar_compares_with_adamw() -> None:
     for method, series in {"AdamW": BEHIND, "Muon": AHEAD}.items():
         for seed, accuracy in enumerate(series):
             runs[f"small/{method}/9 steps, 100 images/lr 0.1/seed {seed}"] = {"accuracy": accuracy}
-    text = images.cifar(content(runs))
+    text = cifar(content(runs))
     assert "| small, 9 steps, 100 images: Muon | 0.1 | 0.9513 | 0.0015 | 3 | +4.97 |" in text
     assert text.index(": Muon |") < text.index(": AdamW |")
 
@@ -90,7 +92,7 @@ def test_autoencoder_sets_the_paper_s_figures_beside_ours() -> None:
         runs[f"{method}/20 steps/lr 0.1/seed 0"] = run
         runs[f"{method}/search, 5 of 20 steps/lr 0.1"] = {"loss": 99.0, "steps": 5}
         times[method] = {"seconds": seconds / 500}
-    text = images.autoencoder(content({**runs, f"{TIMES}1": times}))
+    text = autoencoder(content({**runs, f"{TIMES}1": times}))
     row = "| SharedBasis | 99.0 (0.1, of 1) | 61.5 (20) | 0.28 | 2.80 | 3.0 | 51.49 | 2.8 |"
     assert row in text
     assert "SharedBasis's train loss is below Adam's (61.5 against 64.7)" in text

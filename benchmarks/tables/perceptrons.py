@@ -1,0 +1,165 @@
+"""The sections on perceptrons at equal wall-clock: the answer, then a table for each budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.perceptron_rows import Cell, best_of, duel, front
+from benchmarks.significance import compared
+from benchmarks.tables.markdown import markdown
+from benchmarks.tables.provenance import made_by
+
+__all__ = ["budgets", "head"]
+
+Content = dict[str, Any]
+
+HEAD = """# Results on images
+
+Written by `python -m benchmarks.tables` from files under `benchmarks/results/`. Learning rates were
+searched for each method by the same procedure, on training images held out for that: {trials}
+trials{fewer}. Accuracies are on test images, which chose nothing. *p* is a paired t-test's, by
+seed, after Holm's correction for the number of comparisons.
+
+## Which optimizer, for a small network on a CPU?
+
+{answers}
+
+{table}
+
+{caveat}
+"""
+
+CAVEAT = """\
+A budget in seconds is a number of steps by each method's own step time, measured side by side on
+one thread of the machine below; on another machine the ratios of those times are what to compare.
+Where *p* is above .05 the seeds do not tell the two apart."""
+
+PLACE = """### {data}, {net}, {seconds:g} s
+
+{table}
+
+{verdict}
+"""
+
+
+def _places(found: Sequence[Cell]) -> list[tuple[str, str, float]]:
+    return sorted({cell.place for cell in found}, key=lambda p: (p[0] != "mnist", p[0], p[1], p[2]))
+
+
+def _at(found: Sequence[Cell], place: tuple[str, str, float]) -> list[Cell]:
+    own = [cell for cell in found if cell.place == place]
+    return sorted(own, key=lambda cell: -cell.mean)
+
+
+def head(found: Sequence[Cell]) -> str:
+    """Return the head of the page: who is ahead in which budget."""
+    lines, wins, ties, losses = [], [], [], []
+    for place in _places(found):
+        own = _at(found, place)
+        rivals = [cell for cell in own if not cell.ours]
+        ours = best_of(own)
+        if ours is None or not rivals:
+            continue
+        tests = duel(ours, own)
+        rival = rivals[0]
+        test = tests[rival.method]
+        name = f"{place[0]} {place[2]:g} s"
+        group = ties if test["p_holm"] > 0.05 else wins if test["difference"] > 0 else losses
+        group.append(name)
+        lines.append(
+            [
+                f"{place[0]}, {place[1]}, {place[2]:g} s",
+                f"{ours.method} {ours.mean:.4f}",
+                f"{rival.method} {rival.mean:.4f}",
+                f"{100 * test['difference']:+.2f}",
+                f"{test['p_holm']:.3f}",
+                "yes" if ours in front(_same(found, place)) else "no",
+            ]
+        )
+    header = ["setting", "best NeuRMS", "best of the others", "points", "p", "on the front"]
+    parts = [
+        (wins, "NeuRMS is ahead of every other method tried, significantly against the best"),
+        (ties, "NeuRMS and the best of the others cannot be told apart"),
+        (losses, "another method is significantly ahead of NeuRMS"),
+    ]
+    answers = "\n".join(f"- {text}: {', '.join(names)}." for names, text in parts if names)
+    trials = [cell.trials for cell in found]
+    fewer = f", only {min(trials)} where a row says so" if min(trials) < max(trials) else ""
+    words = {"trials": max(trials), "fewer": fewer}
+    return HEAD.format(**words, answers=answers, table=markdown(header, lines), caveat=CAVEAT)
+
+
+def _same(found: Sequence[Cell], place: tuple[str, str, float]) -> list[Cell]:
+    return [cell for cell in found if cell.place[:2] == place[:2]]
+
+
+def budgets(found: Sequence[Cell], content: Content) -> str:
+    """Return the tables of all budgets."""
+    parts = ["## Accuracy at equal wall-clock\n", "![](figures/images-front.svg)\n"]
+    for place in _places(found):
+        own = _at(found, place)
+        against = next((cell for cell in own if cell.method == "AdamW"), None)
+        on_front = front(_same(found, place))
+        others = {c.method: c.scores for c in own if c.method != "AdamW"}
+        tests = compared(against.scores, others) if against else {}
+        lines = [_line(cell, tests.get(cell.method), on_front) for cell in own]
+        header = [
+            "method",
+            "lr",
+            "trials",
+            "steps",
+            "test",
+            "std",
+            "95 % band",
+            "- AdamW",
+            "p",
+            "state kB",
+        ]
+        parts.append(
+            PLACE.format(
+                data=place[0],
+                net=place[1],
+                seconds=place[2],
+                table=markdown(header, lines),
+                verdict=_verdict(own),
+            )
+        )
+    return "\n".join([*parts, made_by(content), ""])
+
+
+def _line(cell: Cell, test: dict[str, float] | None, on_front: Sequence[Cell]) -> list[str]:
+    low, high = cell.band
+    name = f"**{cell.method}**" if cell in on_front else cell.method
+    return [
+        name,
+        f"{cell.lr:g}",
+        str(cell.trials),
+        str(cell.steps),
+        f"{cell.mean:.4f}",
+        f"{cell.std:.4f}",
+        f"{low:.4f} .. {high:.4f}",
+        f"{-100 * test['difference']:+.2f}" if test else "",
+        f"{test['p_holm']:.3f}" if test else "",
+        f"{cell.state_bytes / 1e3:.0f}",
+    ]
+
+
+def _verdict(own: Sequence[Cell]) -> str:
+    ours = best_of(own)
+    if ours is None:
+        return ""
+    tests = duel(ours, own)
+    sure = [n for n, t in tests.items() if t["p_holm"] <= 0.05 and t["difference"] > 0]
+    behind = [n for n, t in tests.items() if t["p_holm"] <= 0.05 and t["difference"] < 0]
+    open_ = [n for n in tests if n not in sure + behind]
+    parts = [
+        f"{verb} {', '.join(names)}"
+        for verb, names in (
+            ("significantly ahead of", sure),
+            ("not told apart from", open_),
+            ("significantly behind", behind),
+        )
+        if names
+    ]
+    return f"{ours.method}, the NeuRMS that validation images choose, is {'; '.join(parts)}."
