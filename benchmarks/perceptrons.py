@@ -7,6 +7,7 @@ search does not train on, the same number of trials for each; five seeds at the 
 on all of the training set and are tested. A killed sweep continues where it was.
 
     neurms bench perceptrons --data mnist fashion_mnist --seconds 0.3 1 5 --workers 2
+    neurms bench perceptrons --net 784-1024-10 784-1024-1024-10 --seconds 1 5
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ REFINED = 2
 TOLERANCE = 0.03
 """By how much a step time measured anew may differ before the seeds are run again."""
 TIMES = RESULTS / "step_times.json"
-REFERENCE_MS = {"784-512-10": 2.7}
-"""AdamW's step on one thread of the machine of the results, where nothing else ran."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,16 @@ class Study:
 @functools.cache
 def results_in(path: Path) -> Results:
     """Return the results kept in a file."""
-    shared = {"batch": BATCH, "trials": TRIALS, "warmup": "a tenth", "schedule": "cosine"}
+    shared = {"batch": BATCH, "trials": TRIALS + REFINED, "warmup": "a tenth", "schedule": "cosine"}
     return Results(path, shared)
 
 
 def step_ms(net: str, times: Mapping[str, Any] | None = None) -> dict[str, float]:
     """Return the milliseconds of a step by method, on one thread.
 
-    They are the measured ratios to AdamW's times :data:`REFERENCE_MS`: a second then stays the same
-    number of AdamW's steps whenever step times are measured anew, and only ratios count.
+    They are the measured ratios to AdamW's times the milliseconds that AdamW's took when the
+    network was first measured: a second then stays the same number of AdamW's steps whenever step
+    times are measured anew, and only ratios count.
 
     Args:
         net: Sizes of the layers.
@@ -79,12 +79,13 @@ def step_ms(net: str, times: Mapping[str, Any] | None = None) -> dict[str, float
     key = f"{net} batch {BATCH} threads 1"
     if times is None:
         times = json.loads(TIMES.read_text())["runs"] if TIMES.is_file() else {}
-    if key not in times or net not in REFERENCE_MS:
+    if key not in times:
         raise SystemExit(
             f"error: {TIMES} has no times of {key!r}; run neurms bench step_times --net {net} "
-            "--threads 1 first, and add its AdamW's to REFERENCE_MS"
+            "--threads 1 first"
         )
-    return {name: row["ratio"] * REFERENCE_MS[net] for name, row in times[key].items()}
+    first = times.get(f"{net} reference", times[key]["AdamW"])["ms"]
+    return {name: row["ratio"] * first for name, row in times[key].items()}
 
 
 @functools.cache
@@ -143,7 +144,7 @@ def work(study: Study) -> None:
 
 def main(
     data: tuple[str, ...] = ("mnist", "fashion_mnist"),
-    net: str = "784-512-10",
+    net: tuple[str, ...] = ("784-512-10",),
     seconds: tuple[float, ...] = (0.3, 1.0, 5.0),
     methods: tuple[str, ...] = tuple(METHODS),
     seeds: int = 5,
@@ -154,7 +155,7 @@ def main(
 
     Args:
         data: mnist, fashion_mnist.
-        net: Sizes of the layers.
+        net: Sizes of the layers, of one or more networks.
         seconds: Training times.
         methods: Which methods.
         seeds: Runs at the best learning rate.
@@ -165,8 +166,9 @@ def main(
         raise SystemExit(f"error: --methods {unknown} not known; choose from {list(METHODS)}")
     torch.set_num_threads(workers)
     studies = [
-        Study(name, net, duration, method, seeds, out)
+        Study(name, layers, duration, method, seeds, out)
         for duration in seconds
+        for layers in net
         for name in data
         for method in methods
     ]

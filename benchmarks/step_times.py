@@ -122,6 +122,8 @@ def main(
     # Methods measured in another run keep their ratio to that run's AdamW.
     results.runs.setdefault(f"{net} batch {batch} threads {threads}", {}).update(found)
     if threads == 1:
+        # What a second is worth, kept when times are measured anew: see perceptrons.step_ms.
+        results.runs.setdefault(f"{net} reference", {"ms": found["AdamW"]["ms"]})
         results.runs[f"{net} inference"] = inference(sizes, batch, rounds)
     results.save()
 

@@ -1,17 +1,8 @@
-import pytest
-
 from benchmarks.autoencoder import TIMES
-from benchmarks.perceptrons import REFERENCE_MS
 from benchmarks.tables import images
 from benchmarks.tables.ablations import ablations
 from benchmarks.tables.autoencoder import EVERY_STEP, PUBLISHED, autoencoder
 from benchmarks.tables.cifar import cifar
-
-
-@pytest.fixture(autouse=True)
-def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(REFERENCE_MS, "4-2", 2.0)
-
 
 ENVIRONMENT = {"commit": "abc", "versions": {"torch": "2"}, "machine": "some"}
 

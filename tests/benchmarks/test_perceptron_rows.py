@@ -1,17 +1,13 @@
 import pytest
 
 from benchmarks.perceptron_rows import Cell, best_of, cells, duel, front
-from benchmarks.perceptrons import REFERENCE_MS
 
 
 def cell(method: str, seconds: float, *scores: float, validation: float = 0.0) -> Cell:
     return Cell(("mnist", "net", seconds), method, 0.1, 10, 1.0, scores, validation, 0, 6)
 
 
-def test_cells_take_the_steps_nearest_to_the_budget_and_whole_sets_of_seeds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(REFERENCE_MS, "4-2", 2.0)
+def test_cells_take_the_steps_nearest_to_the_budget_and_whole_sets_of_seeds() -> None:
     runs = {
         "mnist/4-2/1 s/AdamW/search/lr 0.1": {"accuracy": 0.5},
         "mnist/4-2/1 s/AdamW/search/lr 0.3": {"accuracy": 0.7},
@@ -25,7 +21,10 @@ def test_cells_take_the_steps_nearest_to_the_budget_and_whole_sets_of_seeds(
         for seed in range(2):
             key = f"mnist/4-2/1 s/AdamW/steps {steps}/lr 0.3/seed {seed}"
             runs[key] = {"accuracy": steps / 1000 + seed / 10, "state_bytes": 7}
-    times = {"4-2 batch 128 threads 1": {"AdamW": {"ratio": 1.05}, "SGD": {"ratio": 1.0}}}
+    times = {
+        "4-2 batch 128 threads 1": {"AdamW": {"ratio": 1.05}, "SGD": {"ratio": 1.0}},
+        "4-2 reference": {"ms": 2.0},
+    }
     (found,) = cells(runs, times)
     assert found.place == ("mnist", "4-2", 1.0)
     assert (found.method, found.lr, found.steps, found.state_bytes) == ("AdamW", 0.3, 500, 7)
