@@ -36,41 +36,50 @@ def _save(pyplot: Any, figure: Any, path: Path) -> None:
 
 
 def _front(pyplot: Any, folder: Path, found: list[Cell]) -> None:
-    """Plot accuracy, with bands, over the seconds of training; a panel for each data set."""
-    panels = sorted({cell.place[:2] for cell in found}, reverse=True)
+    """Plot accuracy, with bands, over the seconds of training: a row of panels for each data set.
+
+    A column is a network; what was not run stays empty.
+    """
+    sets = sorted({cell.place[0] for cell in found}, reverse=True)
+    nets = sorted({cell.place[1] for cell in found}, key=lambda net: (len(net), net))
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 4.4), layout="constrained", squeeze=False
+        len(sets),
+        len(nets),
+        figsize=(1.4 + 3.6 * len(nets), 3.6 * len(sets)),
+        layout="constrained",
+        squeeze=False,
     )
-    colours = pyplot.get_cmap("tab20").colors
     names = sorted({cell.method for cell in found}, key=lambda name: (name.startswith("Neu"), name))
-    for panel, place in zip(axes[0], panels, strict=True):
-        for index, name in enumerate(names):
-            own = sorted(
-                (c for c in found if c.place[:2] == place and c.method == name),
-                key=lambda cell: cell.place[2],
-            )
-            if not own:
-                continue
-            seconds = [cell.steps * cell.ms / 1e3 for cell in own]
-            panel.errorbar(
-                seconds,
-                [cell.mean for cell in own],
-                [
-                    [cell.mean - cell.band[0] for cell in own],
-                    [cell.band[1] - cell.mean for cell in own],
-                ],
-                label=name,
-                color=colours[index % len(colours)],
-                marker="o" if own[0].ours else ".",
-                linestyle="-" if own[0].ours else ":",
-            )
-        best = max(c.mean for c in found if c.place[:2] == place)
-        panel.set(
-            title=" ".join(place), xscale="log", xlabel="s of training", ylabel="test accuracy"
-        )
-        panel.set_ylim(best - (0.06 if place[0] == "mnist" else 0.1), best + 0.004)
-    axes[0, -1].legend(frameon=False, fontsize=6, ncol=2)
+    colours = dict(zip(names, 2 * pyplot.get_cmap("tab20").colors, strict=False))
+    for row, data in zip(axes, sets, strict=True):
+        for panel, net in zip(row, nets, strict=True):
+            _panel(panel, [c for c in found if c.place[:2] == (data, net)], colours)
+            panel.set_title(f"{data} {net}", fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=7, loc="outside right center")
     _save(pyplot, figure, folder / "images-front.svg")
+
+
+def _panel(panel: Any, found: list[Cell], colours: dict[str, Any]) -> None:
+    for name in [name for name in colours if any(cell.method == name for cell in found)]:
+        own = sorted((c for c in found if c.method == name), key=lambda cell: cell.place[2])
+        means = [cell.mean for cell in own]
+        panel.errorbar(
+            [cell.steps * cell.ms / 1e3 for cell in own],
+            means,
+            [
+                [cell.mean - cell.band[0] for cell in own],
+                [cell.band[1] - cell.mean for cell in own],
+            ],
+            label=name,
+            color=colours[name],
+            marker="o" if own[0].ours else ".",
+            linestyle="-" if own[0].ours else ":",
+        )
+    panel.set(xscale="log", xlabel="s of training", ylabel="test accuracy")
+    if found:
+        best = max(cell.mean for cell in found)
+        panel.set_ylim(best - (0.06 if found[0].place[0] == "mnist" else 0.1), best + 0.004)
 
 
 def _rho(pyplot: Any, folder: Path, content: Content) -> None:
@@ -89,7 +98,8 @@ def _rho(pyplot: Any, folder: Path, content: Content) -> None:
 def _losses(pyplot: Any, folder: Path, content: Content) -> None:
     """Plot the autoencoders' batch losses over steps."""
     figure, axes = pyplot.subplots(figsize=(5.2, 3.2), layout="constrained")
-    for method, runs in finals(content).items():
+    longest = list(finals(content).values())[-1]
+    for method, runs in longest.items():
         curve = runs[0]["curve"]
         axes.plot([10 * index for index in range(len(curve))], curve, label=method)
     axes.set(xlabel="step", ylabel="cross entropy of an image", yscale="log")

@@ -50,11 +50,14 @@ def test_every_method_lowers_the_loss(name: str, monkeypatch) -> None:
     assert losses[1] < 0.9 * losses[0]
 
 
-def test_finals_are_each_method_s_longest_runs() -> None:
+def test_finals_are_each_method_s_runs_by_their_length() -> None:
     runs = {
         "Adam/search, 5 of 9 steps/lr 1": {"loss": 1.0, "steps": 5},
         "Adam/9 steps/lr 1/seed 0": {"loss": 0.5, "steps": 9},
-        "Adam/3 steps/lr 1/seed 0": {"loss": 0.9, "steps": 3},
+        "Adam/3 steps/lr 2/seed 0": {"loss": 0.9, "steps": 3},
         "Other/9 steps/lr 1/seed 0": {"loss": None, "steps": 9},
     }
-    assert finals({"runs": runs}) == {"Adam": [{"loss": 0.5, "steps": 9}]}
+    found = finals({"runs": runs})
+    assert list(found) == [3, 9]
+    assert found[3] == {"Adam": [{"loss": 0.9, "steps": 3, "lr": "2"}]}
+    assert found[9] == {"Adam": [{"loss": 0.5, "steps": 9, "lr": "1"}]}
