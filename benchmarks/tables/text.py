@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.language import final
-from benchmarks.language_rows import finals, rows
+from benchmarks.language_rows import rows
 from benchmarks.tables.markdown import markdown
 from benchmarks.tables.provenance import made_by
-from benchmarks.tables.text_sections import LEADS, LLAMA, ORDER, SMALL
+from benchmarks.tables.text_sections import LEADS, LLAMA, SMALL
 
 Content = dict[str, Any]
 
 SURE = 0.05
-LEAST_TRIALS = 2
 
 
 def number(value: float | None, form: str) -> str:
@@ -179,42 +177,3 @@ def leads(content: Content, group: str, title: str, text: str) -> str | None:
     return LEADS.format(
         title=title, text=text, table=markdown(header, lines), made=made_by(content)
     )
-
-
-def order(content: Content) -> str:
-    """Return the section on RMNP over scales."""
-    lines, names = [], list(content["settings"]["methods"])
-    for name in content["settings"]["cells"]:
-        losses, seeds = cell_losses(content, name)
-        if len(losses) > 1:
-            lines.append([f"{name}, {seeds}", *(_gap(losses, method) for method in names)])
-    base = "width 64, 2 layers, batch 8, 300 steps, but for:"
-    return ORDER.format(table=markdown([base, *names], lines), made=made_by(content))
-
-
-def cell_losses(content: Content, name: str) -> tuple[dict[str, float], str]:
-    """Return each method's loss in a cell of ``scales.json``, and over which seeds it is.
-
-    Where some method has no run but those that chose its rate, all are compared by these.
-    """
-    steps = content["settings"]["cells"][name]["steps"]
-    runs, prefix = content["runs"], f"{name} "
-    tried = [key.split()[2] for key in runs if key.startswith(f"{prefix}tune ")]
-    found = finals(runs, steps, prefix)
-    if found and set(tried) <= set(found):
-        losses = {m: sum(map(final, own.values())) / len(own) for m, own in found.items()}
-        return losses, f"{len(found['adamw'])} seeds"
-    best = {
-        method: min(
-            final(run) for k, run in runs.items() if k.startswith(f"{prefix}tune {method} ")
-        )
-        for method in dict.fromkeys(tried)
-        if tried.count(method) >= LEAST_TRIALS
-    }
-    return best, "the tuning seed"
-
-
-def _gap(losses: Mapping[str, float], method: str) -> str:
-    if method not in losses:
-        return ""
-    return f"{losses[method]:.3f} ({losses[method] - losses['adamw']:+.3f})"

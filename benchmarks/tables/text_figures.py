@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables.text import cell_losses
+from benchmarks.tables.text_order import cell_losses
 from benchmarks.tables.text_tasks import dominance
 
 Content = dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.tables import text, text_tasks
+from benchmarks.tables import text, text_order, text_tasks
 from benchmarks.tables.provenance import made_by
 from benchmarks.tables.text import Content
 from benchmarks.tables.text_words import FINDINGS, HEAD, LEADS, SUMMARY
@@ -26,7 +26,7 @@ def page(contents: Mapping[str, Content]) -> str:
     if "leads" in contents and "scales" in contents:
         sections.append(text.small(contents["leads"], contents["scales"], timing))
     if "scales" in contents:
-        sections.append(text.order(contents["scales"]))
+        sections.append(text_order.order(contents["scales"]))
     if "leads" in contents:
         sections += [text.leads(contents["leads"], *lead) for lead in LEADS]
     for name, section in (

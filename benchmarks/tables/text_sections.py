@@ -31,27 +31,6 @@ measured; `memory_report` predicts the same number of bytes in every row{excepti
 {made}
 """
 
-ORDER = """## Where the published order of RMNP begins
-
-The smaller LLaMA again, one thing changed at a time; at each scale each method is tuned anew at the
-full number of steps. Cells: mean loss on seeds that were not tuned on (where a row says so, the
-best loss on the seed that was), and in brackets the gap to AdamW there. The paper's order is RMNP
-about Muon, both ahead of AdamW.
-
-{table}
-
-RMNP at its own momentum of .95 is ahead of AdamW in the shortest runs and behind it in the longer
-ones, here as at width 128 above, and behind it with a smaller batch or more layers; with momentum
-.8 it stays ahead, without reaching Muon. So the
-order of the paper does not appear at these scales, of 128 to 2048 tokens a step; Muon's place does.
-At 900 steps, time ended with the best rates of Muon and of the short momentum the outermost of
-those tried, which can only understate them.
-
-![Final loss against AdamW's over steps](figures/text-order.svg)
-
-{made}
-"""
-
 LEADS = """## {title}
 
 {text}

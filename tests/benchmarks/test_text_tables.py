@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.tables import text, text_figures, text_page, text_tasks
+from benchmarks.tables import text, text_figures, text_order, text_page, text_tasks
 from benchmarks.tables.provenance import made_by
 
 ENVIRONMENT = {"commit": "abc", "machine": "some", "versions": {"torch": "2"}}
@@ -23,7 +23,7 @@ def scales() -> dict:
 
 
 def test_gaps_to_adamw_are_of_the_same_scale() -> None:
-    assert "| steps=20, 2 seeds | 2.150 (+0.000) | 1.667 (-0.483) |" in text.order(scales())
+    assert "| steps=20, 2 seeds | 2.150 (+0.000) | 1.667 (-0.483) |" in text_order.order(scales())
 
 
 def test_where_a_method_has_tuning_runs_only_all_are_compared_by_these() -> None:
@@ -31,10 +31,25 @@ def test_where_a_method_has_tuning_runs_only_all_are_compared_by_these() -> None
     for lr, adamw, rmnp in ((0.1, 1.8, 1.5), (0.2, 2.0, 1.9)):
         content["runs"][f"steps=20 tune adamw lr={lr} steps=20"] = run(adamw)
         content["runs"][f"steps=20 tune rmnp lr={lr} steps=20"] = run(rmnp)
-    assert ", 2 seeds |" in text.order(content)
+    assert ", 2 seeds |" in text_order.order(content)
     content["runs"] = {k: r for k, r in content["runs"].items() if "final rmnp" not in k}
     row = "| steps=20, the tuning seed | 1.800 (+0.000) | 1.500 (-0.300) |"
-    assert row in text.order(content)
+    assert row in text_order.order(content)
+
+
+def test_rmnp_is_set_against_muon_s_gain() -> None:
+    content = scales()
+    for seed in (1, 2):
+        content["runs"][f"steps=20 final muon lr=0.1 seed={seed} steps=20"] = run(1.0, 1.0)
+    content["settings"]["methods"]["muon"] = {}
+    found = text_order.order(content)
+    # AdamW 2.15, RMNP 1.667, Muon 1.
+    assert "| 42% |" in found
+    assert "ahead of AdamW at steps=20; of Muon's gain it has from 42% (steps=20)" in found
+    assert "outermost" not in found
+    for lr, loss in ((0.1, 1.0), (0.2, 1.5)):
+        content["runs"][f"steps=20 tune muon lr={lr} steps=20"] = run(loss)
+    assert "outermost of those tried for muon at steps=20." in text_order.order(content)
 
 
 def test_small_scale_takes_the_shared_methods_from_the_other_file() -> None:
