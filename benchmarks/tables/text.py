@@ -163,8 +163,16 @@ def small(content: Content, scales: Content, timing: Content | None) -> str:
     )
 
 
-def leads(content: Content, group: str, title: str, text: str) -> str | None:
-    """Return the section on one group of variants, None if none of them has run."""
+def leads(content: Content, group: str, title: str, text: str, base: str) -> str | None:
+    """Return the section on one group of variants, None if none of them has run.
+
+    Args:
+        content: Of ``leads.json``.
+        group: Of variants.
+        title: Of the section.
+        text: What it begins with.
+        base: The row that variants are set against, beside AdamW.
+    """
     steps = content["settings"]["steps"]
     plain = {"neurms": "neurms-u"}.get(group, group)
     wanted = [f" {group}:", " methods:adamw ", f" methods:{plain} "]
@@ -175,5 +183,20 @@ def leads(content: Content, group: str, title: str, text: str) -> str | None:
     found = rows(runs, steps, baseline="methods:adamw")
     header, lines = compared(found)
     return LEADS.format(
-        title=title, text=text, table=markdown(header, lines), made=made_by(content)
+        title=title,
+        text=f"{text}\n\n{changes(found, group, base)}",
+        table=markdown(header, lines),
+        made=made_by(content),
     )
+
+
+def changes(found: Sequence[Mapping[str, Any]], group: str, base: str) -> str:
+    """Return in words what every variant changes against one row, and who reaches AdamW."""
+    losses = {row["optimizer"].removeprefix(f"{group}:"): row["loss"] for row in found}
+    if base not in losses:
+        return ""
+    variants = [name for name in losses if name != base and not name.startswith("methods:")]
+    moved = ", ".join(f"{name} {losses[name] - losses[base]:+.3f}" for name in variants)
+    reached = [name for name in variants if losses[name] <= losses["methods:adamw"]]
+    level = f"At AdamW's loss or below: {', '.join(reached)}" if reached else "None reaches AdamW's"
+    return f"Loss less that of `{base.removeprefix('methods:')}`: {moved}. {level}."

@@ -14,16 +14,14 @@ FINDINGS = """## Which optimizer, for a small language model?
 
 {answers}
 
-Ahead or behind: p < .05 after Holm's correction, 3 seeds. The order is that of a few hundred steps at 0.66 M
-parameters; the sections below show how it moves with the number of steps.
+Ahead or behind: p < .05 after Holm's correction, 3 seeds. The order is that of a few hundred steps
+at 0.66 M parameters; the sections below show how it moves with the number of steps.
 """
 
 NEURMS = """\
 Variant U with momentum .9; unit factors are bounded by s_max = 100 in `neurms-u`, by nothing in
 `unclipped`, and in `relative-kappa=k` to within k times the layer's median factor. An absolute
-bound means something else in every layer; a relative one at k = 10 brings NeuRMS from well behind
-AdamW to its level, at 57 % of its state. A tight bound of k = 3 loses some of that. Sending the
-head to AdamW and a longer warmup each help the unclipped rule, too, but by less."""
+bound means something else in every layer, a relative one does not."""
 
 RACS = """\
 The paper's averages start at zero and are not corrected (`racs`), so that its first updates are
@@ -37,14 +35,17 @@ ablation (26.96, 27.35, 25.11 and, with all, 21.95) the compensation is what cou
 costs state and gives nothing here (`alice-0` goes without it)."""
 
 SHARED = """\
-Rank 8; all at the rate that is best for the first row."""
+Rank 8 of 64, every variant with a search of its own. `momentum-first` is not the paper's rule: it
+averages gradients before the blocks see them, as Muon, RMNP and Alice do, where the paper
+preconditions each step's own gradient and sums the results."""
 
 LEADS = (
-    ("neurms", "NeuRMS on text", NEURMS),
-    ("racs", "RACS: bias correction and the first steps", RACS),
-    ("alice", "What Alice's parts are worth", ALICE),
-    ("shared_basis", "SharedBasis on text", SHARED),
+    ("neurms", "NeuRMS on text", NEURMS, "U,unclipped"),
+    ("racs", "RACS: bias correction and the first steps", RACS, "methods:racs"),
+    ("alice", "What Alice's parts are worth", ALICE, "methods:alice"),
+    ("shared_basis", "Why SharedBasis fails on text", SHARED, "methods:shared_basis"),
 )
+"""Group, title, text, and the row that every change is set against."""
 
 SUMMARY = """## A small LLaMA on English prose
 

@@ -68,6 +68,19 @@ def test_small_scale_takes_the_shared_methods_from_the_other_file() -> None:
     assert found.index("| racs |") < found.index("| rmnp |") < found.index("| adamw |")
 
 
+def test_variants_are_set_against_the_method_as_it_is() -> None:
+    content = {"runs": {}, "settings": {"steps": 20}, **RECORD}
+    losses = {"methods:adamw": 2.0, "methods:racs": 2.2, "racs:better": 1.9, "racs:worse": 2.5}
+    for name, loss in losses.items():
+        for seed in (1, 2):
+            key = f"final {name} lr=0.2 seed={seed} steps=20"
+            content["runs"][key] = run(3.0, loss + seed * len(name) / 1e5)
+    found = text.leads(content, "racs", "Title", "Text.", "methods:racs")
+    assert "Loss less that of `racs`: better -0.300, worse +0.300." in found
+    assert "At AdamW's loss or below: better." in found
+    assert text.leads(content, "muon", "Title", "Text.", "methods:muon") is None
+
+
 def test_models_of_which_a_shape_is_missing_are_left_out() -> None:
     content = {
         "runs": {"4x2": {"rmnp": 2.0, "muon": 30.0}, "2x2": {"rmnp": 1.0, "muon": 5.0}},
