@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.perceptron_rows import Cell, best_of, cells, duel
+from benchmarks.perceptron_rows import Cell, cells
 from benchmarks.tables import text
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.duels import matrix, outcomes, places, summary
 
 Content = Mapping[str, Any]
 
@@ -21,12 +21,13 @@ same number of trials:
 
 {language}
 
-**Small perceptrons.** Test accuracy at equal wall-clock, one thread, 5 seeds; the NeuRMS is the one
-that validation images choose, *p* a paired t-test's after Holm's correction:
+**Small perceptrons.** At equal wall-clock, one thread, 5 seeds: test accuracy of the NeuRMS that
+validation images choose less that of the best other method, in points, bold where *p*, a paired
+t-test's after Holm's correction, is below .05:
 
 {perceptrons}
 
-{small}
+{summary} {small}
 
 **Large layers, little memory.** {backward}
 
@@ -47,44 +48,26 @@ def answers(contents: Mapping[str, Content]) -> str:
     found = cells(contents["perceptrons"]["runs"], contents["step_times"]["runs"])
     return ANSWERS.format(
         language=text.answers(contents["llama"], contents["llama_step"]),
-        perceptrons=_perceptrons(found),
+        perceptrons=matrix(outcomes(found)),
+        summary=summary(outcomes(found)),
         small=_stateless(found),
         backward=_backward(contents["step"]["runs"], contents["memory"]["runs"]),
         steps=_steps(contents["kernels"]["runs"]),
     )
 
 
-def _perceptrons(found: Sequence[Cell]) -> str:
-    lines = []
-    for place in sorted({cell.place for cell in found}):
-        own = sorted((c for c in found if c.place == place), key=lambda cell: -cell.mean)
-        ours, rivals = best_of(own), [cell for cell in own if not cell.ours]
-        if ours is None or not rivals:
-            continue
-        test = duel(ours, own)[rivals[0].method]
-        lines.append(
-            [
-                f"{place[0]}, {place[2]:g} s",
-                f"{rivals[0].method} {rivals[0].mean:.4f}",
-                f"{ours.method} {ours.mean:.4f}",
-                f"{100 * test['difference']:+.2f}",
-                f"{test['p_holm']:.3f}",
-            ]
-        )
-    return markdown(["budget", "best of the others", "NeuRMS", "points", "p"], lines)
-
-
 def _stateless(found: Sequence[Cell]) -> str:
-    parts = []
-    for place in sorted({cell.place for cell in found}):
+    net, parts = places(found)[0][1], []
+    for place in places(found):
         at = {cell.method: cell for cell in found if cell.place == place}
-        if "NeuRMS-U" in at and "AdamW" in at:
+        if place[1] == net and "NeuRMS-U" in at and "AdamW" in at:
             points = 100 * (at["NeuRMS-U"].mean - at["AdamW"].mean)
             parts.append(f"{points:+.2f} ({place[0]}, {place[2]:g} s)")
-    state = {c.method: c.state_bytes for c in found}
+    state = {c.method: c.state_bytes for c in found if c.place[1] == net}
     return (
-        f"NeuRMS-U without momentum keeps {state['NeuRMS-U'] / 1e3:.0f} kB of state where AdamW "
-        f"keeps {state['AdamW'] / 1e3:,.0f}, for these points against AdamW: {', '.join(parts)}."
+        f"For {net} NeuRMS-U without momentum keeps {state['NeuRMS-U'] / 1e3:.0f} kB of state "
+        f"where AdamW keeps {state['AdamW'] / 1e3:,.0f}, for these points against AdamW: "
+        f"{', '.join(parts)}."
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.perceptron_rows import Cell, best_of, duel, front
 from benchmarks.significance import compared
+from benchmarks.tables.duels import outcomes, places, words
 from benchmarks.tables.markdown import markdown
 from benchmarks.tables.provenance import made_by
 
@@ -33,7 +34,9 @@ seed, after Holm's correction for the number of comparisons.
 CAVEAT = """\
 A budget in seconds is a number of steps by each method's own step time, measured side by side on
 one thread of the machine below; on another machine the ratios of those times are what to compare.
-Where *p* is above .05 the seeds do not tell the two apart."""
+Where *p* is above .05 the seeds do not tell the two apart. The front holds what no other method
+beats by mean test accuracy in the same time or less; best NeuRMS is the one that validation images
+choose, best of the others the one with the highest test accuracy, which favours the others."""
 
 PLACE = """### {data}, {net}, {seconds:g} s
 
@@ -43,10 +46,6 @@ PLACE = """### {data}, {net}, {seconds:g} s
 """
 
 
-def _places(found: Sequence[Cell]) -> list[tuple[str, str, float]]:
-    return sorted({cell.place for cell in found}, key=lambda p: (p[0] != "mnist", p[0], p[1], p[2]))
-
-
 def _at(found: Sequence[Cell], place: tuple[str, str, float]) -> list[Cell]:
     own = [cell for cell in found if cell.place == place]
     return sorted(own, key=lambda cell: -cell.mean)
@@ -54,40 +53,37 @@ def _at(found: Sequence[Cell], place: tuple[str, str, float]) -> list[Cell]:
 
 def head(found: Sequence[Cell]) -> str:
     """Return the head of the page: who is ahead in which budget."""
-    lines, wins, ties, losses = [], [], [], []
-    for place in _places(found):
-        own = _at(found, place)
-        rivals = [cell for cell in own if not cell.ours]
-        ours = best_of(own)
-        if ours is None or not rivals:
-            continue
-        tests = duel(ours, own)
-        rival = rivals[0]
-        test = tests[rival.method]
-        name = f"{place[0]} {place[2]:g} s"
-        group = ties if test["p_holm"] > 0.05 else wins if test["difference"] > 0 else losses
-        group.append(name)
-        lines.append(
-            [
-                f"{place[0]}, {place[1]}, {place[2]:g} s",
-                f"{ours.method} {ours.mean:.4f}",
-                f"{rival.method} {rival.mean:.4f}",
-                f"{100 * test['difference']:+.2f}",
-                f"{test['p_holm']:.3f}",
-                "yes" if ours in front(_same(found, place)) else "no",
-            ]
-        )
-    header = ["setting", "best NeuRMS", "best of the others", "points", "p", "on the front"]
-    parts = [
-        (wins, "NeuRMS is ahead of every other method tried, significantly against the best"),
-        (ties, "NeuRMS and the best of the others cannot be told apart"),
-        (losses, "another method is significantly ahead of NeuRMS"),
+    every = outcomes(found)
+    lines = [
+        [
+            o.name,
+            f"{o.ours.method} {o.ours.mean:.4f}",
+            f"{o.rival.method} {o.rival.mean:.4f}",
+            f"{o.points:+.2f}",
+            f"{o.p:.3f}",
+            f"{o.ahead} / {o.others - o.ahead - o.behind} / {o.behind}",
+            ", ".join(o.on_front) or "no",
+        ]
+        for o in every
     ]
-    answers = "\n".join(f"- {text}: {', '.join(names)}." for names, text in parts if names)
+    header = [
+        "setting",
+        "best NeuRMS",
+        "best of the others",
+        "points",
+        "p",
+        "others behind / level / ahead",
+        "NeuRMS on the front",
+    ]
     trials = [cell.trials for cell in found]
     fewer = f", only {min(trials)} where a row says so" if min(trials) < max(trials) else ""
-    words = {"trials": max(trials), "fewer": fewer}
-    return HEAD.format(**words, answers=answers, table=markdown(header, lines), caveat=CAVEAT)
+    return HEAD.format(
+        trials=max(trials),
+        fewer=fewer,
+        answers=words(every),
+        table=markdown(header, lines),
+        caveat=CAVEAT,
+    )
 
 
 def _same(found: Sequence[Cell], place: tuple[str, str, float]) -> list[Cell]:
@@ -97,7 +93,7 @@ def _same(found: Sequence[Cell], place: tuple[str, str, float]) -> list[Cell]:
 def budgets(found: Sequence[Cell], content: Content) -> str:
     """Return the tables of all budgets."""
     parts = ["## Accuracy at equal wall-clock\n", "![](figures/images-front.svg)\n"]
-    for place in _places(found):
+    for place in places(found):
         own = _at(found, place)
         against = next((cell for cell in own if cell.method == "AdamW"), None)
         on_front = front(_same(found, place))

@@ -39,7 +39,8 @@ def test_answer_names_the_winner() -> None:
     won = images.page(perceptrons(NeuRMS_U=AHEAD, AdamW=BEHIND))
     lost = images.page(perceptrons(NeuRMS_U=BEHIND, AdamW=AHEAD))
     tied = images.page(perceptrons(NeuRMS_U=AHEAD, AdamW=[0.951, 0.950, 0.953]))
-    assert "NeuRMS is ahead of every other method tried" in won
+    assert "NeuRMS is significantly ahead of the best other method in 1 of 1" in won
+    assert "significantly ahead of every other method tried in mnist 4-2 1 s." in won
     assert "significantly ahead of AdamW" in won
     assert "another method is significantly ahead of NeuRMS" in lost
     assert "significantly behind AdamW" in lost

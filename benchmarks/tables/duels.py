@@ -1,0 +1,151 @@
+"""NeuRMS against every other method, budget by budget: who is ahead, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.perceptron_rows import Cell, best_of, duel, front
+from benchmarks.tables.markdown import markdown
+
+__all__ = ["Outcome", "matrix", "outcomes", "places", "summary", "words"]
+
+SURE = 0.05
+Place = tuple[str, str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One budget.
+
+    Args:
+        ours: The NeuRMS that validation images choose.
+        rival: The other method with the highest test accuracy.
+        points: Ours less the rival's, in points.
+        p: Of that difference, after Holm's correction over all other methods.
+        ahead: How many of the others are significantly behind ours.
+        behind: How many are significantly ahead of it.
+        others: How many there are.
+        on_front: Every NeuRMS on the front of accuracy over time, best first.
+    """
+
+    ours: Cell
+    rival: Cell
+    points: float
+    p: float
+    ahead: int
+    behind: int
+    others: int
+    on_front: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Data, network and seconds."""
+        data, net, seconds = self.ours.place
+        return f"{data} {net} {seconds:g} s"
+
+    @property
+    def kind(self) -> Literal["ahead", "level", "behind"]:
+        """How ours stands to the best of the others."""
+        if self.p > SURE:
+            return "level"
+        return "ahead" if self.points > 0 else "behind"
+
+
+def places(found: Iterable[Cell]) -> list[Place]:
+    """Return the budgets: MNIST first, small networks first, short ones first."""
+
+    def order(place: Place) -> tuple[bool, str, int, str, float]:
+        data, net, seconds = place
+        return data != "mnist", data, len(net), net, seconds
+
+    return sorted({cell.place for cell in found}, key=order)
+
+
+def outcomes(found: Sequence[Cell]) -> list[Outcome]:
+    """Return the outcome of every budget that has a NeuRMS and another method."""
+    made = []
+    for place in places(found):
+        own = sorted((c for c in found if c.place == place), key=lambda cell: -cell.mean)
+        ours, rivals = best_of(own), [cell for cell in own if not cell.ours]
+        if ours is None or not rivals:
+            continue
+        tests = duel(ours, own)
+        sure = [t["difference"] for t in tests.values() if t["p_holm"] <= SURE]
+        best = tests[rivals[0].method]
+        made.append(
+            Outcome(
+                ours=ours,
+                rival=rivals[0],
+                points=100 * best["difference"],
+                p=best["p_holm"],
+                ahead=sum(difference > 0 for difference in sure),
+                behind=sum(difference < 0 for difference in sure),
+                others=len(tests),
+                on_front=_on_front(own, [c for c in found if c.place[:2] == place[:2]]),
+            )
+        )
+    return made
+
+
+def _on_front(own: Sequence[Cell], same: Sequence[Cell]) -> tuple[str, ...]:
+    best = front(same)
+    return tuple(cell.method for cell in own if cell.ours and cell in best)
+
+
+def words(found: Sequence[Outcome]) -> str:
+    """Return the outcomes as a list: ahead, level, behind."""
+    titles = {
+        "ahead": "NeuRMS is significantly ahead of the best other method",
+        "level": "NeuRMS and the best other method cannot be told apart",
+        "behind": "another method is significantly ahead of NeuRMS",
+    }
+    lines = []
+    for kind, title in titles.items():
+        own = [o for o in found if o.kind == kind]
+        if own:
+            named = ", ".join(f"{o.name} ({o.points:+.2f})" for o in own)
+            lines.append(f"- {title} in {len(own)} of {len(found)} budgets: {named}.")
+    fronts = [o.name for o in found if o.on_front]
+    lines.append(
+        f"- A NeuRMS is on the front of accuracy over time in {len(fronts)} of {len(found)}"
+        + (f": {', '.join(fronts)}." if fronts else ".")
+    )
+    whole = [o.name for o in found if o.ahead == o.others]
+    lines.append(
+        f"- It is significantly ahead of every other method tried in {', '.join(whole)}."
+        if whole
+        else "- In none is it significantly ahead of every other method tried."
+    )
+    return "\n".join(lines)
+
+
+def summary(found: Sequence[Outcome]) -> str:
+    """Return the outcomes in a sentence."""
+    ahead, level, behind = (
+        sum(o.kind == kind for o in found) for kind in ("ahead", "level", "behind")
+    )
+    return (
+        f"Of {len(found)} budgets NeuRMS is significantly ahead in {ahead}, not told apart in "
+        f"{level}, behind in {behind}; a NeuRMS is on the front of accuracy over time in "
+        f"{sum(bool(o.on_front) for o in found)}."
+    )
+
+
+def matrix(found: Sequence[Outcome]) -> str:
+    """Return a table with a row for each data set and network, a column for each budget."""
+    seconds = sorted({o.ours.place[2] for o in found})
+    lines = []
+    for place in dict.fromkeys(o.ours.place[:2] for o in found):
+        own = {o.ours.place[2]: o for o in found if o.ours.place[:2] == place}
+        lines.append([" ".join(place), *(_shown(own.get(s)) for s in seconds)])
+    return markdown(["", *(f"{s:g} s" for s in seconds)], lines)
+
+
+def _shown(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return ""
+    points = f"{outcome.points:+.2f}"
+    shown = f"**{points}**" if outcome.kind != "level" else points
+    return f"{shown} on {outcome.rival.method} (p {outcome.p:.3f})"

@@ -1,0 +1,54 @@
+"""NeuRMS against the others, budget by budget."""
+
+from __future__ import annotations
+
+from benchmarks.perceptron_rows import Cell
+from benchmarks.tables.duels import matrix, outcomes, places, summary, words
+
+
+def cell(method: str, net: str, seconds: float, *scores: float, validation: float = 0.5) -> Cell:
+    return Cell(("mnist", net, seconds), method, 0.1, 10, 1.0, scores, validation, 0, 6)
+
+
+LOW, MIDDLE, HIGH = (0.90, 0.902, 0.903), (0.902, 0.904, 0.902), (0.95, 0.951, 0.953)
+
+
+def test_the_rival_is_the_best_of_the_others_and_all_of_them_are_counted() -> None:
+    found = [
+        cell("NeuRMS-U", "4-2", 1, *MIDDLE),
+        cell("AdamW", "4-2", 1, *HIGH),
+        cell("SGD", "4-2", 1, *LOW),
+    ]
+    (outcome,) = outcomes(found)
+    assert outcome.rival.method == "AdamW"
+    assert (outcome.kind, outcome.ahead, outcome.behind, outcome.others) == ("behind", 0, 1, 2)
+    assert outcome.on_front == ()
+    assert "another method is significantly ahead of NeuRMS in 1 of 1 budgets" in words([outcome])
+    assert "In none is it significantly ahead of every other method" in words([outcome])
+    assert summary([outcome]) == (
+        "Of 1 budgets NeuRMS is significantly ahead in 0, not told apart in 0, behind in 1; a "
+        "NeuRMS is on the front of accuracy over time in 0."
+    )
+
+
+def test_a_slower_budget_is_on_the_front_only_if_no_shorter_one_beats_it() -> None:
+    found = [
+        cell("AdamW", "4-2", 1, *HIGH),
+        cell("NeuRMS-U", "4-2", 1, *LOW),
+        cell("NeuRMS-U", "4-2", 5, *MIDDLE),
+        cell("AdamW", "4-2", 5, *LOW),
+    ]
+    assert [outcome.on_front for outcome in outcomes(found)] == [(), ()]
+    assert outcomes(found[1:])[0].on_front == ("NeuRMS-U",)
+
+
+def test_matrix_has_a_row_for_a_network_and_a_column_for_a_budget() -> None:
+    found = [
+        cell(method, net, seconds, *scores)
+        for net, seconds in (("4-2", 1), ("4-2", 5), ("4-4-2", 5))
+        for method, scores in (("NeuRMS-U", HIGH), ("AdamW", LOW))
+    ]
+    assert places(found)[-1] == ("mnist", "4-4-2", 5)
+    table = matrix(outcomes(found))
+    assert "|  | 1 s | 5 s |" in table
+    assert "| mnist 4-4-2 |  | **+4.97** on AdamW (p 0.000) |" in table
