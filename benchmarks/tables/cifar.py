@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.significance import compared, spread
+from benchmarks.significance import compared, paired, spread
 from benchmarks.tables.markdown import markdown
 from benchmarks.tables.provenance import made_by
+from benchmarks.vision import METHODS
 
 __all__ = ["cifar"]
 
@@ -19,25 +20,24 @@ number of steps; {trials} trials for the rate on shorter runs. Mirrored at rando
 
 {table}
 
+{verdict}
+
 {made}
 """
 
 
+Scores = dict[str, tuple[str, list[float]]]
+
+
 def cifar(content: Content) -> str:
     """Return the section on CIFAR-10."""
-    groups: dict[tuple[str, str], dict[str, tuple[str, list[float]]]] = {}
-    for key, run in content["runs"].items():
-        net, method, length, lr, *seed = key.split("/")
-        if seed:
-            lr = lr.removeprefix("lr ")
-            place = groups.setdefault((net, length), {})
-            place.setdefault(method, (lr, []))[1].append(run["accuracy"])
-    lines = []
-    for (net, length), methods in groups.items():
+    lines, words = [], []
+    for (net, length), methods in _groups(content["runs"]).items():
         base = methods.get("AdamW", ("", []))[1]
         others = {n: s for n, (_, s) in methods.items() if n != "AdamW" and len(s) == len(base) > 1}
         tests = compared(base, others) if others else {}
-        for method, (lr, scores) in sorted(methods.items(), key=lambda x: -spread(x[1][1])[0]):
+        ordered = sorted(methods.items(), key=lambda item: -spread(item[1][1])[0])
+        for method, (lr, scores) in ordered:
             mean, std = spread(scores)
             test = tests.get(method)
             lines.append(
@@ -51,8 +51,38 @@ def cifar(content: Content) -> str:
                     f"{test['p_holm']:.3f}" if test else "",
                 ]
             )
+        words.append(_verdict(net, {name: scores for name, (_, scores) in ordered}))
     if not lines:
         return ""
     header = ["network, run, method", "lr", "test", "std", "seeds", "- AdamW", "p"]
-    trials = content["settings"]["trials"]
-    return CIFAR.format(trials=trials, table=markdown(header, lines), made=made_by(content))
+    return CIFAR.format(
+        trials=content["settings"]["trials"],
+        table=markdown(header, lines),
+        verdict="\n".join(filter(None, words)),
+        made=made_by(content),
+    )
+
+
+def _groups(runs: Content) -> dict[tuple[str, str], Scores]:
+    """Return by network and length of run each method's learning rate and accuracies by seed."""
+    groups: dict[tuple[str, str], Scores] = {}
+    for key, run in runs.items():
+        net, method, length, lr, *seed = key.split("/")
+        if seed:
+            place = groups.setdefault((net, length), {})
+            place.setdefault(method, (lr.removeprefix("lr "), []))[1].append(run["accuracy"])
+    return groups
+
+
+def _verdict(net: str, scores: dict[str, list[float]]) -> str:
+    """Return how the best NeuRMS stands to the best of the others; the best come first."""
+    ours = next((name for name in scores if METHODS[name].ours), None)
+    rival = next((name for name in scores if not METHODS[name].ours), None)
+    if ours is None or rival is None or len(scores[ours]) != len(scores[rival]):
+        return ""
+    test = paired(scores[ours], scores[rival])
+    p = f", p {test['p']:.3f} before correction" if len(scores[ours]) > 1 else ""
+    return (
+        f"On {net} the best NeuRMS, {ours}, is {100 * test['difference']:+.2f} points from the "
+        f"best of the others, {rival}{p}."
+    )
