@@ -10,6 +10,7 @@ from benchmarks.significance import compared
 from benchmarks.tables.duels import outcomes, places, words
 from benchmarks.tables.markdown import markdown
 from benchmarks.tables.provenance import made_by
+from benchmarks.tables.reasons import reasons
 
 __all__ = ["budgets", "head"]
 
@@ -121,7 +122,7 @@ def budgets(found: Sequence[Cell], content: Content) -> str:
                 verdict=_verdict(own),
             )
         )
-    return "\n".join([*parts, made_by(content), ""])
+    return "\n".join([*parts, reasons(found), made_by(content), ""])
 
 
 def _line(cell: Cell, test: dict[str, float] | None, on_front: Sequence[Cell]) -> list[str]:
