@@ -30,7 +30,7 @@ from neurms.core.unitwise.checks import checked_settings
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
 from neurms.core.unitwise.scale_summary import scale_summary
 from neurms.core.unitwise.statistics import LossReduction
-from neurms.core.unitwise.tapped import TappedLayer, Variant
+from neurms.core.unitwise.tapped import Gemm, TappedLayer, Variant
 
 require("lightning", extra="lightning")
 
@@ -85,6 +85,7 @@ class NeuRMSCallback(Callback):
         kappa: Width of the relative clip.
         loss_reduction: Whether the loss is a "mean" or a "sum" over rows.
         update: "step", or "backward": plain SGD only; no clipping, accumulation, scaler or DDP.
+        gemm: What update="backward" multiplies in: "float32", or "bfloat16".
         loss_scale: Callable that returns the factor on the loss; None asks the Trainer's scaler.
         heads: Name pattern of weights -> number of heads whose outputs share one second moment.
         weight_decay: Decoupled decay of the preconditioned weights, beside the optimizer's own.
@@ -137,6 +138,7 @@ class NeuRMSCallback(Callback):
         kappa: float = 10.0,
         loss_reduction: LossReduction = "mean",
         update: Literal["step", "backward"] = "step",
+        gemm: Gemm = "float32",
         loss_scale: Callable[[], float] | None = None,
         heads: Mapping[str, int] | None = None,
         weight_decay: float = 0.0,

@@ -38,6 +38,7 @@ __all__ = [
 
 _ATTRIBUTES = {
     "update": "update_mode",
+    "gemm": "gemm",
     "loss_reduction": "loss_reduction",
     "loss_scale": "loss_scale",
     "backend": "backend",

@@ -23,7 +23,7 @@ from neurms.compiled.backends import (
     validate_backend,
 )
 from neurms.compiled.correlation import correlation_from_sums, correlation_sums
-from neurms.compiled.gemm import accumulate_gemm_, update_gemm_
+from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
 from neurms.compiled.native import warm_up
 from neurms.compiled.reductions import channel_square_sum, column_square_sum
 from neurms.compiled.scaling import ema_, relative_scale_factors, scale_factors
@@ -32,7 +32,7 @@ from neurms.compiled.update import scale_gradient_, scaled_momentum_update_, sca
 __all__ = [
     "BACKENDS",
     "Kernel",
-    "accumulate_gemm_",
+    "bfloat16_gemm_",
     "channel_square_sum",
     "column_square_sum",
     "compilations",

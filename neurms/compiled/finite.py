@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from neurms.compiled.backends import PROMPT, current_backend, kernel
+from neurms.compiled.backends import current_backend, kernel
 from neurms.compiled.native import LEAST_ELEMENTS, fits, library, suits, threads
 
-__all__ = ["all_finite", "all_within", "are_finite", "are_within"]
+__all__ = ["GREATEST", "all_finite", "all_within", "are_finite", "are_within"]
 
 GREATEST = torch.finfo(torch.float32).max
+"""The largest finite float32."""
 
 
 @kernel
@@ -82,36 +83,28 @@ def _all_within(x: Tensor, bound: float) -> bool:
     return bool(kernels.neurms_all_within(x.data_ptr(), x.numel(), bound, threads()))
 
 
-def are_finite(tensors: Sequence[Tensor], prompt: bool = False) -> bool:
+def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether every element of several CPU tensors is finite, small ones in one call.
 
     Args:
         tensors: Any shapes, any floating dtypes.
-        prompt: Whether to look natively at small ones too.
 
     Returns:
         True without tensors.
     """
-    if prompt:
-        look = all_finite.on(PROMPT)
-        return all(look(tensor) for tensor in tensors)
     return _small_together(tensors, all_finite.on(_kind()))
 
 
-def are_within(tensors: Sequence[Tensor], bound: float, prompt: bool = False) -> bool:
+def are_within(tensors: Sequence[Tensor], bound: float) -> bool:
     """Return whether no magnitude in several CPU tensors exceeds a bound, as :func:`are_finite`.
 
     Args:
         tensors: Any shapes, any floating dtypes.
         bound: At least 1e-15.
-        prompt: Whether to look natively at small ones too.
 
     Returns:
         False where there is a NaN; True without tensors.
     """
-    if prompt:
-        look = all_within.on(PROMPT)
-        return all(look(tensor, bound) for tensor in tensors)
     look = all_within.on(_kind())
     return _small_together(tensors, lambda tensor: look(tensor, bound))
 

@@ -1,8 +1,10 @@
 """The weight's update as one matrix product, without a gradient in between.
 
-One call of the BLAS library leaves nothing to fuse, so these are plain functions and no kernels:
-they are the same on every backend. ``addmm_`` takes its coefficients as numbers; a 0-d tensor is
-read with ``float``, which on an accelerator waits for the device.
+In the weight's own precision one call of the BLAS library leaves nothing to fuse, so these are
+plain functions and no kernels: they are the same on every backend. ``addmm_`` takes its
+coefficients as numbers; a 0-d tensor is read with ``float``, which on an accelerator waits for the
+device. The product of bfloat16 numbers is a kernel, whose native form applies the factors to the
+sums on their way into the weight.
 """
 
 from __future__ import annotations
@@ -11,6 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from neurms.compiled.backends import kernel
+from neurms.compiled.native import LEAST_ELEMENTS, bfloat16_engine, is_plain, library, threads
+
+__all__ = ["bfloat16_gemm_", "update_gemm_"]
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -24,7 +32,8 @@ def update_gemm_(
 ) -> Tensor:
     """Descend along a gradient that is never formed, in place.
 
-    ``W <- decay W - lr D^T H`` with D and H already scaled, so D S and H C of the layer.
+    ``W <- decay W - lr D^T H`` with D and H already scaled, so D S and H C of the layer. A velocity
+    takes it by ``lr=-1`` and its momentum for ``decay``.
 
     Args:
         w: The weight, shape (m, n), any strides; overwritten.
@@ -60,32 +69,116 @@ def update_gemm_(
         )
 
 
-def accumulate_gemm_(
-    velocity: Tensor, errors: Tensor, activations: Tensor, momentum: float | Tensor
+@kernel
+def bfloat16_gemm_(
+    w: Tensor,
+    errors: Tensor,
+    activations: Tensor,
+    s: Tensor | None,
+    c: Tensor | None,
+    lr: Tensor,
+    decay: Tensor,
 ) -> Tensor:
-    """Add a gradient that is never formed to the velocity, in place.
+    """Descend along a scaled gradient whose product is of bfloat16 numbers, in place.
 
-    ``V <- momentum V + D^T H``; then :func:`~neurms.compiled.update.scaled_update_` with the
-    velocity as its gradient moves the weight.
+    ``W <- decay W - lr S (D^T H) C`` with D and H rounded to bfloat16 (unless they are already),
+    their products summed in the weight's precision: as a GEMM of bfloat16 operands does it, but
+    that the result is never rounded.
 
     Args:
-        velocity: Shape (m, n), zeros before the first step; overwritten.
-        errors: Scaled D, shape (rows, m); cast to the dtype of ``velocity``.
-        activations: Scaled H, shape (rows, n); cast to the dtype of ``velocity``.
-        momentum: A number or a 0-d tensor.
+        w: The weight, shape (m, n), float32 or float64; overwritten.
+        errors: D, shape (rows, m).
+        activations: H, shape (rows, n).
+        s: Unit factors, shape (m,), or None for 1.
+        c: Feature factors, shape (n,), or None for 1.
+        lr: 0-d tensor; minus what D^T H is multiplied with.
+        decay: 0-d tensor, ``1 - lr * weight_decay``.
 
     Returns:
-        ``velocity``.
-
-    Raises:
-        ValueError: If the shapes do not fit; nothing is changed then.
+        ``w``.
 
     Reference:
-        NeuRMS, ``update="backward"`` with momentum.
+        NeuRMS, ``update="backward"``. The native form multiplies with the matrix unit of the
+        processor (AMX) or its bfloat16 vectors, and reads and writes ``w`` once.
 
     Example:
         >>> import torch
-        >>> accumulate_gemm_(torch.ones(1, 2), torch.ones(3, 1), torch.ones(3, 2), momentum=0.5)
-        tensor([[3.5000, 3.5000]])
+        >>> one = torch.tensor(1.0)
+        >>> d, h, s = torch.ones(3, 1), torch.full((3, 2), 1.0 + 2**-9), torch.tensor([2.0])
+        >>> bfloat16_gemm_(torch.ones(1, 2), d, h, s, None, one, one)
+        tensor([[-5., -5.]])
     """
-    return update_gemm_(velocity, errors, activations, lr=-1.0, decay=momentum)
+    d = errors.to(torch.bfloat16).to(w.dtype)
+    h = activations.to(torch.bfloat16).to(w.dtype)
+    if s is not None:
+        d = d * s.to(w.dtype)
+    if c is not None:
+        h = h * c.to(w.dtype)
+    return w.addmm_(d.t(), h, beta=float(decay), alpha=-float(lr))
+
+
+# Its coefficients are read as numbers, which a graph cannot hold; one call of BLAS gains nothing.
+bfloat16_gemm_.keep_eager_on_inductor()
+
+
+def _multiplies(
+    w: Tensor,
+    errors: Tensor,
+    activations: Tensor,
+    s: Tensor | None,
+    c: Tensor | None,
+    *rates: Tensor,
+) -> bool:
+    if w.dim() != 2 or not (is_plain(w) and w.numel() and errors.numel()):
+        return False
+    if errors.dtype != activations.dtype or not bfloat16_engine():
+        return False
+    return all(_is_stored(x) for x in (errors, activations)) and all(
+        x is None or is_plain(x) for x in (s, c)
+    )
+
+
+def _is_stored(x: Tensor) -> bool:
+    plain = x.dtype in (torch.float32, torch.bfloat16) and x.is_cpu and x.dim() == 2
+    return plain and x.is_contiguous()
+
+
+def _is_worth_it(w: Tensor, *others: Tensor | None) -> bool:
+    return w.numel() >= LEAST_ELEMENTS and _multiplies(w, *others)  # type: ignore[arg-type]
+
+
+@bfloat16_gemm_.native(_is_worth_it, mutates=("w",), fits=_multiplies, returns="w")
+def _bfloat16_gemm_(
+    w: Tensor,
+    errors: Tensor,
+    activations: Tensor,
+    s: Tensor | None,
+    c: Tensor | None,
+    lr: Tensor,
+    decay: Tensor,
+) -> Tensor:
+    kernels = library()
+    assert kernels is not None
+    m, n = w.shape
+    done = kernels.neurms_update_gemm(
+        w.data_ptr(),
+        m,
+        n,
+        errors.data_ptr(),
+        activations.data_ptr(),
+        errors.shape[0],
+        errors.dtype is torch.bfloat16,
+        None if s is None else s.data_ptr(),
+        None if c is None else c.data_ptr(),
+        float(lr),
+        float(decay),
+        bfloat16_engine(),
+        threads(),
+    )
+    if not done:
+        raise MemoryError(
+            f"no memory for {errors.shape[0]} rows of errors and activations in bfloat16; use "
+            "smaller batches, and call optimizer.zero_grad() before the next one"
+        )
+    increment_version(w)
+    return w

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -11,7 +13,7 @@ from neurms.compiled.native import fits, library, suits, threads
 from neurms.compiled.reductions import sum_of_squares
 from neurms.compiled.scaling import inverse_root
 
-__all__ = ["moment_factors_", "scaled_signal"]
+__all__ = ["moment_factors_", "observed_signal", "scaled_signal"]
 
 
 @kernel
@@ -88,6 +90,73 @@ def _moment_factors_(
     return s
 
 
+def _observed(
+    x: Tensor,
+    v: Tensor,
+    per_row: bool,
+    beta: float,
+    correction: Tensor,
+    eps: float,
+    v_min: float,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    squares = sum_of_squares(x, None)
+    moment = squares * x.size(0) if per_row else squares / x.size(0)
+    blended = torch.lerp(v, moment, 1.0 - beta)
+    s = inverse_root(blended, correction, eps, v_min).clamp_(low, high)
+    return squares, x.sum(0), blended, s
+
+
+@kernel
+def observed_signal(
+    x: Tensor,
+    v: Tensor,
+    per_row: bool,
+    beta: float,
+    correction: Tensor,
+    eps: float,
+    v_min: float,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Observe a signal and blend what is seen into its second moments, which give its factors.
+
+    With ``q_j = sum_rows x_j^2`` and the moment ``q_j / rows``, or ``rows q_j`` for an error signal
+    that a mean over rows has divided: ``v' = beta v + (1 - beta) moment``, ``s = clip(max(v' /
+    correction + eps, v_min)^(-1/2), low, high)``.
+
+    Args:
+        x: The signal, shape (rows, k), float32 or float64; at least one row.
+        v: Second moments, shape (k,), the same dtype; left as they are.
+        per_row: Whether the moment is ``rows q`` (D of a mean loss) instead of ``q / rows``.
+        beta: Decay, in [0, 1).
+        correction: 0-d tensor, ``1 - beta^t``, or 1 for no bias correction.
+        eps: Added inside the root.
+        v_min: Floor inside the root.
+        low: Smallest factor.
+        high: Largest factor.
+
+    Returns:
+        ``(q, sum_rows x, v', s)``, each of shape (k,).
+
+    Reference:
+        NeuRMS, buffer scaling. Settled: D is the per-row error, whence ``per_row``. The native form
+        reads ``x`` once.
+
+    Example:
+        >>> import torch
+        >>> x, one = torch.tensor([[3.0], [1.0]]), torch.tensor(1.0)
+        >>> for part in observed_signal(x, torch.zeros(1), False, 0.0, one, 0.0, 0.0, 0.0, 1.0):
+        ...     print(part.tolist())
+        [10.0]
+        [4.0]
+        [5.0]
+        [0.4472135901451111]
+    """
+    return _observed(x, v, per_row, beta, correction, eps, v_min, low, high)
+
+
 @kernel
 def scaled_signal(
     x: Tensor,
@@ -100,11 +169,7 @@ def scaled_signal(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Observe a signal, blend what is seen into its second moments, and scale it by the result.
-
-    With ``q_j = sum_rows x_j^2`` and the moment ``q_j / rows``, or ``rows q_j`` for an error signal
-    that a mean over rows has divided: ``v' = beta v + (1 - beta) moment``, ``s = clip(max(v' /
-    correction + eps, v_min)^(-1/2), low, high)``.
+    """Observe a signal as :func:`observed_signal` does, and scale it by the factors that gives.
 
     Args:
         x: The signal, shape (rows, k), float32 or float64; at least one row.
@@ -135,11 +200,8 @@ def scaled_signal(
         [0.4472135901451111]
         [1.3416407108306885, 0.4472135901451111]
     """
-    squares = sum_of_squares(x, None)
-    moment = squares * x.size(0) if per_row else squares / x.size(0)
-    blended = torch.lerp(v, moment, 1.0 - beta)
-    s = inverse_root(blended, correction, eps, v_min).clamp_(low, high)
-    return squares, x.sum(0), blended, s, x * s
+    squares, total, blended, s = _observed(x, v, per_row, beta, correction, eps, v_min, low, high)
+    return squares, total, blended, s, x * s
 
 
 def _suits(x: Tensor, v: Tensor, *settings: object) -> bool:
@@ -150,23 +212,35 @@ def _fits(x: Tensor, v: Tensor, *settings: object) -> bool:
     return x.dim() == 2 and v.shape == x.shape[1:] and fits(x, v)
 
 
+@observed_signal.native(_suits, fits=_fits)
+def _observed_signal(
+    x: Tensor, v: Tensor, per_row: bool, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _observed_natively(x, None, v, per_row, *settings)
+
+
 @scaled_signal.native(_suits, fits=_fits)
 def _scaled_signal(
+    x: Tensor, v: Tensor, per_row: bool, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scaled = torch.empty_like(x)
+    return *_observed_natively(x, scaled, v, per_row, *settings), scaled
+
+
+def _observed_natively(
     x: Tensor,
+    scaled: Tensor | None,
     v: Tensor,
     per_row: bool,
     beta: float,
     correction: Tensor,
-    eps: float,
-    v_min: float,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *bounds: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = library()
     assert kernels is not None
     rows, columns = x.shape
     # Sums apart from the rest: they may become a bias's gradient, which others write.
-    vectors, sums, scaled = x.new_empty(3, columns), x.new_empty(columns), torch.empty_like(x)
+    vectors, sums = x.new_empty(3, columns), x.new_empty(columns)
     kernels.neurms_scaled_signal(
         x.data_ptr(),
         rows,
@@ -175,14 +249,11 @@ def _scaled_signal(
         rows if per_row else 1.0 / rows,
         beta,
         float(correction),
-        eps,
-        v_min,
-        low,
-        high,
+        *bounds,
         vectors.data_ptr(),
         sums.data_ptr(),
-        scaled.data_ptr(),
+        None if scaled is None else scaled.data_ptr(),
         threads(),
     )
     squares, blended, s = vectors.unbind()
-    return squares, sums, blended, s, scaled
+    return squares, sums, blended, s

@@ -250,6 +250,66 @@ def scaled_momentum_update_(
     return w
 
 
+def _is_heavy_ball(
+    w: Tensor,
+    velocity: Tensor,
+    g: Tensor,
+    s: Tensor | None,
+    c: Tensor | None,
+    lr: Tensor,
+    momentum: Tensor,
+    decay: Tensor | None,
+    scale_velocity: bool,
+) -> bool:
+    return w.numel() >= LEAST_ELEMENTS and _is_any_heavy_ball(w, velocity, g, s, c, lr)
+
+
+def _is_any_heavy_ball(
+    w: Tensor,
+    velocity: Tensor,
+    g: Tensor,
+    s: Tensor | None,
+    c: Tensor | None,
+    lr: Tensor,
+    *rest: object,
+) -> bool:
+    shaped = velocity.shape == w.shape and fits(velocity)
+    return shaped and _is_any_matrix(w, g, s, c, lr, None)
+
+
+@scaled_momentum_update_.native(
+    _is_heavy_ball, mutates=("w", "velocity"), returns="w", fits=_is_any_heavy_ball
+)
+def _scaled_momentum_step_(
+    w: Tensor,
+    velocity: Tensor,
+    g: Tensor,
+    s: Tensor | None,
+    c: Tensor | None,
+    lr: Tensor,
+    momentum: Tensor,
+    decay: Tensor | None,
+    scale_velocity: bool,
+) -> Tensor:
+    kernels = library()
+    assert kernels is not None
+    kernels.neurms_scaled_momentum_step(
+        w.data_ptr(),
+        velocity.data_ptr(),
+        g.data_ptr(),
+        *w.shape,
+        None if s is None else s.data_ptr(),
+        None if c is None else c.data_ptr(),
+        float(lr),
+        float(momentum),
+        1.0 if decay is None else float(decay),
+        scale_velocity,
+        threads(),
+    )
+    increment_version((w, velocity))
+    return w
+
+
 @kernel
 def scale_gradient_(g: Tensor, s: Tensor | None, c: Tensor | None) -> Tensor:
     """Scale a gradient in place: ``G <- S G C``.

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from neurms.compiled.gemm import accumulate_gemm_, update_gemm_
+from neurms.compiled.backends import PROMPT
+from neurms.compiled.gemm import _multiplies, bfloat16_gemm_, update_gemm_
+from neurms.compiled.native import bfloat16_engine, library
 from neurms.compiled.update import scaled_update_
 
 
@@ -54,7 +56,7 @@ class TestUpdateGemm:
         assert bool((w == 1).all())
 
 
-def test_accumulate_gemm_then_update_is_torchs_momentum():
+def test_velocity_then_update_is_torchs_momentum():
     layer = nn.Linear(4, 6, bias=False)
     w, velocity = layer.weight.detach().clone(), torch.zeros(6, 4)
     sgd = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
@@ -62,6 +64,97 @@ def test_accumulate_gemm_then_update_is_torchs_momentum():
         d, h = torch.randn(9, 6), torch.randn(9, 4)
         layer.weight.grad = d.t() @ h
         sgd.step()
-        accumulate_gemm_(velocity, d, h, 0.9)
+        update_gemm_(velocity, d, h, -1.0, 0.9)
         scaled_update_(w, velocity, None, None, torch.tensor(0.1))
     torch.testing.assert_close(w, layer.weight.detach())
+
+
+ONE = torch.tensor(1.0, dtype=torch.float64)
+SHAPES = [(300, 200, 129), (16, 16, 32), (33, 47, 31), (5, 3, 1), (10, 1024, 128), (128, 65, 1000)]
+
+
+def operands(m, n, rows, dtype=torch.float32):
+    torch.manual_seed(m)
+    d, h = torch.randn(rows, m).to(dtype), torch.randn(rows, n).to(dtype)
+    return torch.randn(m, n), d, h, torch.rand(m) + 0.1, torch.rand(n) + 0.1
+
+
+def truth_of(w, d, h, s, c, lr, decay):
+    left = 1.0 if s is None else s.double()[:, None]
+    right = 1.0 if c is None else c.double()
+    product = d.bfloat16().double().T @ h.bfloat16().double()
+    return decay * w.double() - lr * left * product * right
+
+
+class TestBfloat16Gemm:
+    @pytest.mark.parametrize("form", ["eager", "auto", PROMPT, "torchscript"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("factors", [(True, True), (True, False), (False, False)])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_is_the_product_of_rounded_factors(self, form, dtype, factors, shape):
+        w, d, h, s, c = operands(*shape, dtype)
+        s, c = (x if given else None for x, given in zip((s, c), factors, strict=True))
+        truth = truth_of(w, d, h, s, c, 0.05, 0.9)
+        before = w._version
+        assert bfloat16_gemm_.on(form)(w, d, h, s, c, ONE * 0.05, ONE * 0.9) is w
+        assert w._version > before
+        size = float(truth.abs().amax())
+        torch.testing.assert_close(w.double(), truth, rtol=1e-6, atol=1e-6 * size)
+
+    def test_is_near_the_product_of_what_was_rounded(self):
+        w, d, h, *_ = operands(300, 200, 129)
+        exact = -(d.double().T @ h.double())
+        moved = torch.zeros_like(w)
+        bfloat16_gemm_(moved, d, h, None, None, ONE, ONE)
+        error = (moved.double() - exact).norm() / exact.norm()
+        assert 1e-4 < error < 2**-8
+
+    @pytest.mark.parametrize("engine", [1, 2])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_both_engines(self, engine, shape):
+        kernels = library()
+        if kernels is None:
+            pytest.skip("no C++ compiler on this machine")
+        w, d, h, s, c = operands(*shape)
+        truth = truth_of(w, d, h, s, c, 0.05, 0.9)
+        data = [x.data_ptr() for x in (w, d, h, s, c)]
+        start = w.clone()
+        done = kernels.neurms_update_gemm(
+            data[0], *w.shape, *data[1:3], len(d), 0, *data[3:], 0.05, 0.9, engine, 2
+        )
+        if not done:
+            assert torch.equal(w, start)
+            pytest.skip(f"this processor has no engine {engine}")
+        size = float(truth.abs().amax())
+        torch.testing.assert_close(w.double(), truth, rtol=1e-6, atol=1e-6 * size)
+
+    def test_threads_do_not_change_it(self):
+        results = []
+        before = torch.get_num_threads()
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            w, *rest = operands(300, 200, 129)
+            results.append(bfloat16_gemm_(w, *rest, ONE, ONE))
+        torch.set_num_threads(before)
+        assert torch.equal(*results)
+
+    def test_a_bad_number_shows(self):
+        w, d, h, s, c = operands(300, 200, 129)
+        d[7, 11] = float("nan")
+        h[100, 150] = float("inf")
+        bfloat16_gemm_(w, d, h, s, c, ONE, ONE)
+        assert w[11].isnan().all()
+        assert not w[:, 150].isfinite().any()
+        others = w[torch.arange(300) != 11][:, torch.arange(200) != 150]
+        assert others.isfinite().all()
+
+    def test_choice_goes_by_what_is_stored(self):
+        if not bfloat16_engine():
+            pytest.skip("no engine for bfloat16 on this processor")
+        w, d, h, s, c = operands(300, 200, 129)
+        assert _multiplies(w, d, h, s, c)
+        assert _multiplies(w, d.bfloat16(), h.bfloat16(), s, None)
+        assert not _multiplies(w, d.bfloat16(), h, s, c)
+        assert not _multiplies(w.double(), d, h, s, c)
+        assert not _multiplies(w, d[:, ::1].T.contiguous().T, h, s, c)
+        assert not _multiplies(w, d[:0], h[:0], s, c)

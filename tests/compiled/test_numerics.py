@@ -73,6 +73,17 @@ CASES: dict[str, Case] = {
     "moment_factors_": Case(
         lambda g: (units(g), like(g, 5, g.shape[0]) * magnitude(g), ONE / 7, 0.9, ONE * 0.3, *ROOT)
     ),
+    "observed_signal": Case(lambda g: (g, features(g), True, 0.9, ONE * 0.3, *ROOT), SQUARED),
+    "bfloat16_gemm_": Case(
+        lambda g: (
+            like(g, 3) * magnitude(g),
+            like(g, 6, 33, g.shape[0]) * magnitude(g),
+            like(g, 7, 33, g.shape[1]),
+            units(g),
+            features(g),
+            *(ONE * 0.1, ONE * 0.9),
+        )
+    ),
     "scaled_signal": Case(lambda g: (g, features(g), True, 0.9, ONE * 0.3, *ROOT), SQUARED),
     "two_sided_fit": Case(lambda g: (g, 5), (1e-16, 1.0, 1e12), 3e-6),
     "two_sided_scales_": Case(
@@ -208,7 +219,7 @@ def test_threads_and_shapes(form: str, name: str, shape: tuple[int, int], count:
 @pytest.mark.parametrize("shape", [(1, 1), (0, 3), (3, 0)], ids=str)
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("newton_schulz", "whiten")])
 def test_one_element_and_none(form: str, name: str, shape: tuple[int, int]) -> None:
-    if name == "scaled_signal" and not shape[0]:
+    if name in ("scaled_signal", "observed_signal") and not shape[0]:
         pytest.skip("a signal has at least one row")
     if name.startswith("two_sided") and 0 in shape:
         pytest.skip("a fit has no peak to find without entries")

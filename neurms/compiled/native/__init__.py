@@ -9,6 +9,7 @@ uninterrupted one would.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 
 import torch
@@ -19,6 +20,7 @@ from neurms.compiled.native.build import CACHE_VARIABLE, compiler, library, warm
 __all__ = [
     "CACHE_VARIABLE",
     "LEAST_ELEMENTS",
+    "bfloat16_engine",
     "compiler",
     "fits",
     "is_plain",
@@ -49,6 +51,13 @@ def suits(matrix: Tensor, *others: Tensor | None) -> bool:
         *others: Further operands; None for absent ones.
     """
     return matrix.numel() >= LEAST_ELEMENTS and fits(matrix, *others)
+
+
+@functools.cache
+def bfloat16_engine() -> int:
+    """Return what multiplies bfloat16 numbers: 2 is AMX, 1 AVX512-BF16, 0 nothing that gains."""
+    kernels = library()
+    return 0 if kernels is None else int(kernels.neurms_bf16_engine())
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:

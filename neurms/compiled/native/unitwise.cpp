@@ -10,6 +10,8 @@
 
 #include <omp.h>
 
+#include "common.h"
+
 namespace {
 
 constexpr int64_t kStrip = 256;     // columns taken together: their sums stay in the first-level cache
@@ -80,24 +82,72 @@ void scale_columns(const float* x, int64_t rows, int64_t stride, int64_t width, 
   }
 }
 
+// Whether a magnitude exceeds `bound`, as every NaN does: floats without their sign are ordered as integers are.
+uint32_t exceeds(const float* x, int64_t count, float bound) {
+  const uint32_t magnitude = 0x7fffffffu;
+  uint32_t greatest, peak = 0;
+  std::memcpy(&greatest, &bound, sizeof bound);
+  const uint32_t* bits = reinterpret_cast<const uint32_t*>(x);
+#pragma omp simd reduction(max : peak)
+  for (int64_t i = 0; i < count; ++i) peak = std::max(peak, bits[i] & magnitude);
+  return peak > greatest;
+}
+
+// The pass over weights: step, decay and momentum of those that move together.
+struct Rates {
+  float step, momentum;
+  bool coupled;  // the velocity is scaled once more on its way into the weight
+};
+
+// A weight (m x n), or a bias (m x 1). Null factors are 1; a null velocity is none.
+struct Target {
+  float* w;
+  const float* g;
+  float* velocity;
+  int64_t m, n;
+  const float *left, *right;
+  float decay;
+};
+
+template <bool kWithRight, bool kWithVelocity>
+void move_row(float* w, const float* g, float* velocity, int64_t n, float l, const float* right, float decay,
+              const Rates& r) {
+  const float back = r.coupled ? l * r.step : r.step;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const float scaled = kWithRight ? g[j] * right[j] : g[j];
+    if (kWithVelocity) {
+      velocity[j] = r.momentum * velocity[j] + l * scaled;
+      const float again = kWithRight && r.coupled ? velocity[j] * right[j] : velocity[j];
+      w[j] = decay * w[j] - back * again;
+    } else {
+      w[j] = decay * w[j] - l * r.step * scaled;
+    }
+  }
+}
+
+void move_rows(const Target& t, const Rates& r, Range rows) {
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const float l = t.left ? t.left[i] : 1.0f;
+    float *w = t.w + i * t.n, *velocity = t.velocity ? t.velocity + i * t.n : nullptr;
+    const float* g = t.g + i * t.n;
+    if (t.right && velocity) move_row<true, true>(w, g, velocity, t.n, l, t.right, t.decay, r);
+    else if (t.right) move_row<true, false>(w, g, velocity, t.n, l, t.right, t.decay, r);
+    else if (velocity) move_row<false, true>(w, g, velocity, t.n, l, t.right, t.decay, r);
+    else move_row<false, false>(w, g, velocity, t.n, l, t.right, t.decay, r);
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
-// Whether no magnitude exceeds `bound`, which no NaN is within: floats without their sign are ordered as integers are.
+// Whether no magnitude exceeds `bound`.
 int neurms_all_within(const float* x, int64_t count, float bound, int threads) {
-  const uint32_t magnitude = 0x7fffffffu;
-  uint32_t greatest, bad = 0;
-  std::memcpy(&greatest, &bound, sizeof bound);
+  uint32_t bad = 0;
 #pragma omp parallel for num_threads(count < kAlone ? 1 : threads) schedule(static) reduction(| : bad)
-  for (int64_t block = 0; block < count; block += 8192) {
-    const int64_t end = std::min(count, block + 8192);
-    const uint32_t* bits = reinterpret_cast<const uint32_t*>(x);
-    uint32_t peak = 0;
-#pragma omp simd reduction(max : peak)
-    for (int64_t i = block; i < end; ++i) peak = std::max(peak, bits[i] & magnitude);
-    bad |= peak > greatest;
-  }
+  for (int64_t block = 0; block < count; block += 8192)
+    bad |= exceeds(x + block, std::min<int64_t>(8192, count - block), bound);
   return !bad;
 }
 
@@ -112,7 +162,7 @@ void neurms_column_square_sum(const float* x, int64_t rows, int64_t columns, flo
 }
 
 // Column sums of x and of its squares; v moved towards the weighted squares; the factors that this v gives; x times
-// the factors. `out` holds three vectors of `columns` numbers: squares, blended, factors.
+// the factors, unless `scaled` is null. `out` holds three vectors of `columns` numbers: squares, blended, factors.
 void neurms_scaled_signal(const float* x, int64_t rows, int64_t columns, const float* v, double weight, double beta,
                           double correction, double eps, double v_min, double low, double high, float* out,
                           float* sums, float* scaled, int threads) {
@@ -124,7 +174,7 @@ void neurms_scaled_signal(const float* x, int64_t rows, int64_t columns, const f
     float *squares = out + j, *blended = squares + columns, *s = blended + columns;
     column_sums<true>(x + j, rows, columns, width, squares, sums + j);
     factors(squares, v + j, moments, width, blended, s);
-    scale_columns(x + j, rows, columns, width, s, scaled + j);
+    if (scaled) scale_columns(x + j, rows, columns, width, s, scaled + j);
   }
 }
 
@@ -137,19 +187,58 @@ void neurms_moment_factors(float* v, const float* squares, int64_t count, double
 // W <- decay W - step left_i g_ij right_j; a null factor is 1.
 void neurms_scaled_step(float* w, const float* g, int64_t m, int64_t n, const float* left, const float* right,
                         float step, float decay, int threads) {
+  const Target target{w, g, nullptr, m, n, left, right, decay};
+  const Rates rates{step, 0.0f, false};
 #pragma omp parallel for num_threads(m * n < kAlone ? 1 : threads) schedule(static)
-  for (int64_t i = 0; i < m; ++i) {
-    const float l = left ? left[i] * step : step;
-    float* wi = w + i * n;
-    const float* gi = g + i * n;
-    if (right) {
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) wi[j] = decay * wi[j] - l * (gi[j] * right[j]);
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) wi[j] = decay * wi[j] - l * gi[j];
+  for (int64_t i = 0; i < m; ++i) move_rows(target, rates, {i, i + 1});
+}
+
+// V <- momentum V + left_i g_ij right_j; W <- decay W - step V, or - step left_i V_ij right_j if `coupled`.
+void neurms_scaled_momentum_step(float* w, float* velocity, const float* g, int64_t m, int64_t n, const float* left,
+                                 const float* right, float step, float momentum, float decay, int coupled,
+                                 int threads) {
+  const Target target{w, g, velocity, m, n, left, right, decay};
+  const Rates rates{step, momentum, coupled != 0};
+#pragma omp parallel for num_threads(m * n < kAlone ? 1 : threads) schedule(static)
+  for (int64_t i = 0; i < m; ++i) move_rows(target, rates, {i, i + 1});
+}
+
+// neurms_moment_factors of several layers.
+void neurms_moment_factors_each(int64_t count, float* const* v, const float* const* squares, const int64_t* sizes,
+                                const double* weights, const double* corrections, double beta, double eps,
+                                double v_min, double low, double high, float* const* s) {
+  for (int64_t k = 0; k < count; ++k)
+    factors(squares[k], v[k], Moments{beta, weights[k], corrections[k], eps, v_min, low, high}, sizes[k], v[k], s[k]);
+}
+
+// The steps above for several weights and biases, which the threads take without waiting in between. A velocity may be
+// null for all of them alike.
+void neurms_scaled_steps_each(int64_t count, float* const* w, const float* const* g, float* const* velocity,
+                              const int64_t* m, const int64_t* n, const float* const* left, const float* const* right,
+                              const float* decay, float step, float momentum, int coupled, int threads) {
+  const Rates rates{step, momentum, coupled != 0};
+#pragma omp parallel num_threads(threads)
+  {
+    const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+    for (int64_t k = 0; k < count; ++k)
+      move_rows({w[k], g[k], velocity ? velocity[k] : nullptr, m[k], n[k], left[k], right[k], decay[k]}, rates,
+                share(m[k], part, parts, 1));
+  }
+}
+
+// Whether no magnitude in several arrays exceeds the array's bound.
+int neurms_all_within_each(int64_t count, const float* const* x, const int64_t* sizes, const float* bounds,
+                           int threads) {
+  uint32_t bad = 0;
+#pragma omp parallel num_threads(threads) reduction(| : bad)
+  {
+    const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+    for (int64_t k = 0; k < count; ++k) {
+      const Range own = share(sizes[k], part, parts, kLine);
+      bad |= exceeds(x[k] + own.begin, own.end - own.begin, bounds[k]);
     }
   }
+  return !bad;
 }
 
 }  // extern "C"

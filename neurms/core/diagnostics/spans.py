@@ -63,6 +63,11 @@ def span(
     return _NOTHING if _observer is None else _observer.span(kind, parameters)
 
 
+def is_observed() -> bool:
+    """Return whether anybody is told of spans, who wants to hear of layers one at a time."""
+    return _observer is not None
+
+
 def spanned(
     kind: SpanKind,
 ) -> Callable[[Callable[Concatenate[Any, _P], _R]], Callable[Concatenate[Any, _P], _R]]:

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from neurms.compiled.agc import row_clip_
-from neurms.compiled.gemm import accumulate_gemm_, update_gemm_
+from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
 from neurms.compiled.update import scaled_momentum_update_, scaled_update_
 from neurms.core.diagnostics.spans import span
 from neurms.core.layout import Layout
 from neurms.core.optimizers.work import Item
 from neurms.core.unitwise.statistics import scalar
+from neurms.core.unitwise.tapped import Gemm
 
-__all__ = ["write_gemm_update_", "write_update_"]
+__all__ = ["Product", "write_gemm_update_", "write_update_"]
 
 Factors = tuple[Tensor | None, Tensor | None]
+
+
+class Product(NamedTuple):
+    """A gradient that is not formed: D^T H.
+
+    Args:
+        errors: D, shape (rows, m), already multiplied by S for variant B.
+        activations: H, shape (rows, n).
+        scaled: D S and H C where they are at hand already.
+        gemm: What they are multiplied in.
+        backend: How kernels run.
+    """
+
+    errors: Tensor
+    activations: Tensor
+    scaled: tuple[Tensor, Tensor] | None = None
+    gemm: Gemm = "float32"
+    backend: str = "auto"
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the factors are to be bfloat16, or are: then their products are exact."""
+        low = torch.bfloat16
+        return self.gemm == "bfloat16" or self.errors.dtype is self.activations.dtype is low
 
 
 def write_update_(
@@ -77,43 +102,49 @@ def write_update_(
 
 def write_gemm_update_(
     target: Tensor,
-    errors: Tensor,
-    activations: Tensor,
-    s: Tensor,
-    c: Tensor | None,
+    product: Product,
+    factors: tuple[Tensor, Tensor | None],
     state: Mapping[str, Any],
     group: Mapping[str, Any],
-    scaled: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Write W <- decay W - lr (D S)^T H C by one GEMM, or V <- mu V + (D S)^T H C and W from V.
+    """Write W <- decay W - lr S D^T H C by one GEMM, or V <- mu V + S D^T H C and W from V.
 
     Args:
         target: W, shape (m, n); overwritten.
-        errors: D, shape (rows, m), already multiplied by S for variant B.
-        activations: H, shape (rows, n).
-        s: Unit factors (m,).
-        c: Feature factors (n,), or None.
+        product: D and H.
+        factors: s (m,), and c (n,) or None.
         state: Holds the velocity under ``"momentum"`` where the group has momentum.
         group: Settings.
-        scaled: D S and H C where they are at hand already.
     """
-    wide = target.dtype
-    if scaled is not None and scaled[0].dtype == wide:
-        d, h = scaled
-    else:
-        with span("scale"):
-            d = errors.to(wide) if group["variant"] == "B" else errors.to(wide) * s.to(wide)
-            h = activations.to(wide) if c is None else activations.to(wide) * c.to(wide)
+    applied: Factors = (None, None) if group["variant"] == "B" else factors
     rate = float(group["lr"])
     if not group["momentum"]:
-        update_gemm_(target, d, h, rate, 1.0 - rate * group["weight_decay"])
+        _write_product_(target, product, applied, rate, 1.0 - rate * group["weight_decay"])
         return
-    lr, decay = _rates(group, decayed=True)
     velocity = state["momentum"]
-    accumulate_gemm_(velocity, d, h, group["momentum"])
+    _write_product_(velocity, product, applied, -1.0, group["momentum"])
     coupled = group["momentum_coupling"] == "gradient+velocity"
-    scales: Factors = (s, c) if coupled else (None, None)
-    scaled_update_(target, velocity, *scales, lr, decay)
+    scales: Factors = factors if coupled else (None, None)
+    scaled_update_(target, velocity, *scales, *_rates(group, decayed=True))
+
+
+def _write_product_(
+    target: Tensor, product: Product, factors: Factors, rate: float, decay: float
+) -> None:
+    """Write T <- decay T - rate S D^T H C."""
+    errors, activations, scaled, _, backend = product
+    if product.in_bfloat16:
+        move = bfloat16_gemm_.on(backend)
+        move(target, errors, activations, *factors, scalar(rate), scalar(decay))
+        return
+    wide = target.dtype
+    if scaled is None or scaled[0].dtype != wide:
+        s, c = factors
+        with span("scale"):
+            d = errors.to(wide) if s is None else errors.to(wide) * s.to(wide)
+            h = activations.to(wide) if c is None else activations.to(wide) * c.to(wide)
+        scaled = d, h
+    update_gemm_(target, *scaled, rate, decay)
 
 
 def _is_plain_bias(target: Tensor, item: Item, s: Tensor) -> bool:

@@ -13,9 +13,9 @@ from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.optimizers.unitwise_optimizer import UnitwiseOptimizer
 from neurms.core.structures.unit_feature import Clip, UnitFeatureDiagonal
 from neurms.core.unitwise.statistics import LossReduction
-from neurms.core.unitwise.tapped import Variant
+from neurms.core.unitwise.tapped import Gemm, Variant
 
-__all__ = ["NeuRMS"]
+__all__ = ["NeuRMS", "check_gemm"]
 
 
 class NeuRMS(UnitwiseOptimizer):
@@ -66,6 +66,11 @@ class NeuRMS(UnitwiseOptimizer):
         update: ``"step"``, or ``"backward"`` to write W -= lr (D S)^T H C during backward without
             ever forming G (linear layers; others move at the step). No clipping, accumulation,
             GradScaler or several ranks can act on a gradient that never exists: they are refused.
+        gemm: What ``update="backward"`` multiplies D and H in: ``"float32"``, or ``"bfloat16"``,
+            which rounds them before their product (sums and weights stay as wide as they are) and
+            takes a fraction of the time where the processor has AMX or AMD's AVX512-BF16, and more
+            elsewhere: ``neurms doctor`` tells. Inputs that autocast has made bfloat16 are
+            multiplied as such in any case.
         loss_scale: Callable that returns a GradScaler's current scale (``scaler.get_scale``);
             without it a scaled loss makes all statistics too large.
         heads: Name pattern of weights -> number of heads whose outputs share one v (its mean).
@@ -116,6 +121,7 @@ class NeuRMS(UnitwiseOptimizer):
         kappa: float = 10.0,
         loss_reduction: LossReduction = "mean",
         update: Literal["step", "backward"] = "step",
+        gemm: Gemm = "float32",
         loss_scale: Callable[[], Tensor | float] | None = None,
         heads: Mapping[str, int] | None = None,
         **common: Unpack[CommonSettings],
@@ -145,6 +151,7 @@ class NeuRMS(UnitwiseOptimizer):
         }
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         check_choice("update", update, ("step", "backward"))
+        check_gemm(gemm, update)
         _check_loss_scale(loss_scale)
         if update == "backward":
             _check_backward(agc, loss_scale)
@@ -154,6 +161,7 @@ class NeuRMS(UnitwiseOptimizer):
             common,
             loss_reduction=loss_reduction,
             update=update,
+            gemm=gemm,
             loss_scale=loss_scale,
             heads=heads,
         )
@@ -182,6 +190,16 @@ class NeuRMS(UnitwiseOptimizer):
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+
+def check_gemm(gemm: Any, update: str) -> None:
+    """Raise unless ``gemm`` is known, and has a product to act on."""
+    check_choice("gemm", gemm, ("float32", "bfloat16"))
+    if gemm != "float32" and update != "backward":
+        raise ValueError(
+            f'gemm={gemm!r} has no effect with update="step", where autograd makes the gradient; '
+            'use update="backward", or torch.autocast around the forward pass'
+        )
 
 
 def _check_loss_scale(loss_scale: Any) -> None:

@@ -15,16 +15,18 @@ from neurms.core.diagnostics.spans import span
 from neurms.core.distributed.shards import is_sharded, local, local_state, row_shard
 from neurms.core.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
 from neurms.core.optimizers.base import PreconditionedOptimizer
-from neurms.core.optimizers.layer_update import write_gemm_update_, write_update_
+from neurms.core.optimizers.joint_update import Move, moves_plainly, write_updates_
+from neurms.core.optimizers.layer_update import Product, write_gemm_update_, write_update_
 from neurms.core.optimizers.work import Item
 from neurms.core.precision import compute_dtype
 from neurms.core.routing import FALLBACK, Head, Route
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.guard import GradientGuard
 from neurms.core.taps.protocol import Sums
+from neurms.core.unitwise.joint_commit import commit_each
 from neurms.core.unitwise.layers import UnitwiseLayers, neurms_routes
 from neurms.core.unitwise.statistics import LossReduction
-from neurms.core.unitwise.tapped import TappedLayer, Variant
+from neurms.core.unitwise.tapped import Gemm, TappedLayer, Variant
 
 __all__ = ["UnitwiseOptimizer"]
 
@@ -42,6 +44,7 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
         loss_reduction: How the loss reduces over rows.
         update: Whether linear layers move at the ``"step"`` or during ``"backward"``.
+        gemm: What the latter multiplies in.
         loss_scale: Returns the factor that the loss carries, or None.
         heads: Name pattern of weights -> number of heads that share second moments.
     """
@@ -59,12 +62,14 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         *,
         loss_reduction: LossReduction,
         update: Literal["step", "backward"],
+        gemm: Gemm,
         loss_scale: Callable[[], Tensor | float] | None,
         heads: Mapping[str, int] | None,
     ) -> None:
         self.loss_reduction: LossReduction = loss_reduction
         self.loss_scale = loss_scale
         self.update_mode = update
+        self.gemm: Gemm = gemm
         self._layers = self.layers_class(self, heads)
         self._guard: GradientGuard | None = None
         self._structures: dict[int, tuple[dict[str, Any], UnitFeatureDiagonal]] = {}
@@ -150,16 +155,17 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
             return
         group = self._group_of(layer.weight)
         state = self._state_with_velocity(layer.weight, group)
-        s, c = layer.foreseen(sums)
+        factors = layer.foreseen(sums)
         layer.add(sums)
-        weight, signals = layer.weight, (errors, activations)
+        weight = layer.weight
+        product = Product(errors, activations, layer.scaled, self.gemm, layer.backend)
         with torch.no_grad(), span("update", [weight]):
             if weight.dtype is torch.float32:
-                write_gemm_update_(weight, *signals, s, c, state, group, layer.scaled)
+                write_gemm_update_(weight, product, factors, state, group)
                 return
             item = Item(0, layer.route, group, weight)
             target = self._target(item)
-            write_gemm_update_(target, *signals, s, c, state, group, layer.scaled)
+            write_gemm_update_(target, product, factors, state, group)
             self._written(item, target)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
@@ -192,10 +198,13 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         # Before anything is judged, so that all ranks judge alike.
         self._layers.synchronize()
         gradients = [item.gradient for item in items]
+        if not all(item.rule in (self.rule, FALLBACK) for item in items):
+            return super()._bad_names(items) or self._layers.nonfinite_names()
+        if self._layers.are_finite_with(gradients):
+            return []
         plain = all(type(gradient) is Tensor and gradient.is_cpu for gradient in gradients)
-        plain = plain and all(item.rule in (self.rule, FALLBACK) for item in items)
-        bad: list[str] | None = [] if plain and are_finite(gradients, self._layers.large) else None
-        return (super()._bad_names(items) if bad is None else bad) or self._layers.nonfinite_names()
+        bad = [] if plain and are_finite(gradients) else super()._bad_names(items)
+        return bad or self._layers.nonfinite_names()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -253,32 +262,43 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         own = {item.parameter: item for item in items if item.rule == self.rule}
         if others := [item for item in items if item.rule != self.rule]:
             super()._update_rule(others)
+        ready = [layer for layer in self._layers if layer.observed.rows and _moved(layer)]
+        for layer in ready:
+            self._state_with_velocity(layer.weight, self._group_of(layer.weight))
+        commit_each(ready)
+        plain: list[Move] = []
         for layer in self._layers:
             weight = own.get(layer.weight)
             bias = own.get(layer.bias) if layer.bias is not None else None
-            confirmed = layer.weight.grad is not None or layer.updated_in_backward
-            if layer.observed.rows and confirmed:
-                self._state_with_velocity(layer.weight, self._group_of(layer.weight))
-                layer.commit()
-            if (weight or bias) is not None and self.state_of(layer).get("step"):
-                self._move(layer, weight, bias)
+            if (weight or bias) is None or not self.state_of(layer).get("step"):
+                continue
+            s, c = layer.factors()
+            for item, factors in ((weight, (s, c)), (bias, (s, None))):
+                if item is None:
+                    continue
+                state = self._state_with_velocity(item.parameter, item.group)
+                if item is bias:
+                    state["step"] += 1
+                if layer.prompt and moves_plainly(item, factors, state):
+                    plain.append(Move(item, factors, state))
+                else:
+                    self._move(layer, item, factors, state)
+        write_updates_(plain)
 
-    def _move(self, layer: TappedLayer, weight: Item | None, bias: Item | None) -> None:
-        s, c = layer.factors()
-        backend = layer.backend
-        for item, factors in ((weight, (s, c)), (bias, (s, None))):
-            if item is None:
-                continue
-            state = self._state_with_velocity(item.parameter, item.group)
-            if item is bias:
-                state["step"] += 1
-            target = self._target(item)
-            if not target.numel():
-                continue
-            with span("update", [item.parameter]):
-                own, own_factors = _on_this_rank(item, factors)
-                write_update_(target, own, own_factors, local_state(state), backend)
-                self._written(item, target)
+    def _move(
+        self,
+        layer: TappedLayer,
+        item: Item,
+        factors: tuple[Tensor, Tensor | None],
+        state: dict[str, Any],
+    ) -> None:
+        target = self._target(item)
+        if not target.numel():
+            return
+        with span("update", [item.parameter]):
+            own, own_factors = _on_this_rank(item, factors)
+            write_update_(target, own, own_factors, local_state(state), layer.backend)
+            self._written(item, target)
 
     # ---------------------------------------------------------------- routes that change
 
@@ -368,6 +388,11 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
                     f"variant={own!r}, whose statistics mean something else; build it with "
                     f"variant={saved!r}"
                 )
+
+
+def _moved(layer: TappedLayer) -> bool:
+    """Return whether a layer's weight has a gradient, or needs none."""
+    return layer.weight.grad is not None or layer.updated_in_backward
 
 
 def _on_this_rank(

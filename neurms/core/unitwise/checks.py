@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from neurms.core.errors import CheckpointError, check_choice
 from neurms.core.optimizers.checkpoint import check_entries
-from neurms.core.optimizers.neurms import NeuRMS
+from neurms.core.optimizers.neurms import NeuRMS, check_gemm
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
 from neurms.core.precision import compute_dtype
 
@@ -49,6 +49,7 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     NeuRMS.recipe(chosen)
     check_choice("loss_reduction", chosen["loss_reduction"], ("mean", "sum"))
     check_choice("update", chosen["update"], ("step", "backward"))
+    check_gemm(chosen["gemm"], chosen["update"])
     check_common("a NeuRMS preconditioner", {name: chosen[name] for name in _COMMON})
     if isinstance(chosen["exclude"], str):
         raise TypeError(

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from neurms.compiled.signals import moment_factors_, scaled_signal
+from neurms.compiled.signals import moment_factors_, observed_signal, scaled_signal
 from neurms.core.diagnostics.spans import span
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.statistics import LossReduction, PendingSums, scalar
 
-__all__ = ["Foresight", "KnownFactors", "Scaled", "commit_", "foresee"]
+__all__ = ["Foresight", "KnownFactors", "commit_", "foresee"]
 
 Factors = tuple[Tensor, Tensor | None]
 
@@ -52,6 +52,8 @@ class Foresight(NamedTuple):
         made_of: v and u before it, with their versions.
         moments: v and u after it.
         factors: s and c after it.
+        error_sum: Column sums of D, the bias's gradient.
+        scaled: D S and H C, where they were asked for; dropped once they are used.
     """
 
     sums: Sums
@@ -60,6 +62,8 @@ class Foresight(NamedTuple):
     made_of: tuple[tuple[Tensor, int], ...]
     moments: tuple[Tensor, ...]
     factors: Factors
+    error_sum: Tensor
+    scaled: tuple[Tensor, Tensor] | None = None
 
     def commit_(
         self, structure: UnitFeatureDiagonal, state: Mapping[str, Any], pending: PendingSums
@@ -79,14 +83,6 @@ class Foresight(NamedTuple):
         return foreseen
 
 
-class Scaled(NamedTuple):
-    """D S and H C, and the column sums of D, which are the bias's gradient."""
-
-    errors: Tensor
-    activations: Tensor
-    error_sum: Tensor
-
-
 def foresee(
     errors: Tensor,
     activations: Tensor,
@@ -94,8 +90,10 @@ def foresee(
     state: Mapping[str, Any],
     reduction: LossReduction,
     backend: str,
-) -> tuple[Foresight, Scaled] | None:
-    """Observe and scale a firing's D and H at once, or return None where that has no fused form.
+    *,
+    scale: bool = True,
+) -> Foresight | None:
+    """Observe a firing's D and H, and scale them if so asked; None where that has no fused form.
 
     Args:
         errors: D, shape (rows, m), at least one row.
@@ -104,28 +102,31 @@ def foresee(
         state: Its state; read only.
         reduction: How the loss reduces over rows.
         backend: How kernels run.
+        scale: Whether D S and H C are wanted.
     """
     v, u = state.get("v"), state.get("u")
     if v is None or structure.clip != "absolute" or errors.dtype != v.dtype:
         return None
     if structure.factored and (u is None or activations.dtype != u.dtype):
         return None
-    step = state["step"] + 1
+    step, rows = state["step"] + 1, errors.shape[0]
     root = (structure.beta, scalar(structure.divisor(step)), structure.eps, structure.v_min)
-    observe = scaled_signal.on(backend)
-    bounds = structure.s_min, structure.s_max
+    observe = (scaled_signal if scale else observed_signal).on(backend)
     with span("scale"):
-        q, total, v_next, s, d = observe(errors, v, reduction == "mean", *root, *bounds)
-    rows = errors.shape[0]
+        q, total, v_next, s, *d = observe(
+            errors, v, reduction == "mean", *root, structure.s_min, structure.s_max
+        )
+    sums, made_of = Sums(q, rows), _versions(state)
     if u is None or not structure.factored:
-        ahead = Foresight(Sums(q, rows), structure, step, _versions(state), (v_next,), (s, None))
-        return ahead, Scaled(d, activations, total)
-    bounds = structure.c_min, structure.c_max
+        scaled = (d[0], activations) if scale else None
+        return Foresight(sums, structure, step, made_of, (v_next,), (s, None), total, scaled)
     with span("scale"):
-        qh, _, u_next, c, h = observe(activations, u, False, *root, *bounds)
-    sums = Sums(q, rows, qh, activations.shape[0])
-    ahead = Foresight(sums, structure, step, _versions(state), (v_next, u_next), (s, c))
-    return ahead, Scaled(d, h, total)
+        qh, _, u_next, c, *h = observe(
+            activations, u, False, *root, structure.c_min, structure.c_max
+        )
+    sums = sums._replace(feature_square_sum=qh, feature_rows=activations.shape[0])
+    scaled = (d[0], h[0]) if scale else None
+    return Foresight(sums, structure, step, made_of, (v_next, u_next), (s, c), total, scaled)
 
 
 def commit_(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from neurms.compiled.finite import all_finite, all_within, are_within
-from neurms.compiled.native import LEAST_ELEMENTS
+from neurms.compiled.finite import GREATEST, all_finite, all_within, are_within
+from neurms.compiled.native import LEAST_ELEMENTS, fits
+from neurms.compiled.together import all_within_each
 from neurms.core.diagnostics.spans import span
 from neurms.core.distributed.shards import is_sharded, mesh_of, row_shard
 from neurms.core.errors import NonFiniteError, UnsupportedTrainingError
@@ -30,6 +31,8 @@ from neurms.core.unitwise.statistics import PendingSums, synchronize, world_size
 from neurms.core.unitwise.tapped import LayerOwner, TappedLayer
 
 __all__ = ["UnitwiseLayers", "neurms_routes"]
+
+_GREATEST_ROUNDED = torch.finfo(torch.bfloat16).max
 
 
 def neurms_routes(model: nn.Module, rule: str, head: Head, exclude: Sequence[str]) -> list[Route]:
@@ -236,16 +239,29 @@ class UnitwiseLayers:
 
     def nonfinite_names(self) -> list[str]:
         """Return the layers whose observed statistics hold a NaN or an infinity."""
-        # What backward has written was looked at there.
-        seen = set(self._updated) if world_size() == 1 else set()
-        observed = [x for x in self if x.observed.units is not None and x.name not in seen]
+        observed = self._unjudged()
         if not observed:
             return list(self._bad)
         greatest = min(x.observed.greatest() for x in observed)
         sums = [s for x in observed for s in _tensors(x.observed)]
-        if _all_within(sums, greatest, self.large):
+        if _all_within(sums, greatest):
             return list(self._bad)
         return self._bad + [layer.name for layer in observed if not layer.observed.is_finite()]
+
+    def are_finite_with(self, gradients: Sequence[Tensor]) -> bool:
+        """Return whether one look suffices: gradients and statistics are plain, and all is well."""
+        if not self.large or self._bad:
+            return False
+        observed = [layer.observed for layer in self._unjudged()]
+        sums = [(s, pending.greatest()) for pending in observed for s in _tensors(pending)]
+        tensors = [*gradients, *[s for s, _ in sums]]
+        bounds = [GREATEST] * len(gradients) + [bound for _, bound in sums]
+        return fits(*tensors) and all_within_each(tensors, bounds)
+
+    def _unjudged(self) -> list[TappedLayer]:
+        """Return layers with statistics, but for those that backward has looked at."""
+        seen = set(self._updated) if self._updated and world_size() == 1 else ()
+        return [x for x in self if x.observed.units is not None and x.name not in seen]
 
     @property
     def updated(self) -> list[str]:
@@ -372,10 +388,10 @@ def _tensors(pending: PendingSums) -> list[Tensor]:
     return [sums for sums in (pending.units, pending.features) if sums is not None]
 
 
-def _all_within(tensors: Sequence[Tensor], greatest: float, prompt: bool) -> bool:
+def _all_within(tensors: Sequence[Tensor], greatest: float) -> bool:
     """Return whether no sum exceeds ``greatest``, waiting but once for an accelerator."""
     if all(tensor.is_cpu for tensor in tensors):
-        return are_within(tensors, greatest, prompt)
+        return are_within(tensors, greatest)
     good = [(tensor <= greatest).all().to(tensors[0].device) for tensor in tensors]
     return bool(torch.stack(good).all())
 
@@ -387,6 +403,9 @@ def _are_finite(sums: Sums, activations: Tensor, layer: TappedLayer) -> bool:
     rows = max(layer.pending.rows + sums.rows, 1)
     if not all(look(part, torch.finfo(part.dtype).max / (4.0 * rows)) for part in parts):
         return False
+    if layer.owner.gemm == "bfloat16":
+        # What is finite may round to an infinity, but not where its square is finite.
+        return sums.feature_square_sum is not None or look(activations, _GREATEST_ROUNDED)
     return sums.feature_square_sum is not None or all_finite.on(layer.backend)(activations)
 
 

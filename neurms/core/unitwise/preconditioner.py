@@ -17,7 +17,7 @@ from neurms.core.diagnostics.spans import gradients_ready, span
 from neurms.core.errors import NonFiniteError, UnsupportedTrainingError
 from neurms.core.interrupts import WholeStep
 from neurms.core.layout import default_layout
-from neurms.core.optimizers.layer_update import write_gemm_update_
+from neurms.core.optimizers.layer_update import Product, write_gemm_update_
 from neurms.core.optimizers.neurms import NeuRMS
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
 from neurms.core.optimizers.work import Item, nonfinite_names
@@ -30,7 +30,7 @@ from neurms.core.unitwise.checks import backward_problem, checked_settings, veri
 from neurms.core.unitwise.gradient_scaling import precondition_gradient_
 from neurms.core.unitwise.layers import UnitwiseLayers, neurms_routes
 from neurms.core.unitwise.statistics import LossReduction, synchronize, world_size
-from neurms.core.unitwise.tapped import TappedLayer, Variant
+from neurms.core.unitwise.tapped import Gemm, TappedLayer, Variant
 
 __all__ = ["GradientPreconditioner"]
 
@@ -102,6 +102,7 @@ class GradientPreconditioner:
         self.settings = checked_settings(settings)
         self.backend: str = self.settings["backend"]
         self.loss_reduction: LossReduction = self.settings["loss_reduction"]
+        self.gemm: Gemm = self.settings["gemm"]
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.skipped_steps = 0
         (structure,) = NeuRMS.recipe(self.settings).transforms
@@ -216,10 +217,11 @@ class GradientPreconditioner:
             "momentum": self._momentum_of(layer.weight),
         }
         state = self._state_for(layer.weight)
-        s, c = layer.foreseen(sums)
+        factors = layer.foreseen(sums)
         layer.add(sums)
+        product = Product(errors, activations, layer.scaled, self.gemm, layer.backend)
         with torch.no_grad(), use_backend(self.backend), span("update", [layer.weight]):
-            write_gemm_update_(layer.weight, errors, activations, s, c, state, group, layer.scaled)
+            write_gemm_update_(layer.weight, product, factors, state, group)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         # Looked up anew after every step: loading an optimizer's state replaces its groups.

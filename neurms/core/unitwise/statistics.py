@@ -24,6 +24,8 @@ __all__ = ["LossReduction", "PendingSums", "scalar", "synchronize", "world_size"
 
 LossReduction = Literal["mean", "sum"]
 
+_GREATEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+
 
 @dataclass
 class PendingSums:
@@ -92,8 +94,8 @@ class PendingSums:
 
         An average that has become infinite would be NaN one step later.
         """
-        dtypes = [s.dtype for s in (self.units, self.features) if s is not None]
-        least = min((torch.finfo(dtype).max for dtype in dtypes), default=math.inf)
+        sums = [s for s in (self.units, self.features) if s is not None]
+        least = min((_GREATEST[s.dtype] for s in sums), default=math.inf)
         return least / (4.0 * max(self.rows, 1))
 
     def is_finite(self) -> bool:

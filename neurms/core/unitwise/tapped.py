@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from neurms.compiled.backends import PROMPT
+from neurms.compiled.native import fits
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.scaling import ema_
 from neurms.core.diagnostics.spans import span, spanned
@@ -19,12 +21,14 @@ from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.protocol import Sums
-from neurms.core.unitwise.foresight import Foresight, KnownFactors, Scaled, commit_, foresee
+from neurms.core.unitwise.foresight import Foresight, KnownFactors, commit_, foresee
 from neurms.core.unitwise.statistics import LossReduction, PendingSums, synchronize
 
-__all__ = ["LayerOwner", "TappedLayer", "Variant"]
+__all__ = ["Gemm", "LayerOwner", "TappedLayer", "Variant"]
 
 Variant = Literal["U", "B", "F"]
+Gemm = Literal["float32", "bfloat16"]
+"""What D and H are multiplied in where no gradient is formed."""
 
 
 class LayerOwner(Protocol):
@@ -32,6 +36,7 @@ class LayerOwner(Protocol):
 
     backend: str
     loss_reduction: LossReduction
+    gemm: Gemm
 
     def structure_of(self, layer: TappedLayer) -> UnitFeatureDiagonal:
         """Return the structure that the layer's current settings make."""
@@ -79,7 +84,6 @@ class TappedLayer:
         self._everywhere = PendingSums()
         self._rescaled: Sums | None = None
         self._foresight: Foresight | None = None
-        self._scaled: Scaled | None = None
         self._known: KnownFactors | None = None
 
     @property
@@ -163,18 +167,20 @@ class TappedLayer:
         """
         with span("bookkeeping", [self.weight]):
             self._follow_gradient()
-            found = self._foresee(errors, activations)
-            if found is None:
+            ahead = self._foresee(errors, activations)
+            if ahead is None:
                 self._update(errors, activations)
                 return None
-            self._foresight, self._scaled = found
+            self._foresight = ahead
             try:
-                self.owner.write_in_backward(self, errors, activations, self._foresight.sums)
+                self.owner.write_in_backward(self, errors, activations, ahead.sums)
             finally:
-                self._scaled = None
-            return found[1].error_sum
+                # A copy of the layer's signals must not outlive their use.
+                if self._foresight is ahead and ahead.scaled is not None:
+                    self._foresight = ahead._replace(scaled=None)
+            return ahead.error_sum
 
-    def _foresee(self, errors: Tensor, activations: Tensor) -> tuple[Foresight, Scaled] | None:
+    def _foresee(self, errors: Tensor, activations: Tensor) -> Foresight | None:
         """Work everything out in one pass over D and H, where nothing else has a say in it."""
         if self.heads or self._everywhere.rows or self._rescaled is not None:
             return None
@@ -182,12 +188,15 @@ class TappedLayer:
         if owner.variant_of(self) == "B":
             return None
         structure, state = owner.structure_of(self), owner.state_of(self)
-        return foresee(errors, activations, structure, state, owner.loss_reduction, self.backend)
+        scale = owner.gemm == "float32"
+        return foresee(
+            errors, activations, structure, state, owner.loss_reduction, self.backend, scale=scale
+        )
 
     @property
     def scaled(self) -> tuple[Tensor, Tensor] | None:
         """D S and H C of the firing that is being written, if they are at hand."""
-        return None if self._scaled is None else (self._scaled.errors, self._scaled.activations)
+        return None if self._foresight is None else self._foresight.scaled
 
     def _update(self, errors: Tensor, activations: Tensor) -> None:
         sums = self._rescaled or self._unit_sums(errors)
@@ -283,6 +292,28 @@ class TappedLayer:
             context = Context(state["step"], moments=self.moments(self.observed))
             with span("reduce"):
                 structure.observe(state["v"], state, context)
+        self.settle(structure, state, factors)
+
+    def commits_plainly(self, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> bool:
+        """Return whether the commit is one that :func:`~.joint_commit.commit_each` can do."""
+        if not self.prompt or self.heads or structure.clip != "absolute":
+            return False
+        observed = self.observed
+        if self._foresight is not None or observed.units is None or not observed.rows:
+            return False
+        if not structure.factored:
+            return fits(state["v"], observed.units)
+        if observed.features is None or not observed.feature_rows:
+            return False
+        return fits(state["v"], observed.units, state["u"], observed.features)
+
+    def settle(
+        self,
+        structure: UnitFeatureDiagonal,
+        state: Mapping[str, Any],
+        factors: tuple[Tensor, Tensor | None] | None,
+    ) -> None:
+        """End a commit; ``factors`` are those of the new statistics where they are known."""
         self._known = None if factors is None else KnownFactors.of(structure, state, factors)
         self.clear()
 

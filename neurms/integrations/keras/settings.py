@@ -18,6 +18,7 @@ _KERAS_DECIDES = {
     "lr": "is called learning_rate in Keras",
     "loss_scale": "is found in the LossScaleOptimizer or loss_scale_factor by itself",
     "update": 'is always "step" in Keras, whose train step needs every gradient',
+    "gemm": 'belongs to update="backward", which Keras does not have',
 }
 
 

@@ -23,6 +23,14 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
+def wide() -> nn.Module:
+    """A middle layer large enough for native kernels, beside which the others run natively too."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(5, 200), nn.Tanh(), nn.Linear(200, 256), nn.ReLU(), nn.Linear(256, 3)
+    )
+
+
 def sequence() -> nn.Module:
     """Linear layers on (batch, tokens, features)."""
     torch.manual_seed(1)

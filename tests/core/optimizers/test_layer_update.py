@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neurms.core.layout import default_layout, layout_of
-from neurms.core.optimizers.layer_update import write_gemm_update_, write_update_
+from neurms.core.optimizers.layer_update import Product, write_gemm_update_, write_update_
 from neurms.core.optimizers.work import Item
 from neurms.core.routing import Route
 
@@ -48,7 +48,7 @@ def test_the_product_in_backward_is_the_gradient_at_the_step(
     states = [{"momentum": velocities.clone()} for _ in range(2)]
     item = item_of(by_step, d.T @ h, nn.Linear(3, 4).double(), variant=variant, **settings)
     write_update_(by_step, item, (s, c), states[0])
-    write_gemm_update_(by_product, d, h, s, c, states[1], item.group)
+    write_gemm_update_(by_product, Product(d, h), (s, c), states[1], item.group)
     torch.testing.assert_close(by_step, by_product, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(states[0]["momentum"], states[1]["momentum"])
     assert not torch.equal(by_step, start)
@@ -65,7 +65,7 @@ def test_gradients_and_factors_are_only_read(momentum: float, agc: float | None)
     assert all(map(torch.equal, kept, (gradient, s, c)))
     errors, inputs = normal(5, 4), normal(5, 3)
     kept = [t.clone() for t in (errors, inputs)]
-    write_gemm_update_(weight, errors, inputs, s, c, state, item.group)
+    write_gemm_update_(weight, Product(errors, inputs), (s, c), state, item.group)
     assert all(map(torch.equal, kept, (errors, inputs)))
 
 

@@ -16,10 +16,12 @@ from tests.core.optimizers.neurms_models import (
     cnn,
     cross_entropy,
     images,
+    mlp,
     pair,
     snapshot,
     train,
     vectors,
+    wide,
 )
 
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -55,11 +57,14 @@ def poison(where: str, value: float, model: nn.Module, x: Tensor, y: Tensor) -> 
 @pytest.mark.parametrize("variant", ["U", "B", "F"])
 @pytest.mark.parametrize("where", ["D", "H", "G", "bias"])
 @pytest.mark.parametrize("value", BAD, ids=str)
+@pytest.mark.parametrize("make", [mlp, wide])
 class TestStep:
-    def test_raise_leaves_everything(self, where: str, value: float, variant: str) -> None:
+    def test_raise_leaves_everything(
+        self, make: Any, where: str, value: float, variant: str
+    ) -> None:
         (model, optimizer), (twin, other) = (
-            pair(variant=variant, momentum=0.9),
-            pair(variant=variant, momentum=0.9),
+            pair(make, variant=variant, momentum=0.9),
+            pair(make, variant=variant, momentum=0.9),
         )
         data = batches(3)
         train(model, optimizer, data[:1])
@@ -77,11 +82,11 @@ class TestStep:
 
     @pytest.mark.parametrize("to_none", [True, False])
     def test_skip_leaves_everything(
-        self, to_none: bool, where: str, value: float, variant: str
+        self, to_none: bool, make: Any, where: str, value: float, variant: str
     ) -> None:
         (model, optimizer), (twin, other) = (
-            pair(variant=variant, nonfinite="skip"),
-            pair(variant=variant),
+            pair(make, variant=variant, nonfinite="skip"),
+            pair(make, variant=variant),
         )
         data = batches(3)
         poison(where, value, model, *data[1])
@@ -131,8 +136,13 @@ class TestBackward:
     @pytest.mark.parametrize("variant", ["U", "B", "F"])
     @pytest.mark.parametrize("where", ["D", "H"])
     @pytest.mark.parametrize("value", BAD, ids=str)
-    def test_raise_names_what_was_updated(self, where: str, value: float, variant: str) -> None:
-        model, optimizer = pair(variant=variant, update="backward", momentum=0.9)
+    @pytest.mark.parametrize(
+        ("make", "gemm"), [(mlp, "float32"), (wide, "float32"), (wide, "bfloat16")]
+    )
+    def test_raise_names_what_was_updated(
+        self, make: Any, gemm: str, where: str, value: float, variant: str
+    ) -> None:
+        model, optimizer = pair(make, variant=variant, update="backward", momentum=0.9, gemm=gemm)
         train(model, optimizer, batches(1))
         before = snapshot(model, optimizer)
         with pytest.raises(

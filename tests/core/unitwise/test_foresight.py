@@ -30,11 +30,11 @@ def test_foresight_is_the_formula_and_its_commit_moves_the_state(
     d, h = torch.randn(6, 5).double(), torch.randn(6, 4).double()
     v = 0.8 * state["v"] + 0.2 * d.square().sum(0) * (6 if reduction == "mean" else 1 / 6)
     s = (v / (1 - 0.8**4) + 1e-8).rsqrt().clamp(0, 1.5)
-    found = foresee(d, h, structure, state, reduction, "eager")
-    assert found is not None
-    ahead, scaled = found
-    torch.testing.assert_close(scaled.errors, d * s)
-    torch.testing.assert_close(scaled.error_sum, d.sum(0))
+    ahead = foresee(d, h, structure, state, reduction, "eager")
+    assert ahead is not None
+    assert ahead.scaled is not None
+    torch.testing.assert_close(ahead.scaled[0], d * s)
+    torch.testing.assert_close(ahead.error_sum, d.sum(0))
     pending = PendingSums()
     pending.add(ahead.sums)
     other = {k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in state.items()}
@@ -53,9 +53,12 @@ def test_foresight_is_the_formula_and_its_commit_moves_the_state(
             torch.testing.assert_close(one, two)
     if factored:
         u = state["u"]
-        torch.testing.assert_close(scaled.activations, h * (u / (1 - 0.8**4) + 1e-8).rsqrt())
+        torch.testing.assert_close(ahead.scaled[1], h * (u / (1 - 0.8**4) + 1e-8).rsqrt())
     else:
-        assert scaled.activations is h
+        assert ahead.scaled[1] is h
+    unscaled = foresee(d, h, structure, other | {"step": 3}, reduction, "eager", scale=False)
+    assert unscaled is not None
+    assert unscaled.scaled is None
 
 
 @pytest.mark.parametrize(
@@ -72,14 +75,14 @@ def test_a_foresight_that_no_longer_holds_commits_nothing(
 ) -> None:
     structure = UnitFeatureDiagonal()
     state = state_of(structure)
-    found = foresee(torch.randn(6, 5).double(), torch.ones(6, 4), structure, state, "mean", "eager")
-    assert found is not None
+    ahead = foresee(torch.randn(6, 5).double(), torch.ones(6, 4), structure, state, "mean", "eager")
+    assert ahead is not None
     pending = PendingSums()
-    pending.add(found[0].sums)
+    pending.add(ahead.sums)
     state["step"] = 4
     change(state, pending)
     before = state["v"].clone()
-    assert not found[0].commit_(structure, state, pending)
+    assert not ahead.commit_(structure, state, pending)
     assert torch.equal(state["v"], before)
 
 

@@ -12,11 +12,12 @@ from neurms.core.routing import route_model
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps import HookTap, Sink, Sums, UpdateSink
 from neurms.core.unitwise.statistics import LossReduction
-from neurms.core.unitwise.tapped import TappedLayer, Variant
+from neurms.core.unitwise.tapped import Gemm, TappedLayer, Variant
 
 
 class Owner:
     backend = "eager"
+    gemm: Gemm = "float32"
 
     def __init__(
         self, variant: Variant = "U", reduction: LossReduction = "mean", **settings: Any
