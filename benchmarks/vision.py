@@ -84,6 +84,18 @@ METHODS: dict[str, Method] = {
     "NeuRMS-U-momentum": Method("neurms", 3e-3, {"variant": "U", "momentum": 0.9, **_BACKWARD}),
     "NeuRMS-B-momentum": Method("neurms", 3e-3, {"variant": "B", "momentum": 0.9, **_BACKWARD}),
     "NeuRMS-F-momentum": Method("neurms", 3e-3, {"variant": "F", "momentum": 0.9, **_BACKWARD}),
+    # The last layer goes to AdamW, as RMNP's, RACS's and Muon's does.
+    "NeuRMS-U-head": Method(
+        "neurms",
+        1e-2,
+        {
+            "variant": "U",
+            "momentum": 0.9,
+            "head": "fallback",
+            "fallback_lr": OTHERS_LR,
+            **_BACKWARD,
+        },
+    ),
 }
 
 

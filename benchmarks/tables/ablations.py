@@ -10,7 +10,7 @@ from benchmarks.tables.provenance import made_by
 
 Content = dict[str, Any]
 
-ABLATIONS = """## NeuRMS's settings, one at a time: {data}
+ABLATIONS = """## NeuRMS's settings, one at a time: {data}, {steps} steps
 
 784-512-10, batch 128, {steps} steps for every row, {trials} trials each. The difference, in points,
 is to variant U with momentum .9, the row "U".
@@ -35,6 +35,7 @@ LEADS = (
     ("U", "bias correction off", "bias correction"),
     ("U", "no momentum", "momentum"),
     ("U", "AdamW", "NeuRMS-U in the place of AdamW, at equal steps"),
+    ("head to AdamW", "AdamW", "NeuRMS-U in the hidden layer alone, at equal steps"),
     ("U", "RMNP", "NeuRMS-U in the place of RMNP, at equal steps"),
 )
 """Two rows of the ablations, the changed and what it is compared with, and what that means."""
@@ -52,8 +53,8 @@ the 784-512-10 network trains; first, middle and last reading.
 {figure}"""
 
 
-def ablations(content: Content) -> str:
-    """Return the sections on NeuRMS's settings and on rho."""
+def ablations(content: Content, *, rho: bool = True) -> str:
+    """Return the sections on NeuRMS's settings and, if wanted, on rho."""
     groups: dict[str, tuple[float, list[float]]] = {}
     for key, run in content["runs"].items():
         name, *rest = key.split("/")
@@ -92,7 +93,7 @@ def ablations(content: Content) -> str:
         leads=_leads(groups),
         made=made_by(content),
     )
-    return f"{text}\n{_rho(content)}" if _rho(content) else text
+    return f"{text}\n{_rho(content)}" if rho and _rho(content) else text
 
 
 def _leads(groups: dict[str, tuple[float, list[float]]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ ABLATED = ("ablations", "ablations_fashion_mnist")
 SECTIONS: dict[str, Callable[[Content], str]] = {
     "ablations": ablations,
     "ablations_fashion_mnist": ablations,
+    "ablations_fashion_mnist_110": functools.partial(ablations, rho=False),
     "cifar": cifar,
     "autoencoder": autoencoder,
 }
