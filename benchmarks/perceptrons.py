@@ -29,7 +29,7 @@ from benchmarks.vision import METHODS, perceptron, train
 from neurms.cli.data import Split, hold_out, load
 
 BATCH = 128
-TRIALS = 6
+TRIALS = 4
 REFINED = 2
 TOLERANCE = 0.03
 """By how much a step time measured anew may differ before the seeds are run again."""

@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
     "RMSProp": Method("rmsprop", 1e-3, {"alpha": 0.99}),
     "Adam": Method("adam", 3e-3, {"fused": True}),
     "AdamW": Method("adamw", 3e-3, {"fused": True}),
-    "Adafactor": Method("adafactor", 3e-2),
+    "Adafactor": Method("adafactor", 0.3),
     "LARS": Method("lars", 1e-2, {"trust_coefficient": 1.0, **_ALL}),
     "LAMB": Method("lamb", 1e-2, dict(_ALL)),
     "Shampoo": Method(
