@@ -114,7 +114,9 @@ NETS = {"small": small, "resnet20": resnet20}
 def chosen(name: str) -> Method:
     """Return the method as it runs on convolutions, which have no update in backward."""
     method = METHODS[name]
-    settings: dict[str, Any] = {k: v for k, v in method.settings.items() if k != "update"}
+    settings: dict[str, Any] = {
+        k: v for k, v in method.settings.items() if k not in ("update", "gemm")
+    }
     return Method(method.rule, method.lr, settings)
 
 

@@ -53,6 +53,13 @@ class Method:
 
 _ALL = {"head": "rule"}
 _BACKWARD = {"update": "backward"}
+_U_HEAD: dict[str, Any] = {
+    "variant": "U",
+    "momentum": 0.9,
+    "head": "fallback",
+    "fallback_lr": OTHERS_LR,
+    **_BACKWARD,
+}
 
 METHODS: dict[str, Method] = {
     "SGD": Method("sgd", 0.3, {"fused": True}),
@@ -85,17 +92,12 @@ METHODS: dict[str, Method] = {
     "NeuRMS-B-momentum": Method("neurms", 3e-3, {"variant": "B", "momentum": 0.9, **_BACKWARD}),
     "NeuRMS-F-momentum": Method("neurms", 3e-3, {"variant": "F", "momentum": 0.9, **_BACKWARD}),
     # The last layer goes to AdamW, as RMNP's, RACS's and Muon's does.
-    "NeuRMS-U-head": Method(
-        "neurms",
-        1e-2,
-        {
-            "variant": "U",
-            "momentum": 0.9,
-            "head": "fallback",
-            "fallback_lr": OTHERS_LR,
-            **_BACKWARD,
-        },
+    "NeuRMS-U-head": Method("neurms", 1e-2, {**_U_HEAD}),
+    # What backward writes into the weights is multiplied in bfloat16; all else stays float32.
+    "NeuRMS-U-momentum-bf16": Method(
+        "neurms", 3e-3, {"variant": "U", "momentum": 0.9, "gemm": "bfloat16", **_BACKWARD}
     ),
+    "NeuRMS-U-head-bf16": Method("neurms", 1e-2, {**_U_HEAD, "gemm": "bfloat16"}),
 }
 
 
