@@ -206,12 +206,17 @@ class Kernel(Generic[P, R]):
     def _prompt(self, native: Callable[..., R], fits: Callable[..., bool]) -> Callable[P, R]:
         """Return a form without layers of calls, which cost more than a small native kernel."""
         otherwise = _without_grad(self._positional(self.eager))
-        length = len(inspect.signature(self.eager).parameters)
+        parameters = inspect.signature(self.eager).parameters
+        length = len(parameters)
+        defaults = tuple(p.default for p in parameters.values())
+        needed = sum(default is inspect.Parameter.empty for default in defaults)
 
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            if len(args) == length and fits(*args):
-                return native(*args)
-            return otherwise(*args, **kwargs)
+            if kwargs or not needed <= len(args) <= length:
+                return otherwise(*args, **kwargs)
+            whole: tuple[Any, ...] = (*args, *defaults[len(args) :])
+            form: Callable[..., R] = native if fits(*whole) else otherwise
+            return form(*whole)
 
         return run
 

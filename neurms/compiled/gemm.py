@@ -10,13 +10,21 @@ sums on their way into the weight.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from neurms.compiled.backends import kernel
-from neurms.compiled.native import LEAST_ELEMENTS, bfloat16_engine, is_plain, library, threads
+from neurms.compiled.native import (
+    LEAST_ELEMENTS,
+    bfloat16_engine,
+    fits,
+    is_plain,
+    library,
+    threads,
+)
 
 __all__ = ["bfloat16_gemm_", "update_gemm_"]
 
@@ -78,12 +86,16 @@ def bfloat16_gemm_(
     c: Tensor | None,
     lr: Tensor,
     decay: Tensor,
+    velocity: Tensor | None = None,
+    momentum: Tensor | None = None,
+    scale_velocity: bool = False,
 ) -> Tensor:
     """Descend along a scaled gradient whose product is of bfloat16 numbers, in place.
 
     ``W <- decay W - lr S (D^T H) C`` with D and H rounded to bfloat16 (unless they are already),
     their products summed in the weight's precision: as a GEMM of bfloat16 operands does it, but
-    that the result is never rounded.
+    that the result is never rounded. With a velocity, ``V <- momentum V + S (D^T H) C`` and
+    ``W <- decay W - lr V``, or with ``scale_velocity`` ``W <- decay W - lr S V C``.
 
     Args:
         w: The weight, shape (m, n), float32 or float64; overwritten.
@@ -91,15 +103,18 @@ def bfloat16_gemm_(
         activations: H, shape (rows, n).
         s: Unit factors, shape (m,), or None for 1.
         c: Feature factors, shape (n,), or None for 1.
-        lr: 0-d tensor; minus what D^T H is multiplied with.
+        lr: 0-d tensor.
         decay: 0-d tensor, ``1 - lr * weight_decay``.
+        velocity: Shape (m, n), zeros before the first step, or None; overwritten.
+        momentum: 0-d tensor; None is 0.
+        scale_velocity: Apply the factors to the velocity as well.
 
     Returns:
         ``w``.
 
     Reference:
         NeuRMS, ``update="backward"``. The native form multiplies with the matrix unit of the
-        processor (AMX) or its bfloat16 vectors, and reads and writes ``w`` once.
+        processor (AMX) or its bfloat16 vectors, and reads and writes ``w`` and ``velocity`` once.
 
     Example:
         >>> import torch
@@ -110,11 +125,17 @@ def bfloat16_gemm_(
     """
     d = errors.to(torch.bfloat16).to(w.dtype)
     h = activations.to(torch.bfloat16).to(w.dtype)
+    left, right = w.new_ones(w.size(0)), w.new_ones(w.size(1))
     if s is not None:
-        d = d * s.to(w.dtype)
+        left = s.to(w.dtype)
     if c is not None:
-        h = h * c.to(w.dtype)
-    return w.addmm_(d.t(), h, beta=float(decay), alpha=-float(lr))
+        right = c.to(w.dtype)
+    d, h = d * left, h * right
+    if velocity is None:
+        return w.addmm_(d.t(), h, beta=float(decay), alpha=-float(lr))
+    velocity.addmm_(d.t(), h, beta=0.0 if momentum is None else float(momentum))
+    moved = left.unsqueeze(1) * velocity * right if scale_velocity else velocity
+    return w.mul_(decay).sub_(moved * lr.to(w.dtype))
 
 
 # Its coefficients are read as numbers, which a graph cannot hold; one call of BLAS gains nothing.
@@ -127,15 +148,18 @@ def _multiplies(
     activations: Tensor,
     s: Tensor | None,
     c: Tensor | None,
-    *rates: Tensor,
+    lr: Tensor,
+    decay: Tensor,
+    velocity: Tensor | None = None,
+    *rest: object,
 ) -> bool:
     if w.dim() != 2 or not (is_plain(w) and w.numel() and errors.numel()):
         return False
+    if velocity is not None and velocity.shape != w.shape:
+        return False
     if errors.dtype != activations.dtype or not bfloat16_engine():
         return False
-    return all(_is_stored(x) for x in (errors, activations)) and all(
-        x is None or is_plain(x) for x in (s, c)
-    )
+    return _is_stored(errors) and _is_stored(activations) and fits(s, c, velocity)
 
 
 def _is_stored(x: Tensor) -> bool:
@@ -143,11 +167,11 @@ def _is_stored(x: Tensor) -> bool:
     return plain and x.is_contiguous()
 
 
-def _is_worth_it(w: Tensor, *others: Tensor | None) -> bool:
-    return w.numel() >= LEAST_ELEMENTS and _multiplies(w, *others)  # type: ignore[arg-type]
+def _is_worth_it(w: Tensor, *others: Any) -> bool:
+    return w.numel() >= LEAST_ELEMENTS and _multiplies(w, *others)
 
 
-@bfloat16_gemm_.native(_is_worth_it, mutates=("w",), fits=_multiplies, returns="w")
+@bfloat16_gemm_.native(_is_worth_it, mutates=("w", "velocity"), fits=_multiplies, returns="w")
 def _bfloat16_gemm_(
     w: Tensor,
     errors: Tensor,
@@ -156,14 +180,16 @@ def _bfloat16_gemm_(
     c: Tensor | None,
     lr: Tensor,
     decay: Tensor,
+    velocity: Tensor | None,
+    momentum: Tensor | None,
+    scale_velocity: bool,
 ) -> Tensor:
     kernels = library()
     assert kernels is not None
-    m, n = w.shape
     done = kernels.neurms_update_gemm(
         w.data_ptr(),
-        m,
-        n,
+        None if velocity is None else velocity.data_ptr(),
+        *w.shape,
         errors.data_ptr(),
         activations.data_ptr(),
         errors.shape[0],
@@ -172,6 +198,8 @@ def _bfloat16_gemm_(
         None if c is None else c.data_ptr(),
         float(lr),
         float(decay),
+        0.0 if momentum is None else float(momentum),
+        scale_velocity,
         bfloat16_engine(),
         threads(),
     )
@@ -180,5 +208,5 @@ def _bfloat16_gemm_(
             f"no memory for {errors.shape[0]} rows of errors and activations in bfloat16; use "
             "smaller batches, and call optimizer.zero_grad() before the next one"
         )
-    increment_version(w)
+    increment_version(w if velocity is None else (w, velocity))
     return w

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from neurms.compiled import _forms, backends
-from neurms.compiled.backends import Kernel, compilations, kernel, use_backend, validate_backend
+from neurms.compiled.backends import (
+    PROMPT,
+    Kernel,
+    compilations,
+    kernel,
+    use_backend,
+    validate_backend,
+)
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.scaling import scale_factors
 from neurms.compiled.update import scaled_update_
@@ -243,3 +250,20 @@ class TestCompilations:
         assert any(message.startswith("compiling row_sums") for message in first)
         assert any(message.startswith("compiled row_sums in") for message in first)
         assert caplog.messages == first
+
+
+@pytest.mark.parametrize("backend", ["auto", PROMPT])
+def test_native_forms_serve_calls_that_leave_arguments_out(backend):
+    seen = []
+
+    def plus(x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return x if y is None else x + y
+
+    own = kernel(plus)
+    own._native = lambda x, y: seen.append(y) or plus(x, y)
+    own._suits = own._fits = lambda x, y: True
+    form = own.on(backend)
+    form(ONE)
+    form(ONE, ONE)
+    form(ONE, None)
+    assert len(seen) == 3

@@ -101,6 +101,24 @@ class TestBfloat16Gemm:
         size = float(truth.abs().amax())
         torch.testing.assert_close(w.double(), truth, rtol=1e-6, atol=1e-6 * size)
 
+    @pytest.mark.parametrize("form", ["eager", "auto", PROMPT, "torchscript"])
+    @pytest.mark.parametrize("coupled", [False, True])
+    @pytest.mark.parametrize("factors", [(True, True), (True, False), (False, False)])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_with_a_velocity(self, form, coupled, factors, shape):
+        w, d, h, s, c = operands(*shape)
+        s, c = (x if given else None for x, given in zip((s, c), factors, strict=True))
+        velocity = torch.randn(w.shape)
+        v = truth_of(velocity, d, h, s, c, -1.0, 0.8)
+        left = s.double()[:, None] if coupled and s is not None else 1.0
+        right = c.double() if coupled and c is not None else 1.0
+        truth = 0.9 * w.double() - 0.05 * left * v * right
+        rates = ONE * 0.05, ONE * 0.9
+        bfloat16_gemm_.on(form)(w, d, h, s, c, *rates, velocity, ONE * 0.8, coupled)
+        for found, expected in ((velocity, v), (w, truth)):
+            size = float(expected.abs().amax())
+            torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6 * size)
+
     def test_is_near_the_product_of_what_was_rounded(self):
         w, d, h, *_ = operands(300, 200, 129)
         exact = -(d.double().T @ h.double())
@@ -120,7 +138,8 @@ class TestBfloat16Gemm:
         data = [x.data_ptr() for x in (w, d, h, s, c)]
         start = w.clone()
         done = kernels.neurms_update_gemm(
-            data[0], *w.shape, *data[1:3], len(d), 0, *data[3:], 0.05, 0.9, engine, 2
+            *(data[0], None, *w.shape, *data[1:3], len(d), 0, *data[3:]),
+            *(0.05, 0.9, 0.0, 0, engine, 2),
         )
         if not done:
             assert torch.equal(w, start)
@@ -152,9 +171,14 @@ class TestBfloat16Gemm:
         if not bfloat16_engine():
             pytest.skip("no engine for bfloat16 on this processor")
         w, d, h, s, c = operands(300, 200, 129)
-        assert _multiplies(w, d, h, s, c)
-        assert _multiplies(w, d.bfloat16(), h.bfloat16(), s, None)
-        assert not _multiplies(w, d.bfloat16(), h, s, c)
-        assert not _multiplies(w.double(), d, h, s, c)
-        assert not _multiplies(w, d[:, ::1].T.contiguous().T, h, s, c)
-        assert not _multiplies(w, d[:0], h[:0], s, c)
+        assert _multiplies(w, d, h, s, c, ONE, ONE)
+        assert _multiplies(w, d.bfloat16(), h.bfloat16(), s, None, ONE, ONE)
+        assert _multiplies(*(w, d, h, s, c, ONE, ONE, w.clone(), ONE, True))
+        for others in (
+            (w, d.bfloat16(), h, s, c),
+            (w.double(), d, h, s, c),
+            (w, d.T.contiguous().T, h, s, c),
+            (w, d[:0], h[:0], s, c),
+        ):
+            assert not _multiplies(*others, ONE, ONE)
+        assert not _multiplies(w, d, h, s, c, ONE, ONE, w.T)

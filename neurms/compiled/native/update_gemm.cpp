@@ -1,4 +1,5 @@
-// W <- decay W - step S (D^T H) C in one pass over W, the product in bfloat16 with float32 sums. The eager definition
+// W <- decay W - step S (D^T H) C in one pass over W, or over it and its velocity; the product in bfloat16 with float32
+// sums. The eager definition
 // in neurms/compiled/gemm.py is the specification.
 //
 // D and H are first packed into tiles of 1 KiB, bfloat16 numbers of two successive rows side by side as the processor's
@@ -239,10 +240,11 @@ void multiply(const Block& block, float* out, int engine) {
 }
 
 struct Update {
-  float* w;
+  float *w, *velocity;
   int64_t m, n;
   const float *s, *c;
-  float step, decay;
+  float step, decay, momentum;
+  bool coupled;  // the velocity is scaled once more on its way into the weight
 };
 
 // Writes sums into W at (unit, feature), 32 units of `tiles` tiles, as far as W goes. Each row in one run: rows of W
@@ -252,13 +254,25 @@ void write_run(const Update& u, const float* sums, int64_t unit, int64_t feature
   for (int64_t i = 0; i < std::min(2 * kSide, u.m - unit); ++i) {
     float* w = u.w + (unit + i) * u.n + feature;
     const float* own = sums + i / kSide * 2 * kWords + i % kSide * kSide;
-    const __m512 left = _mm512_set1_ps(u.s ? u.step * u.s[unit + i] : u.step), decay = _mm512_set1_ps(u.decay);
+    float* velocity = u.velocity ? u.velocity + (unit + i) * u.n + feature : nullptr;
+    const float s = u.s ? u.s[unit + i] : 1.0f;
+    const __m512 left = _mm512_set1_ps(velocity ? s : u.step * s), decay = _mm512_set1_ps(u.decay);
+    const __m512 back = _mm512_set1_ps(u.coupled ? u.step * s : u.step), kept_velocity = _mm512_set1_ps(u.momentum);
     for (int64_t j = 0; j < width; j += kSide) {
       const __mmask16 mask = static_cast<__mmask16>(width - j < kSide ? (1u << (width - j)) - 1 : 0xffff);
-      __m512 moved = _mm512_load_ps(own + j / (2 * kSide) * 4 * kWords + j / kSide % 2 * kWords);
-      if (u.c) moved = _mm512_mul_ps(moved, _mm512_maskz_loadu_ps(mask, u.c + feature + j));
+      const __m512 right = u.c ? _mm512_maskz_loadu_ps(mask, u.c + feature + j) : _mm512_set1_ps(1.0f);
+      __m512 moved = _mm512_load_ps(own + j / (2 * kSide) * 4 * kWords + j / kSide % 2 * kWords), along = left;
+      moved = _mm512_mul_ps(moved, right);
+      if (velocity) {
+        const __m512 before = _mm512_mul_ps(kept_velocity, _mm512_maskz_loadu_ps(mask, velocity + j));
+        moved = _mm512_fmadd_ps(left, moved, before);
+        _mm512_mask_storeu_ps(velocity + j, mask, moved);
+        _mm_prefetch(reinterpret_cast<const char*>(velocity + j + kRun * kSide), _MM_HINT_T1);
+        if (u.coupled) moved = _mm512_mul_ps(moved, right);
+        along = back;
+      }
       const __m512 kept = _mm512_mul_ps(decay, _mm512_maskz_loadu_ps(mask, w + j));
-      _mm512_mask_storeu_ps(w + j, mask, _mm512_fnmadd_ps(left, moved, kept));
+      _mm512_mask_storeu_ps(w + j, mask, _mm512_fnmadd_ps(along, moved, kept));
       // The next run of this row, while there is time.
       _mm_prefetch(reinterpret_cast<const char*>(w + j + kRun * kSide), _MM_HINT_T1);
     }
@@ -319,13 +333,15 @@ extern "C" {
 // What is worth multiplying bfloat16 numbers with here: 0 nothing, 1 vectors (AVX512-BF16), 2 tiles (AMX).
 int neurms_bf16_engine() { return best_engine(); }
 
-// W (m x n) <- decay W - step S (D^T H) C. D (rows x m) and H (rows x n) are float32, rounded here, or bfloat16
-// already; a null factor is 1. Returns 0 where it has done nothing, for want of the engine (as above) or of memory.
-int neurms_update_gemm(float* w, int64_t m, int64_t n, const void* errors, const void* activations, int64_t rows,
-                       int rounded, const float* s, const float* c, float step, float decay, int engine, int threads) {
+// W (m x n) <- decay W - step S (D^T H) C; with a velocity, V <- momentum V + S (D^T H) C and W <- decay W - step V, or
+// - step S V C if `coupled`. D (rows x m) and H (rows x n) are float32, rounded here, or bfloat16 already; a null factor
+// is 1. Returns 0 where it has done nothing, for want of the engine (as above) or of memory.
+int neurms_update_gemm(float* w, float* velocity, int64_t m, int64_t n, const void* errors, const void* activations,
+                       int64_t rows, int rounded, const float* s, const float* c, float step, float decay,
+                       float momentum, int coupled, int engine, int threads) {
 #ifdef NEURMS_BF16
   if (engine == kNone || (engine == kTiles && best_engine() != kTiles)) return 0;
-  const Update u{w, m, n, s, c, step, decay};
+  const Update u{w, velocity, m, n, s, c, step, decay, momentum, velocity && coupled};
   return rounded ? update(u, static_cast<const uint16_t*>(errors), static_cast<const uint16_t*>(activations), rows,
                           engine, threads)
                  : update(u, static_cast<const float*>(errors), static_cast<const float*>(activations), rows, engine,

@@ -117,14 +117,21 @@ def write_gemm_update_(
         group: Settings.
     """
     applied: Factors = (None, None) if group["variant"] == "B" else factors
-    rate = float(group["lr"])
-    if not group["momentum"]:
-        _write_product_(target, product, applied, rate, 1.0 - rate * group["weight_decay"])
+    rate, momentum = float(group["lr"]), group["momentum"]
+    decay = 1.0 - rate * group["weight_decay"]
+    again = group["momentum_coupling"] == "gradient+velocity"
+    if not momentum:
+        _write_product_(target, product, applied, rate, decay)
         return
     velocity = state["momentum"]
-    _write_product_(velocity, product, applied, -1.0, group["momentum"])
-    coupled = group["momentum_coupling"] == "gradient+velocity"
-    scales: Factors = factors if coupled else (None, None)
+    # B's factors are in D already, and would be missing where the velocity is scaled again.
+    if product.in_bfloat16 and not (again and group["variant"] == "B"):
+        move, rates = bfloat16_gemm_.on(product.backend), (scalar(rate), scalar(decay))
+        signals = product.errors, product.activations
+        move(target, *signals, *applied, *rates, velocity, scalar(momentum), again)
+        return
+    _write_product_(velocity, product, applied, -1.0, momentum)
+    scales: Factors = factors if again else (None, None)
     scaled_update_(target, velocity, *scales, *_rates(group, decayed=True))
 
 
