@@ -44,6 +44,14 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
         "neurms",
         {"variant": "F", "update": "backward", "momentum": 0.9},
     ),
+    "NeuRMS-F backward bf16": (
+        "neurms",
+        {"variant": "F", "update": "backward", "gemm": "bfloat16"},
+    ),
+    "NeuRMS-F backward bf16, momentum": (
+        "neurms",
+        {"variant": "F", "update": "backward", "gemm": "bfloat16", "momentum": 0.9},
+    ),
     "rmnp": ("rmnp", {"head": "rule"}),
     "racs": ("racs", {"head": "rule"}),
 }

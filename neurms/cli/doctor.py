@@ -14,6 +14,7 @@ import neurms
 from neurms.cli.environment import compiler, environment, flush_denormals, versions
 from neurms.cli.kernel_times import kernel_times
 from neurms.compiled.backends import BACKENDS, use_backend
+from neurms.compiled.native import bfloat16_engine
 from neurms.compiled.native.build import cache_folder, library
 from neurms.compiled.reductions import column_square_sum
 
@@ -85,6 +86,7 @@ def findings() -> Iterator[Finding]:
         "native kernels",
         "built" if library() else 'none: backend="auto" runs eager',
     )
+    yield _bfloat16()
     yield Finding("ok", "kernel cache", str(cache_folder()))
     onednn = torch.backends.mkldnn.is_available()
     yield Finding("ok" if onednn else "note", "oneDNN", "available" if onednn else "not built in")
@@ -125,6 +127,17 @@ def _backends(path: str | None) -> Iterator[Finding]:
         yield Finding(
             "ok" if right else "missing", f"backend {name}", "works" if right else "is wrong"
         )
+
+
+def _bfloat16() -> Finding:
+    engine = ("", "AVX512-BF16", "AMX")[bfloat16_engine()]
+    return Finding(
+        "ok" if engine else "note",
+        "bfloat16 products",
+        f'{engine}: gemm="bfloat16" saves time with update="backward"'
+        if engine
+        else 'nothing that gains: gemm="bfloat16" rounds and then multiplies in float32',
+    )
 
 
 def _denormals() -> Finding:

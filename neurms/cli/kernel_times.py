@@ -11,6 +11,7 @@ import torch
 
 from neurms.compiled.backends import Kernel
 from neurms.compiled.finite import all_finite
+from neurms.compiled.gemm import bfloat16_gemm_
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.row_update import row_normalized_update_
 from neurms.compiled.two_sided import two_sided_fit, two_sided_scales_, two_sided_update_
@@ -80,6 +81,7 @@ def _calls(size: int) -> list[tuple[Kernel[..., Any], tuple[Any, ...]]]:
     return [
         (all_finite, (g,)),
         (column_square_sum, (g,)),
+        (bfloat16_gemm_, (w, g, m, units, features, rate, keep)),
         (scaled_update_, (w, g, units, features, rate, keep)),
         (row_normalized_update_, (w, m, g, 0.95, True, rate, keep, 1e-12)),
         (two_sided_fit, (g, 5)),

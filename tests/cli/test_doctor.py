@@ -52,9 +52,11 @@ def test_json_holds_findings_and_every_kernel_on_every_backend(capsys, monkeypat
     monkeypatch.setattr(doctor, "kernel_times", quick)
     assert main(["doctor", "--kernels", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert {"torch", "native kernels", "oneDNN"} <= {f["subject"] for f in record["findings"]}
+    assert {"torch", "native kernels", "bfloat16 products", "oneDNN"} <= {
+        f["subject"] for f in record["findings"]
+    }
     pairs = {(row["kernel"], row["backend"]) for row in record["kernels"]}
     kernels = {kernel for kernel, _ in pairs}
-    assert len(kernels) == 7
+    assert len(kernels) == 8
     assert pairs == {(kernel, backend) for kernel in kernels for backend in BACKENDS_TIMED}
     assert all(row["microseconds"] > 0 for row in record["kernels"])
