@@ -17,9 +17,10 @@ AdamW.
 
 {kernels}
 
-`neurms bench step`: forward, backward and update of a ReLU network, against torch's fused SGD. In rows marked
-bf16 NeuRMS's own product, which stands for the gradient of the weights, is in bfloat16 and all others are
-in float32; in rows marked all in bf16 the model's own are, too (`torch.set_float32_matmul_precision("medium")`).
+`neurms bench step`: forward, backward and update of a ReLU network, against torch's fused SGD. In
+rows marked bf16 NeuRMS's own product, which stands for the gradient of the weights, is in bfloat16
+and all others are in float32; in rows marked all in bf16 the model's own are, too
+(`torch.set_float32_matmul_precision("medium")`).
 
 {step}
 
