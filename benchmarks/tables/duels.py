@@ -9,7 +9,7 @@ from typing import Literal
 from benchmarks.perceptron_rows import Cell, best_of, duel, front
 from benchmarks.tables.markdown import markdown
 
-__all__ = ["Outcome", "matrix", "outcomes", "places", "summary", "words"]
+__all__ = ["Outcome", "float32", "matrix", "outcomes", "places", "summary", "words"]
 
 SURE = 0.05
 Place = tuple[str, str, float]
@@ -51,6 +51,11 @@ class Outcome:
         if self.p > SURE:
             return "level"
         return "ahead" if self.points > 0 else "behind"
+
+
+def float32(found: Iterable[Cell]) -> list[Cell]:
+    """Return the cells of methods that multiply in float32 alone."""
+    return [cell for cell in found if not cell.method.endswith("bf16")]
 
 
 def places(found: Iterable[Cell]) -> list[Place]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.perceptron_rows import Cell, best_of, duel, front
 from benchmarks.significance import compared
-from benchmarks.tables.duels import outcomes, places, words
+from benchmarks.tables.duels import Outcome, float32, outcomes, places, words
 from benchmarks.tables.markdown import markdown
 from benchmarks.tables.provenance import made_by
 from benchmarks.tables.reasons import reasons
@@ -25,11 +25,13 @@ seed, after Holm's correction for the number of comparisons.
 
 ## Which optimizer, for a small network on a CPU?
 
+All in float32:
+
 {answers}
 
 {table}
 
-{caveat}
+{bf16}{caveat}
 """
 
 CAVEAT = """\
@@ -37,7 +39,20 @@ A budget in seconds is a number of steps by each method's own step time, measure
 one thread of the machine below; on another machine the ratios of those times are what to compare.
 Where *p* is above .05 the seeds do not tell the two apart. The front holds what no other method
 beats by mean test accuracy in the same time or less; best NeuRMS is the one that validation images
-choose, best of the others the one with the highest test accuracy, which favours the others."""
+choose, best of the others the one with the highest test accuracy, which favours the others.
+`NeuRMS-U-head` leaves the last layer to AdamW, as RMNP, RACS and Muon do; the other NeuRMS keep
+it."""
+
+BF16 = """\
+With the product of errors and inputs of NeuRMS's backward pass, and nothing else, in bfloat16
+(`gemm="bfloat16"`, methods that end in bf16; it needs a processor with AMX or AVX512-BF16), against
+the same others, whose products are in float32:
+
+{answers}
+
+{table}
+
+"""
 
 PLACE = """### {data}, {net}, {seconds:g} s
 
@@ -54,7 +69,21 @@ def _at(found: Sequence[Cell], place: tuple[str, str, float]) -> list[Cell]:
 
 def head(found: Sequence[Cell]) -> str:
     """Return the head of the page: who is ahead in which budget."""
-    every = outcomes(found)
+    plain, every = outcomes(float32(found)), outcomes(found)
+    trials = [cell.trials for cell in found]
+    fewer = f", only {min(trials)} where a row says so" if min(trials) < max(trials) else ""
+    narrow = BF16.format(answers=words(every), table=_duels(every))
+    return HEAD.format(
+        trials=max(trials),
+        fewer=fewer,
+        answers=words(plain),
+        table=_duels(plain),
+        bf16=narrow if len(float32(found)) < len(found) else "",
+        caveat=CAVEAT,
+    )
+
+
+def _duels(every: Sequence[Outcome]) -> str:
     lines = [
         [
             o.name,
@@ -76,15 +105,7 @@ def head(found: Sequence[Cell]) -> str:
         "others behind / level / ahead",
         "NeuRMS on the front",
     ]
-    trials = [cell.trials for cell in found]
-    fewer = f", only {min(trials)} where a row says so" if min(trials) < max(trials) else ""
-    return HEAD.format(
-        trials=max(trials),
-        fewer=fewer,
-        answers=words(every),
-        table=markdown(header, lines),
-        caveat=CAVEAT,
-    )
+    return markdown(header, lines)
 
 
 def _same(found: Sequence[Cell], place: tuple[str, str, float]) -> list[Cell]:

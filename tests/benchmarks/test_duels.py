@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.perceptron_rows import Cell
-from benchmarks.tables.duels import matrix, outcomes, places, summary, words
+from benchmarks.tables.duels import float32, matrix, outcomes, places, summary, words
 
 
 def cell(method: str, net: str, seconds: float, *scores: float, validation: float = 0.5) -> Cell:
@@ -52,3 +52,9 @@ def test_matrix_has_a_row_for_a_network_and_a_column_for_a_budget() -> None:
     table = matrix(outcomes(found))
     assert "|  | 1 s | 5 s |" in table
     assert "| mnist 4-4-2 |  | **+4.97** on AdamW (p 0.000) |" in table
+
+
+def test_what_multiplies_in_bfloat16_can_be_left_out() -> None:
+    found = [cell("NeuRMS-U-bf16", "4-2", 1, *HIGH), cell("AdamW", "4-2", 1, *LOW)]
+    assert [c.method for c in float32(found)] == ["AdamW"]
+    assert outcomes(float32(found)) == []
