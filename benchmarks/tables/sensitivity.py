@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,10 +86,9 @@ def sensitivity(contents: Sequence[Content]) -> str:
         for name in dict.fromkeys(c.name for c in found)
     ]
     header = ["change", *(f"{variant}, {data}" for variant, data in columns)]
-    settings = contents[0]["settings"]
     return TEXT.format(
-        trials=settings["trials"],
-        seeds=len(scores(contents[0])["U"]),
+        trials=" or ".join(_distinct(content["settings"]["trials"] for content in contents)),
+        seeds=" or ".join(_distinct(len(scores(content)["U"]) for content in contents)),
         table=markdown(header, lines),
         verdict=verdict(found),
     )
@@ -100,7 +99,7 @@ def verdict(found: Sequence[Change]) -> str:
     better = [c for c in found if c.p <= SURE and c.points > 0]
     worse = [c for c in found if c.p <= SURE and c.points < 0]
     most, least = max(found, key=lambda c: c.points), min(found, key=lambda c: c.points)
-    reach = f"The greatest gain is {_named(most)}, the greatest loss {_named(least)}."
+    reach = f"They lie between {_named(least)} and {_named(most)}."
     if not better:
         return (
             f"Of {len(found)} comparisons none is significantly better than the default, "
@@ -110,6 +109,10 @@ def verdict(found: Sequence[Change]) -> str:
         f"Of {len(found)} comparisons these are significantly better than the default: "
         f"{', '.join(map(_named, better))}; {len(worse)} are significantly worse. {reach}"
     )
+
+
+def _distinct(numbers: Iterable[int]) -> list[str]:
+    return [str(number) for number in sorted(set(numbers))]
 
 
 def _named(change: Change) -> str:
