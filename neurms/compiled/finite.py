@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import current_backend, kernel
-from neurms.compiled.native import LEAST_ELEMENTS, fits, library, suits, threads
+from neurms.compiled.native import LEAST_ELEMENTS, library, reads, threads
 
 __all__ = ["GREATEST", "all_finite", "all_within", "are_finite", "are_within"]
 
@@ -40,11 +40,20 @@ def all_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
 
 
-@all_finite.native(suits, fits=fits)
+def _is_large(x: Tensor) -> bool:
+    return x.numel() >= LEAST_ELEMENTS and reads(x)
+
+
+@all_finite.native(_is_large, fits=reads)
 def _all_finite(x: Tensor) -> bool:
+    return _within(x, GREATEST)
+
+
+def _within(x: Tensor, bound: float) -> bool:
     kernels = library()
     assert kernels is not None
-    return bool(kernels.neurms_all_within(x.data_ptr(), x.numel(), GREATEST, threads()))
+    rounded = x.dtype is torch.bfloat16
+    return bool(kernels.neurms_all_within(x.data_ptr(), rounded, x.numel(), bound, threads()))
 
 
 @kernel
@@ -74,13 +83,11 @@ def all_within(x: Tensor, bound: float) -> bool:
 
 
 @all_within.native(
-    lambda x, bound: bound <= GREATEST and suits(x),
-    fits=lambda x, bound: bound <= GREATEST and fits(x),
+    lambda x, bound: bound <= GREATEST and _is_large(x),
+    fits=lambda x, bound: bound <= GREATEST and reads(x),
 )
 def _all_within(x: Tensor, bound: float) -> bool:
-    kernels = library()
-    assert kernels is not None
-    return bool(kernels.neurms_all_within(x.data_ptr(), x.numel(), bound, threads()))
+    return _within(x, bound)
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

@@ -23,6 +23,7 @@ from neurms.compiled.native import (
     fits,
     is_plain,
     library,
+    reads,
     threads,
 )
 
@@ -159,12 +160,7 @@ def _multiplies(
         return False
     if errors.dtype != activations.dtype or not bfloat16_engine():
         return False
-    return _is_stored(errors) and _is_stored(activations) and fits(s, c, velocity)
-
-
-def _is_stored(x: Tensor) -> bool:
-    plain = x.dtype in (torch.float32, torch.bfloat16) and x.is_cpu and x.dim() == 2
-    return plain and x.is_contiguous()
+    return errors.dim() == 2 and reads(errors, activations) and fits(s, c, velocity)
 
 
 def _is_worth_it(w: Tensor, *others: Any) -> bool:

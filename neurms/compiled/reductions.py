@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neurms.compiled._tiles import accumulator, is_fused, is_tiled, tile_length
 from neurms.compiled.backends import kernel
-from neurms.compiled.native import fits, library, suits, threads
+from neurms.compiled.native import LEAST_ELEMENTS, library, reads, threads
 
 
 def _squared(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -76,11 +76,11 @@ def column_square_sum(x: Tensor, scale: Tensor | None = None) -> Tensor:
 
 def _has_columns(x: Tensor, scale: Tensor | None) -> bool:
     """Return whether the native sums serve, which divide by no loss scale."""
-    return scale is None and x.dim() >= 2 and suits(x)
+    return x.numel() >= LEAST_ELEMENTS and _has_plain_columns(x, scale)
 
 
 def _has_plain_columns(x: Tensor, scale: Tensor | None) -> bool:
-    return scale is None and x.dim() >= 2 and x.numel() > 0 and fits(x)
+    return scale is None and x.dim() >= 2 and x.numel() > 0 and reads(x)
 
 
 @column_square_sum.native(_has_columns, fits=_has_plain_columns)
@@ -88,9 +88,10 @@ def _column_square_sum(x: Tensor, scale: Tensor | None) -> Tensor:
     kernels = library()
     assert kernels is not None
     columns = x.shape[-1]
-    squares = x.new_empty(columns)
+    squares = x.new_empty(columns, dtype=torch.float32)
+    rounded = x.dtype is torch.bfloat16
     kernels.neurms_column_square_sum(
-        x.data_ptr(), x.numel() // columns, columns, squares.data_ptr(), threads()
+        x.data_ptr(), rounded, x.numel() // columns, columns, squares.data_ptr(), threads()
     )
     return squares
 

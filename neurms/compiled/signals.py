@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from neurms.compiled.backends import kernel
-from neurms.compiled.native import fits, library, suits, threads
+from neurms.compiled.native import LEAST_ELEMENTS, fits, library, reads, suits, threads
 from neurms.compiled.reductions import sum_of_squares
 from neurms.compiled.scaling import inverse_root
 
@@ -105,7 +105,7 @@ def _observed(
     moment = squares * x.size(0) if per_row else squares / x.size(0)
     blended = torch.lerp(v, moment, 1.0 - beta)
     s = inverse_root(blended, correction, eps, v_min).clamp_(low, high)
-    return squares, x.sum(0), blended, s
+    return squares, x.sum(0, dtype=squares.dtype), blended, s
 
 
 @kernel
@@ -127,8 +127,8 @@ def observed_signal(
     correction + eps, v_min)^(-1/2), low, high)``.
 
     Args:
-        x: The signal, shape (rows, k), float32 or float64; at least one row.
-        v: Second moments, shape (k,), the same dtype; left as they are.
+        x: The signal, shape (rows, k), any floating dtype; at least one row.
+        v: Second moments, shape (k,), float64 for a float64 ``x``, else float32; left as they are.
         per_row: Whether the moment is ``rows q`` (D of a mean loss) instead of ``q / rows``.
         beta: Decay, in [0, 1).
         correction: 0-d tensor, ``1 - beta^t``, or 1 for no bias correction.
@@ -212,7 +212,15 @@ def _fits(x: Tensor, v: Tensor, *settings: object) -> bool:
     return x.dim() == 2 and v.shape == x.shape[1:] and fits(x, v)
 
 
-@observed_signal.native(_suits, fits=_fits)
+def _is_observable(x: Tensor, v: Tensor, *settings: object) -> bool:
+    return x.dim() == 2 and v.shape == x.shape[1:] and reads(x) and fits(v)
+
+
+def _is_worth_it(x: Tensor, v: Tensor, *settings: object) -> bool:
+    return x.numel() >= LEAST_ELEMENTS and _is_observable(x, v)
+
+
+@observed_signal.native(_is_worth_it, fits=_is_observable)
 def _observed_signal(
     x: Tensor, v: Tensor, per_row: bool, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -240,9 +248,10 @@ def _observed_natively(
     assert kernels is not None
     rows, columns = x.shape
     # Sums apart from the rest: they may become a bias's gradient, which others write.
-    vectors, sums = x.new_empty(3, columns), x.new_empty(columns)
+    vectors, sums = v.new_empty(3, columns), v.new_empty(columns)
     kernels.neurms_scaled_signal(
         x.data_ptr(),
+        x.dtype is torch.bfloat16,
         rows,
         columns,
         v.data_ptr(),

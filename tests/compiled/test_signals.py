@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import PROMPT
-from neurms.compiled.finite import all_finite, are_finite
+from neurms.compiled.finite import all_finite, all_within, are_finite
 from neurms.compiled.native import compiler
 from neurms.compiled.reductions import column_square_sum
-from neurms.compiled.signals import moment_factors_, scaled_signal
+from neurms.compiled.signals import moment_factors_, observed_signal, scaled_signal
 from neurms.compiled.update import scaled_update_
 
 native = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
@@ -164,3 +164,34 @@ def test_one_bad_element_anywhere_is_found(bad: float) -> None:
             assert not all_finite.on(PROMPT)(x)
             assert not are_finite([torch.ones(3), x])
             assert not are_finite([torch.ones(3), x])
+
+
+@pytest.mark.parametrize("form", ["eager", "auto", PROMPT])
+@pytest.mark.parametrize("shape", [(129, 300), (5, 7), (1, 40_000)], ids=str)
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e12])
+def test_bfloat16_signals_are_observed_in_float32(
+    form: str, shape: tuple[int, int], scale: float
+) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * scale).bfloat16()
+    v = torch.rand(shape[1]) * scale**2
+    settings = (True, 0.9, torch.tensor(0.3, dtype=torch.float64), 1e-40, 1e-38, 0.0, 1e30)
+    found = observed_signal.on(form)(x, v, *settings)
+    truth = observed_signal.eager(x.double(), v.double(), *settings)
+    squares = column_square_sum.on(form)(x, None)
+    for one, other in zip((*found, squares), (*truth, truth[0]), strict=True):
+        assert one.dtype == torch.float32
+        size = float(other.abs().amax())
+        torch.testing.assert_close(one.double(), other, rtol=2e-6, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("form", ["eager", "auto", PROMPT])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_bad_numbers_in_bfloat16(form: str, bad: float) -> None:
+    x = torch.ones(200, 300, dtype=torch.bfloat16)
+    assert all_finite.on(form)(x)
+    assert all_within.on(form)(x, 1.0)
+    assert not all_within.on(form)(x, 0.99)
+    x[199, 299] = bad
+    assert not all_finite.on(form)(x)
+    assert not all_within.on(form)(x, 3e38)

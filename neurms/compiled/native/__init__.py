@@ -26,6 +26,7 @@ __all__ = [
     "is_plain",
     "library",
     "pointer",
+    "reads",
     "suits",
     "threads",
     "warm_up",
@@ -51,6 +52,15 @@ def suits(matrix: Tensor, *others: Tensor | None) -> bool:
         *others: Further operands; None for absent ones.
     """
     return matrix.numel() >= LEAST_ELEMENTS and fits(matrix, *others)
+
+
+def reads(*signals: Tensor) -> bool:
+    """Return whether native kernels can read these signals: as :func:`fits`, or bfloat16."""
+    for signal in signals:
+        stored = signal.dtype is torch.bfloat16 and signal.is_cpu and signal.is_contiguous()
+        if not (is_plain(signal) or (stored and type(signal) in _PLAIN)):
+            return False
+    return library() is not None
 
 
 @functools.cache

@@ -22,28 +22,45 @@ struct Moments {
   double beta, weight, correction, eps, v_min, low, high;
 };
 
+// A bfloat16 number is the upper half of a float32's bits.
+inline uint32_t bits(float x) {
+  uint32_t found;
+  std::memcpy(&found, &x, sizeof x);
+  return found;
+}
+inline uint32_t bits(uint16_t x) { return static_cast<uint32_t>(x) << 16; }
+inline float value(float x) { return x; }
+inline float value(uint16_t x) {
+  const uint32_t wide = bits(x);
+  float found;
+  std::memcpy(&found, &wide, sizeof found);
+  return found;
+}
+
 // Sums of squares, and of the elements if `sums`, of `width` columns.
-template <bool kWithSums>
-void column_sums(const float* x, int64_t rows, int64_t stride, int64_t width, float* squares, float* sums) {
+template <bool kWithSums, typename Number>
+void column_sums(const Number* x, int64_t rows, int64_t stride, int64_t width, float* squares, float* sums) {
   double square_total[kStrip] = {0}, total[kStrip] = {0};
   for (int64_t first = 0; first < rows; first += kFlush) {
     float a[kStrip] = {0}, b[kStrip] = {0};
     const int64_t last = std::min(rows, first + kFlush);
     int64_t i = first;
     for (; i + 4 <= last; i += 4) {
-      const float *p = x + i * stride, *q = p + stride, *r = q + stride, *s = r + stride;
+      const Number *p = x + i * stride, *q = p + stride, *r = q + stride, *s = r + stride;
 #pragma omp simd
       for (int64_t j = 0; j < width; ++j) {
-        a[j] += (p[j] * p[j] + q[j] * q[j]) + (r[j] * r[j] + s[j] * s[j]);
-        if (kWithSums) b[j] += (p[j] + q[j]) + (r[j] + s[j]);
+        const float first = value(p[j]), second = value(q[j]), third = value(r[j]), fourth = value(s[j]);
+        a[j] += (first * first + second * second) + (third * third + fourth * fourth);
+        if (kWithSums) b[j] += (first + second) + (third + fourth);
       }
     }
     for (; i < last; ++i) {
-      const float* p = x + i * stride;
+      const Number* p = x + i * stride;
 #pragma omp simd
       for (int64_t j = 0; j < width; ++j) {
-        a[j] += p[j] * p[j];
-        if (kWithSums) b[j] += p[j];
+        const float one = value(p[j]);
+        a[j] += one * one;
+        if (kWithSums) b[j] += one;
       }
     }
 #pragma omp simd
@@ -83,14 +100,51 @@ void scale_columns(const float* x, int64_t rows, int64_t stride, int64_t width, 
 }
 
 // Whether a magnitude exceeds `bound`, as every NaN does: floats without their sign are ordered as integers are.
-uint32_t exceeds(const float* x, int64_t count, float bound) {
+template <typename Number>
+uint32_t exceeds(const Number* x, int64_t count, float bound) {
   const uint32_t magnitude = 0x7fffffffu;
-  uint32_t greatest, peak = 0;
-  std::memcpy(&greatest, &bound, sizeof bound);
-  const uint32_t* bits = reinterpret_cast<const uint32_t*>(x);
+  uint32_t peak = 0;
 #pragma omp simd reduction(max : peak)
-  for (int64_t i = 0; i < count; ++i) peak = std::max(peak, bits[i] & magnitude);
-  return peak > greatest;
+  for (int64_t i = 0; i < count; ++i) peak = std::max(peak, bits(x[i]) & magnitude);
+  return peak > bits(bound);
+}
+
+template <typename Number>
+int all_within(const Number* x, int64_t count, float bound, int threads) {
+  uint32_t bad = 0;
+#pragma omp parallel for num_threads(count < kAlone ? 1 : threads) schedule(static) reduction(| : bad)
+  for (int64_t block = 0; block < count; block += 8192)
+    bad |= exceeds(x + block, std::min<int64_t>(8192, count - block), bound);
+  return !bad;
+}
+
+template <typename Number>
+void column_square_sum(const Number* x, int64_t rows, int64_t columns, float* squares, int threads) {
+  const int64_t strips = (columns + kStrip - 1) / kStrip;
+#pragma omp parallel for num_threads(rows * columns < kAlone ? 1 : threads) schedule(static)
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    const int64_t j = strip * kStrip, width = std::min(kStrip, columns - j);
+    column_sums<false>(x + j, rows, columns, width, squares + j, nullptr);
+  }
+}
+
+inline void scale_strip(const float* x, int64_t rows, int64_t stride, int64_t width, const float* s, float* out) {
+  scale_columns(x, rows, stride, width, s, out);
+}
+inline void scale_strip(const uint16_t*, int64_t, int64_t, int64_t, const float*, float*) {}
+
+template <typename Number>
+void scaled_signal(const Number* x, int64_t rows, int64_t columns, const float* v, const Moments& moments, float* out,
+                   float* sums, float* scaled, int threads) {
+  const int64_t strips = (columns + kStrip - 1) / kStrip;
+#pragma omp parallel for num_threads(rows * columns < kAlone ? 1 : threads) schedule(static)
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    const int64_t j = strip * kStrip, width = std::min(kStrip, columns - j);
+    float *squares = out + j, *blended = squares + columns, *s = blended + columns;
+    column_sums<true>(x + j, rows, columns, width, squares, sums + j);
+    factors(squares, v + j, moments, width, blended, s);
+    if (scaled) scale_strip(x + j, rows, columns, width, s, scaled + j);
+  }
 }
 
 // The pass over weights: step, decay and momentum of those that move together.
@@ -142,40 +196,30 @@ void move_rows(const Target& t, const Rates& r, Range rows) {
 
 extern "C" {
 
+// Arguments `x` are float32, or bfloat16 if `rounded`.
+
 // Whether no magnitude exceeds `bound`.
-int neurms_all_within(const float* x, int64_t count, float bound, int threads) {
-  uint32_t bad = 0;
-#pragma omp parallel for num_threads(count < kAlone ? 1 : threads) schedule(static) reduction(| : bad)
-  for (int64_t block = 0; block < count; block += 8192)
-    bad |= exceeds(x + block, std::min<int64_t>(8192, count - block), bound);
-  return !bad;
+int neurms_all_within(const void* x, int rounded, int64_t count, float bound, int threads) {
+  return rounded ? all_within(static_cast<const uint16_t*>(x), count, bound, threads)
+                 : all_within(static_cast<const float*>(x), count, bound, threads);
 }
 
 // squares_j = sum_i x_ij^2
-void neurms_column_square_sum(const float* x, int64_t rows, int64_t columns, float* squares, int threads) {
-  const int64_t strips = (columns + kStrip - 1) / kStrip;
-#pragma omp parallel for num_threads(rows * columns < kAlone ? 1 : threads) schedule(static)
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    const int64_t j = strip * kStrip, width = std::min(kStrip, columns - j);
-    column_sums<false>(x + j, rows, columns, width, squares + j, nullptr);
-  }
+void neurms_column_square_sum(const void* x, int rounded, int64_t rows, int64_t columns, float* squares,
+                              int threads) {
+  if (rounded) column_square_sum(static_cast<const uint16_t*>(x), rows, columns, squares, threads);
+  else column_square_sum(static_cast<const float*>(x), rows, columns, squares, threads);
 }
 
 // Column sums of x and of its squares; v moved towards the weighted squares; the factors that this v gives; x times
-// the factors, unless `scaled` is null. `out` holds three vectors of `columns` numbers: squares, blended, factors.
-void neurms_scaled_signal(const float* x, int64_t rows, int64_t columns, const float* v, double weight, double beta,
-                          double correction, double eps, double v_min, double low, double high, float* out,
-                          float* sums, float* scaled, int threads) {
+// the factors, unless `scaled` is null, as it must be for a rounded x. `out` holds three vectors of `columns` numbers:
+// squares, blended, factors.
+void neurms_scaled_signal(const void* x, int rounded, int64_t rows, int64_t columns, const float* v, double weight,
+                          double beta, double correction, double eps, double v_min, double low, double high,
+                          float* out, float* sums, float* scaled, int threads) {
   const Moments moments{beta, weight, correction, eps, v_min, low, high};
-  const int64_t strips = (columns + kStrip - 1) / kStrip;
-#pragma omp parallel for num_threads(rows * columns < kAlone ? 1 : threads) schedule(static)
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    const int64_t j = strip * kStrip, width = std::min(kStrip, columns - j);
-    float *squares = out + j, *blended = squares + columns, *s = blended + columns;
-    column_sums<true>(x + j, rows, columns, width, squares, sums + j);
-    factors(squares, v + j, moments, width, blended, s);
-    if (scaled) scale_columns(x + j, rows, columns, width, s, scaled + j);
-  }
+  if (rounded) scaled_signal(static_cast<const uint16_t*>(x), rows, columns, v, moments, out, sums, nullptr, threads);
+  else scaled_signal(static_cast<const float*>(x), rows, columns, v, moments, out, sums, scaled, threads);
 }
 
 // v moved towards the weighted squares, and the factors that it then gives.

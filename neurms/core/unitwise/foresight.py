@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from neurms.compiled.signals import moment_factors_, observed_signal, scaled_signal
@@ -105,9 +106,9 @@ def foresee(
         scale: Whether D S and H C are wanted.
     """
     v, u = state.get("v"), state.get("u")
-    if v is None or structure.clip != "absolute" or errors.dtype != v.dtype:
+    if v is None or structure.clip != "absolute" or not _go_with(v, errors, scale):
         return None
-    if structure.factored and (u is None or activations.dtype != u.dtype):
+    if structure.factored and (u is None or not _go_with(u, activations, scale)):
         return None
     step, rows = state["step"] + 1, errors.shape[0]
     root = (structure.beta, scalar(structure.divisor(step)), structure.eps, structure.v_min)
@@ -162,6 +163,12 @@ def commit_(
     with span("scale"):
         c = move(state["u"], pending.features, weight, *root_floor, *bounds)
     return s, c
+
+
+def _go_with(moments: Tensor, signal: Tensor, scale: bool) -> bool:
+    """Return whether a signal may be observed at once, and keeps its dtype if it is scaled."""
+    same = signal.dtype is moments.dtype
+    return same or (not scale and signal.dtype is torch.bfloat16 and moments.dtype is torch.float32)
 
 
 def _versions(state: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:

@@ -188,7 +188,9 @@ class TappedLayer:
         if owner.variant_of(self) == "B":
             return None
         structure, state = owner.structure_of(self), owner.state_of(self)
-        scale = owner.gemm == "float32"
+        # Where the product is of bfloat16 numbers its factors are applied to its sums.
+        rounded = errors.dtype is activations.dtype is torch.bfloat16
+        scale = owner.gemm == "float32" and not rounded
         return foresee(
             errors, activations, structure, state, owner.loss_reduction, self.backend, scale=scale
         )
