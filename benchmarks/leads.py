@@ -121,9 +121,9 @@ GROUPS: dict[str, dict[str, Method]] = {
         "eps=1e-12": shared(eps=1e-12),
         "rank=32": shared(rank=32),
         "momentum=0": Method("shared_basis", (1e-3, 3e-3, 1e-2), {"rank": 8, "momentum": 0.0}),
-        "momentum-first": Method(MOMENTUM_FIRST, (1e-3, 3e-3, 1e-2), {"rank": 8}),
-        "momentum-first,decay=.99": Method(
-            MOMENTUM_FIRST, (1e-3, 3e-3, 1e-2), {"rank": 8, "decay": 0.99}
+        "momentum-first": Method(MOMENTUM_FIRST, (3e-4, 1e-3, 3e-3), {"rank": 8}),
+        "momentum-first,grafting=adam": Method(
+            MOMENTUM_FIRST, (3e-4, 1e-3, 3e-3), {"rank": 8, "grafting": "adam"}
         ),
     },
 }
