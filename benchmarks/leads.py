@@ -121,6 +121,11 @@ GROUPS: dict[str, dict[str, Method]] = {
         "eps=1e-12": shared(eps=1e-12),
         "rank=32": shared(rank=32),
         "momentum=0": Method("shared_basis", (1e-3, 3e-3, 1e-2), {"rank": 8, "momentum": 0.0}),
+        "momentum=0,grafting=adam": Method(
+            "shared_basis",
+            (1e-3, 3e-3, 1e-2),
+            {"rank": 8, "momentum": 0.0, "grafting": "adam"},
+        ),
         "momentum-first": Method(MOMENTUM_FIRST, (3e-4, 1e-3, 3e-3), {"rank": 8}),
         "momentum-first,grafting=adam": Method(
             MOMENTUM_FIRST, (3e-4, 1e-3, 3e-3), {"rank": 8, "grafting": "adam"}
