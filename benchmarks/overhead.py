@@ -5,8 +5,9 @@
 
 Two equal linear layers with a ReLU between, under NeuRMS-F; the second one's times, from the same
 spans that the profiler reports, without its statistics. ``step`` scales in the optimizer's pass
-over the weight; ``backward`` scales D and H and writes their product into the weight. ``gemm_us``
-is D^T H, once more by itself: in ``step`` autograd computes it in one node with D W.
+over the weight; ``backward`` scales D and H and writes their product into the weight; ``backward
+bf16`` multiplies them in bfloat16 and scales the sums on their way, which counts as update.
+``gemm_us`` is D^T H, once more by itself: in ``step`` autograd computes it in one node with D W.
 """
 
 from __future__ import annotations
@@ -38,17 +39,21 @@ from neurms.core.diagnostics.spans import observed_by
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 BATCHES = (32, 128, 512, 2048)
 THREADS = (1, 2)
-MODES = ("step", "backward")
+MODES: dict[str, dict[str, Any]] = {
+    "step": {},
+    "backward": {"update": "backward"},
+    "backward bf16": {"update": "backward", "gemm": "bfloat16"},
+}
 PARTS = ("forward", "backward", "reduce", "scale", "update", "bookkeeping")
 
 
 class Layer:
     """The second of two layers, with a clock on it."""
 
-    def __init__(self, width: int, batch: int, mode: Any) -> None:
+    def __init__(self, width: int, batch: int, mode: str) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
-        self.optimizer = neurms.NeuRMS(self.model, variant="F", lr=1e-4, update=mode)
+        self.optimizer = neurms.NeuRMS(self.model, variant="F", lr=1e-4, **MODES[mode])
         self.batch, self.width = batch, width
         self.timer = LayerTimer("layer")
         # After the optimizer's hooks, as a profiler's are.

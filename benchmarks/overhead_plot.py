@@ -28,7 +28,7 @@ def draw(runs: Sequence[Mapping[str, Any]], laws: Mapping[str, Any], path: Path 
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "neurms", "font.size": 9})
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(8.4, 6.4), sharex=True, sharey=True)
+    figure, axes = pyplot.subplots(3, 2, figsize=(8.4, 8.8), sharex=True, sharey=True)
     for axis, panel in zip(axes.flat, laws, strict=False):
         mode, _, threads = panel.partition(", ")
         own = [r for r in runs if r["mode"] == mode and f"{r['threads']} threads" == threads]
@@ -40,7 +40,7 @@ def draw(runs: Sequence[Mapping[str, Any]], laws: Mapping[str, Any], path: Path 
                 )
         widths = sorted({r["width"] for r in own})
         axis.loglog(widths, [3 * 1024 / w for w in widths], "--", c="#888888", label="3 % at 1024")
-        axis.set_title(f'update="{mode}", {threads}')
+        axis.set_title(f"{mode}, {threads}")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     figure.supxlabel("width")

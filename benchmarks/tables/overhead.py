@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.overhead import MODES
 from benchmarks.tables.markdown import markdown
+from benchmarks.tables.provenance import made_by
 
 OVERHEAD = """## Overhead
 
@@ -16,9 +18,11 @@ scale in the layer's step, in percent, 2 threads, by width:
 
 At width 1024, on 1 and 2 threads, it is {step_low:.1f} to {step_high:.1f} percent with
 `update="step"` and {back_low:.1f} to {back_high:.1f} percent with `update="backward"`, which scales
-D and H in a pass of its own and saves that of the weight. Where the time goes, in microseconds,
-`update="step"`, batch 512, 2 threads (DᵀH is a part of backward; bookkeeping is all that is no
-kernel, the optimizer's own included):
+D and H in a pass of its own and saves that of the weight. `backward bf16` is that with
+`gemm="bfloat16"`: {bf16_low:.1f} to {bf16_high:.1f} percent of a shorter step, for its factors
+enter W with the product and count as update. Where the time goes, in microseconds, `update="step"`,
+batch 512, 2 threads (DᵀH is a part of backward; bookkeeping is all that is no kernel, the
+optimizer's own included):
 
 {parts}
 
@@ -33,6 +37,8 @@ GB/s of the kernels beside a plain copy, from memory and from the processor's ca
 a copy and a scaling read and write:
 
 {bandwidth}
+
+{made}
 
 Counts of cache misses: {counters}. torch's vector unit is {unit}; of the {all} single-precision
 additions and multiplications in the native kernels' machine code (not of those that run) {packed}
@@ -69,7 +75,7 @@ def overhead(content: dict[str, Any]) -> str:
     runs = [run for run in content["runs"].values() if "mode" in run]
     at = {
         mode: [100 * r["share"] for r in runs if r["width"] == 1024 and r["mode"] == mode]
-        for mode in ("step", "backward")
+        for mode in MODES
     }
     native = content["vectors"].get("native", {})
     return OVERHEAD.format(
@@ -78,9 +84,12 @@ def overhead(content: dict[str, Any]) -> str:
         step_high=max(at["step"]),
         back_low=min(at["backward"]),
         back_high=max(at["backward"]),
+        bf16_low=min(at["backward bf16"]),
+        bf16_high=max(at["backward bf16"]),
         parts=_parts(runs),
         laws=_laws(content["laws"]),
         bandwidth=_bandwidth(content["runs"]),
+        made=made_by(content),
         counters=content["counters"],
         unit=content["vectors"]["torch"],
         packed=sum(count for kind, count in native.items() if kind != "scalar"),
@@ -91,7 +100,7 @@ def overhead(content: dict[str, Any]) -> str:
 def _shares(runs: Sequence[Mapping[str, Any]]) -> str:
     widths = sorted({run["width"] for run in runs})
     lines = []
-    for mode in ("step", "backward"):
+    for mode in MODES:
         for batch in sorted({run["batch"] for run in runs}):
             own = {
                 r["width"]: 100 * r["share"]
@@ -121,7 +130,7 @@ def _laws(laws: Mapping[str, Any]) -> str:
     lines = []
     for name, entry in laws.items():
         cells = [_interval(entry[key]) for key in ("kernels", "kernels, arithmetic", "all")]
-        lines.append([f"update={name}", *cells])
+        lines.append([name, *cells])
     header = ["", "reduce + scale", "where they exceed thrice their least", "with bookkeeping"]
     return markdown(header, lines)
 

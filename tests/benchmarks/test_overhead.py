@@ -11,7 +11,7 @@ from benchmarks import overhead
 from benchmarks.overhead_plot import draw
 
 
-@pytest.mark.parametrize("mode", ["step", "backward"])
+@pytest.mark.parametrize("mode", overhead.MODES)
 def test_shares_are_those_of_the_parts(mode: str) -> None:
     threads = torch.get_num_threads()
     try:
@@ -26,7 +26,7 @@ def test_shares_are_those_of_the_parts(mode: str) -> None:
 
 def test_every_combination_comes_once_and_cheap_ones_first() -> None:
     found = overhead.combinations()
-    assert len(set(found)) == len(found) == 7 * 4 * 2 * 2
+    assert len(set(found)) == len(found) == 7 * 4 * 2 * 3
     assert found[0][:2] == (64, 32)
     assert found[-1][:3] == (4096, 2048, 1)
 
@@ -45,7 +45,7 @@ def test_laws_and_picture_come_of_the_runs(tmp_path: Path) -> None:
         for width, batch, threads, mode in overhead.combinations()
     ]
     laws = overhead.laws(runs)
-    assert set(laws) == {f"{m}, {t} threads" for m in ("step", "backward") for t in (1, 2)}
+    assert set(laws) == {f"{m}, {t} threads" for m in overhead.MODES for t in (1, 2)}
     for law in laws.values():
         assert law["kernels"]["k"] == pytest.approx(-0.9)
         assert law["all"]["k"] == pytest.approx(-0.5)
