@@ -35,9 +35,13 @@ ablation (26.96, 27.35, 25.11 and, with all, 21.95) the compensation is what cou
 costs state and gives nothing here (`alice-0` goes without it)."""
 
 SHARED = """\
-Rank 8 of 64, every variant with a search of its own. `momentum-first` is not the paper's rule: it
-averages gradients before the blocks see them, as Muon, RMNP and Alice do, where the paper
-preconditions each step's own gradient and sums the results."""
+Rank 8 of 64, every variant with a search of its own. It is not the blocks that fail, by these
+means, but what is done with their updates. The paper's momentum sums updates that were each made
+from one step's gradient; without momentum, or with an average of the gradients that is taken before
+the blocks see them (`momentum-first`, the order of Muon, RMNP and Alice and not the paper's), the
+same blocks reach AdamW or pass it. Adam's length in the place of RMSPROP_NORMALIZED's, which has no
+bias correction and a shorter memory, helps as well, and most with that average. Forgetting old
+statistics changes next to nothing."""
 
 LEADS = (
     ("neurms", "NeuRMS on text", NEURMS, "U,unclipped"),

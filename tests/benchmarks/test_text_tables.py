@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from benchmarks.harness import RESULTS
+from benchmarks.language_rows import rows
 from benchmarks.tables import text, text_figures, text_order, text_page, text_tasks
 from benchmarks.tables.provenance import made_by
 
@@ -79,6 +83,19 @@ def test_variants_are_set_against_the_method_as_it_is() -> None:
     assert "Loss less that of `racs`: better -0.300, worse +0.300." in found
     assert "At AdamW's loss or below: better." in found
     assert text.leads(content, "muon", "Title", "Text.", "methods:muon") is None
+
+
+def test_the_words_on_shared_basis_are_what_the_file_says() -> None:
+    content = json.loads((RESULTS / "leads.json").read_text())
+    runs = {k: r for k, r in content["runs"].items() if "shared_basis" in k or ":adamw" in k}
+    found = rows(runs, content["settings"]["steps"], baseline="methods:adamw")
+    loss = {row["optimizer"].partition(":")[2]: row["loss"] for row in found}
+    assert loss["shared_basis"] > loss["adamw"] + 0.05
+    for name in ("momentum=0", "momentum-first", "grafting=adam"):
+        assert loss[name] < loss["shared_basis"] - 0.04
+        assert loss[name] < loss["adamw"] + 0.01
+    assert loss["momentum-first,grafting=adam"] == min(loss.values())
+    assert abs(loss["decay=.99"] - loss["shared_basis"]) < 0.02
 
 
 def test_models_of_which_a_shape_is_missing_are_left_out() -> None:
