@@ -1,12 +1,13 @@
 // NeuRMS's passes: over D and H, tall matrices whose columns are units or features, and over W. Contiguous
 // row-major float32 like the other kernels; the eager definitions in neurms/compiled/{signals,reductions,update,
-// finite}.py are the specification. Threads share columns of D and H, so that a column's sum, its factor and its
-// scaling stay with one thread and its cache, and no thread waits for another.
+// finite}.py are the specification. Threads share the rows of D and H and read them from end to end: columns, whose sums
+// would then stay with one thread, lie a page apart from row to row.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include <omp.h>
 
@@ -14,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t kStrip = 256;     // columns taken together: their sums stay in the first-level cache
+constexpr int64_t kStrip = 1024;    // columns taken together: their sums stay in the first-level cache
 constexpr int64_t kFlush = 32;      // rows summed in float32 before they enter the float64 totals
 constexpr int64_t kAlone = 1 << 14; // elements below which one thread is faster than two
 
@@ -37,10 +38,9 @@ inline float value(uint16_t x) {
   return found;
 }
 
-// Sums of squares, and of the elements if `sums`, of `width` columns.
+// Adds the squares of `width` columns, and the elements themselves if so asked, to totals.
 template <bool kWithSums, typename Number>
-void column_sums(const Number* x, int64_t rows, int64_t stride, int64_t width, float* squares, float* sums) {
-  double square_total[kStrip] = {0}, total[kStrip] = {0};
+void add_columns(const Number* x, int64_t rows, int64_t stride, int64_t width, double* squares, double* sums) {
   for (int64_t first = 0; first < rows; first += kFlush) {
     float a[kStrip] = {0}, b[kStrip] = {0};
     const int64_t last = std::min(rows, first + kFlush);
@@ -65,14 +65,49 @@ void column_sums(const Number* x, int64_t rows, int64_t stride, int64_t width, f
     }
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
-      square_total[j] += a[j];
-      if (kWithSums) total[j] += b[j];
+      squares[j] += a[j];
+      if (kWithSums) sums[j] += b[j];
     }
   }
-  for (int64_t j = 0; j < width; ++j) {
-    squares[j] = static_cast<float>(square_total[j]);
-    if (kWithSums) sums[j] = static_cast<float>(total[j]);
+}
+
+// Totals of each thread's rows, and what is made of them once all threads are through. Called by every thread of a
+// team; `made(j, width)` is called for a part of the columns whose `squares` and `sums` are complete.
+template <bool kWithSums, typename Number, typename Made>
+void sum_columns(const Number* x, int64_t rows, int64_t columns, std::vector<double>& totals, float* squares,
+                 float* sums, const Made& made) {
+  const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+  const Range own = share(rows, part, parts, kFlush);
+  double* mine = totals.data() + part * 2 * columns;
+  std::fill(mine, mine + 2 * columns, 0.0);
+  for (int64_t j = 0; j < columns; j += kStrip)
+    add_columns<kWithSums>(x + own.begin * columns + j, own.end - own.begin, columns, std::min(kStrip, columns - j),
+                           mine + j, mine + columns + j);
+#pragma omp barrier
+  const Range part_of = share(columns, part, parts, kLine);
+  for (int64_t j = part_of.begin; j < part_of.end; ++j) {
+    double square = 0.0, sum = 0.0;
+    for (int other = 0; other < parts; ++other) {
+      square += totals[other * 2 * columns + j];
+      if (kWithSums) sum += totals[other * 2 * columns + columns + j];
+    }
+    squares[j] = static_cast<float>(square);
+    if (kWithSums) sums[j] = static_cast<float>(sum);
   }
+  made(part_of.begin, part_of.end - part_of.begin);
+}
+
+// Memory for the totals of a team, which its leader keeps for the next one.
+std::vector<double>& totals_for(int64_t columns, int threads) {
+  static thread_local std::vector<double> totals;
+  if (static_cast<int64_t>(totals.size()) < threads * 2 * columns) totals.resize(threads * 2 * columns);
+  return totals;
+}
+
+// A team is no larger than there are rows for.
+int team(int64_t rows, int64_t columns, int threads) {
+  if (rows * columns < kAlone) return 1;
+  return static_cast<int>(std::min<int64_t>(threads, (rows + kFlush - 1) / kFlush));
 }
 
 void factors(const float* squares, const float* v, const Moments& m, int64_t width, float* blended, float* out) {
@@ -87,15 +122,6 @@ void factors(const float* squares, const float* v, const Moments& m, int64_t wid
     const double low = scale < m.low ? m.low : scale;
     const double bounded = low > m.high ? m.high : low;
     out[j] = static_cast<float>(std::isnan(blended[j]) ? static_cast<double>(blended[j]) : bounded);
-  }
-}
-
-void scale_columns(const float* x, int64_t rows, int64_t stride, int64_t width, const float* s, float* out) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* p = x + i * stride;
-    float* q = out + i * stride;
-#pragma omp simd
-    for (int64_t j = 0; j < width; ++j) q[j] = p[j] * s[j];
   }
 }
 
@@ -120,30 +146,37 @@ int all_within(const Number* x, int64_t count, float bound, int threads) {
 
 template <typename Number>
 void column_square_sum(const Number* x, int64_t rows, int64_t columns, float* squares, int threads) {
-  const int64_t strips = (columns + kStrip - 1) / kStrip;
-#pragma omp parallel for num_threads(rows * columns < kAlone ? 1 : threads) schedule(static)
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    const int64_t j = strip * kStrip, width = std::min(kStrip, columns - j);
-    column_sums<false>(x + j, rows, columns, width, squares + j, nullptr);
-  }
+  const int size = team(rows, columns, threads);
+  std::vector<double>& totals = totals_for(columns, size);
+#pragma omp parallel num_threads(size)
+  sum_columns<false>(x, rows, columns, totals, squares, nullptr, [](int64_t, int64_t) {});
 }
 
-inline void scale_strip(const float* x, int64_t rows, int64_t stride, int64_t width, const float* s, float* out) {
-  scale_columns(x, rows, stride, width, s, out);
+inline void scale_rows(const float* x, int64_t rows, int64_t columns, const float* s, float* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* p = x + i * columns;
+    float* q = out + i * columns;
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) q[j] = p[j] * s[j];
+  }
 }
-inline void scale_strip(const uint16_t*, int64_t, int64_t, int64_t, const float*, float*) {}
+inline void scale_rows(const uint16_t*, int64_t, int64_t, const float*, float*) {}
 
 template <typename Number>
 void scaled_signal(const Number* x, int64_t rows, int64_t columns, const float* v, const Moments& moments, float* out,
                    float* sums, float* scaled, int threads) {
-  const int64_t strips = (columns + kStrip - 1) / kStrip;
-#pragma omp parallel for num_threads(rows * columns < kAlone ? 1 : threads) schedule(static)
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    const int64_t j = strip * kStrip, width = std::min(kStrip, columns - j);
-    float *squares = out + j, *blended = squares + columns, *s = blended + columns;
-    column_sums<true>(x + j, rows, columns, width, squares, sums + j);
-    factors(squares, v + j, moments, width, blended, s);
-    if (scaled) scale_strip(x + j, rows, columns, width, s, scaled + j);
+  float *squares = out, *blended = out + columns, *s = blended + columns;
+  const int size = team(rows, columns, threads);
+  std::vector<double>& totals = totals_for(columns, size);
+#pragma omp parallel num_threads(size)
+  {
+    sum_columns<true>(x, rows, columns, totals, squares, sums, [&](int64_t j, int64_t width) {
+      factors(squares + j, v + j, moments, width, blended + j, s + j);
+    });
+#pragma omp barrier
+    const Range own = share(rows, omp_get_thread_num(), omp_get_num_threads(), kFlush);
+    const int64_t first = own.begin * columns;
+    if (scaled) scale_rows(x + first, own.end - own.begin, columns, s, scaled + first);
   }
 }
 

@@ -73,7 +73,7 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         self._layers = self.layers_class(self, heads)
         self._guard: GradientGuard | None = None
         self._structures: dict[int, tuple[dict[str, Any], UnitFeatureDiagonal]] = {}
-        self._group_table: tuple[list[int], dict[Tensor, dict[str, Any]]] = ([], {})
+        self._group_table: tuple[list[int], dict[int, dict[str, Any]]] = ([], {})
         super().__init__(model, settings, common)
         self._layers.attach(
             [route for route in self._routes.values() if route.rule == self.rule],
@@ -171,9 +171,10 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         identities = [id(group) for group in self.param_groups]
         if identities != self._group_table[0]:
-            table = {p: group for group in self.param_groups for p in group["params"]}
+            table = {id(p): group for group in self.param_groups for p in group["params"]}
             self._group_table = (identities, table)
-        return self._group_table[1][parameter]
+        # By identity: a tensor's own hash is a call of Python's, and this is asked often.
+        return self._group_table[1][id(parameter)]
 
     # ---------------------------------------------------------------- the step
 

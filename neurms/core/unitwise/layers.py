@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from neurms.compiled.finite import GREATEST, all_finite, all_within, are_within
+from neurms.compiled.finite import GREATEST, all_within, are_within
 from neurms.compiled.native import LEAST_ELEMENTS, fits
 from neurms.compiled.together import all_within_each
 from neurms.core.diagnostics.spans import span
@@ -31,8 +31,6 @@ from neurms.core.unitwise.statistics import PendingSums, synchronize, world_size
 from neurms.core.unitwise.tapped import LayerOwner, TappedLayer
 
 __all__ = ["UnitwiseLayers", "neurms_routes"]
-
-_GREATEST_ROUNDED = torch.finfo(torch.bfloat16).max
 
 
 def neurms_routes(model: nn.Module, rule: str, head: Head, exclude: Sequence[str]) -> list[Route]:
@@ -398,15 +396,18 @@ def _all_within(tensors: Sequence[Tensor], greatest: float) -> bool:
 
 def _are_finite(sums: Sums, activations: Tensor, layer: TappedLayer) -> bool:
     """Return whether D and H are finite: by their sums of squares, or H by itself without one."""
-    look = all_within.on(layer.backend)
-    parts = [s for s in (sums.unit_square_sum, sums.feature_square_sum) if s is not None]
     rows = max(layer.pending.rows + sums.rows, 1)
-    if not all(look(part, torch.finfo(part.dtype).max / (4.0 * rows)) for part in parts):
-        return False
-    if layer.owner.gemm == "bfloat16":
+    squares = [s for s in (sums.unit_square_sum, sums.feature_square_sum) if s is not None]
+    looked_at = [(s, torch.finfo(s.dtype).max / (4.0 * rows)) for s in squares]
+    if sums.feature_square_sum is None:
         # What is finite may round to an infinity, but not where its square is finite.
-        return sums.feature_square_sum is not None or look(activations, _GREATEST_ROUNDED)
-    return sums.feature_square_sum is not None or all_finite.on(layer.backend)(activations)
+        dtype = torch.bfloat16 if layer.owner.gemm == "bfloat16" else activations.dtype
+        looked_at.append((activations, torch.finfo(dtype).max))
+    tensors, bounds = zip(*looked_at, strict=True)
+    if layer.prompt and fits(*tensors):
+        return all_within_each(tensors, bounds)
+    look = all_within.on(layer.backend)
+    return all(look(tensor, bound) for tensor, bound in looked_at)
 
 
 def _is_compiled(module: nn.Module | None) -> bool:
