@@ -77,6 +77,9 @@ def _panel(panel: Any, found: list[Cell], colours: dict[str, Any]) -> None:
             linestyle="-" if own[0].ours else ":",
         )
     panel.set(xscale="log", xlabel="s of training", ylabel="test accuracy")
+    budgets = sorted({cell.place[2] for cell in found})
+    panel.set_xticks(budgets, [f"{seconds:g}" for seconds in budgets])
+    panel.minorticks_off()
     if found:
         best = max(cell.mean for cell in found)
         panel.set_ylim(best - (0.06 if found[0].place[0] == "mnist" else 0.1), best + 0.004)
