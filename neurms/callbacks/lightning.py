@@ -85,7 +85,6 @@ class NeuRMSCallback(Callback):
         kappa: Width of the relative clip.
         loss_reduction: Whether the loss is a "mean" or a "sum" over rows.
         update: "step", or "backward": plain SGD only; no clipping, accumulation, scaler or DDP.
-        gemm: What update="backward" multiplies in: "float32", or "bfloat16".
         loss_scale: Callable that returns the factor on the loss; None asks the Trainer's scaler.
         heads: Name pattern of weights -> number of heads whose outputs share one second moment.
         weight_decay: Decoupled decay of the preconditioned weights, beside the optimizer's own.
@@ -94,6 +93,7 @@ class NeuRMSCallback(Callback):
         backend: How kernels run: "auto", "eager", "inductor" or "torchscript".
         nonfinite: What a NaN or infinity does without a GradScaler: "raise", or "skip" the step.
         log: Log a few scalars under "neurms/" at the Trainer's logging interval.
+        gemm: What update="backward" multiplies D and H in: "float32", or "bfloat16".
 
     Raises:
         TypeError: A setting is of the wrong type.
@@ -138,7 +138,6 @@ class NeuRMSCallback(Callback):
         kappa: float = 10.0,
         loss_reduction: LossReduction = "mean",
         update: Literal["step", "backward"] = "step",
-        gemm: Gemm = "float32",
         loss_scale: Callable[[], float] | None = None,
         heads: Mapping[str, int] | None = None,
         weight_decay: float = 0.0,
@@ -147,6 +146,7 @@ class NeuRMSCallback(Callback):
         backend: str = "auto",
         nonfinite: NonFinite = "raise",
         log: bool = True,
+        gemm: Gemm = "float32",
     ) -> None:
         given = dict(locals())
         names = given.keys() - {"self", "log", "__class__"}

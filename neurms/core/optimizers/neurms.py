@@ -66,14 +66,14 @@ class NeuRMS(UnitwiseOptimizer):
         update: ``"step"``, or ``"backward"`` to write W -= lr (D S)^T H C during backward without
             ever forming G (linear layers; others move at the step). No clipping, accumulation,
             GradScaler or several ranks can act on a gradient that never exists: they are refused.
+        loss_scale: Callable that returns a GradScaler's current scale (``scaler.get_scale``);
+            without it a scaled loss makes all statistics too large.
+        heads: Name pattern of weights -> number of heads whose outputs share one v (its mean).
         gemm: What ``update="backward"`` multiplies D and H in: ``"float32"``, or ``"bfloat16"``,
             which rounds them before their product (sums and weights stay as wide as they are) and
             takes a fraction of the time where the processor has AMX or AMD's AVX512-BF16, and more
             elsewhere: ``neurms doctor`` tells. Inputs that autocast has made bfloat16 are
             multiplied as such in any case.
-        loss_scale: Callable that returns a GradScaler's current scale (``scaler.get_scale``);
-            without it a scaled loss makes all statistics too large.
-        heads: Name pattern of weights -> number of heads whose outputs share one v (its mean).
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`; ``weight_decay`` acts on
             weights, not on biases.
 
@@ -121,9 +121,9 @@ class NeuRMS(UnitwiseOptimizer):
         kappa: float = 10.0,
         loss_reduction: LossReduction = "mean",
         update: Literal["step", "backward"] = "step",
-        gemm: Gemm = "float32",
         loss_scale: Callable[[], Tensor | float] | None = None,
         heads: Mapping[str, int] | None = None,
+        gemm: Gemm = "float32",
         **common: Unpack[CommonSettings],
     ) -> None:
         if not isinstance(model, nn.Module):
