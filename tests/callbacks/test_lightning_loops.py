@@ -246,6 +246,15 @@ def test_backward_updates_beside_sgd(variant):
     assert taps_of(module) == 0
 
 
+def test_backward_updates_in_bfloat16_are_those_of_the_optimizer_itself():
+    settings = {"update": "backward", "gemm": "bfloat16"}
+    module = fitted(Classifier(), NeuRMSCallback(**settings))
+    own, plain = fitted(WithNeuRMS(**settings)), fitted(WithNeuRMS(update="backward"))
+    assert_same(module, own)
+    weights = zip(own.parameters(), plain.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in weights)
+
+
 def test_a_few_scalars_are_logged():
     run = trainer(NeuRMSCallback(variant="F"), log_every_n_steps=1)
     run.fit(Classifier(), data())
