@@ -86,7 +86,7 @@ def _stateless(found: Sequence[Cell]) -> str:
 def _backward(steps: Content, memory: Content) -> str:
     wide = next(run for name, run in steps.items() if "4096" in name)
     narrow = next(run for name, run in steps.items() if "4096" not in name)
-    name = "NeuRMS-U backward"
+    name, rounded = "NeuRMS-U backward", "NeuRMS-U backward bf16"
     peak = {k: run["resident_bytes"] / 2**20 for k, run in memory.items()}
     sgd, fused = peak["sgd"], peak["adamw fused"]
     wide_ratio = {method: f"{run['ratio']:.2f}" for method, run in wide.items()}
@@ -98,7 +98,10 @@ def _backward(steps: Content, memory: Content) -> str:
         f"the process holds {peak[name]:.0f} MiB, {weights:.0f} of them the weights, where SGD "
         f"{sgd:.0f} and fused AdamW {fused:.0f}. At 784-1024-1024-10, batch 128, "
         f"it takes {narrow[name]['ratio']:.2f} of fused\nSGD's time "
-        f'(`update="step"`: {narrow["NeuRMS-U step"]["ratio"]:.2f}).'
+        f'(`update="step"`: {narrow["NeuRMS-U step"]["ratio"]:.2f}). '
+        f'With `gemm="bfloat16"`, where the processor multiplies such numbers itself, the larger\n'
+        f"network's step takes {wide_ratio[rounded]} and the smaller one's "
+        f"{narrow[rounded]['ratio']:.2f}."
     )
 
 
