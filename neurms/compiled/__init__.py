@@ -8,6 +8,8 @@ Each has one eager definition, its specification; :func:`use_backend` chooses ho
 ``update``                         the optimizer's pass over a weight
 ``agc``                            row-wise clipping of an update
 ``gemm``                           the update as one matrix product (no gradient)
+``signals``                        D or H observed and scaled at once
+``together``                       several layers in one native call
 ``correlation``                    rho, the factorisation's faithfulness
 =================================  ================================================
 """
