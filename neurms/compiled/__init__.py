@@ -11,6 +11,7 @@ Each has one eager definition, its specification; :func:`use_backend` chooses ho
 ``signals``                        D or H observed and scaled at once
 ``together``                       several layers in one native call
 ``correlation``                    rho, the factorisation's faithfulness
+``unit_blocks``                    small blocks of units turned and rooted
 =================================  ================================================
 """
 

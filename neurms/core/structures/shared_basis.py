@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neurms.compiled.roots import eigenvalues, eigh, orthonormal, positive_qr, relative_floor
+from neurms.compiled.roots import eigh, orthonormal, positive_qr
+from neurms.compiled.unit_blocks import mover, rooted
 from neurms.core.errors import check_fraction, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 
@@ -91,8 +91,9 @@ class SharedBasisBlocks(Structure):
         for part in _parts(gradient.shape[-2]):
             values, vectors = eigh(state["blocks"][..., part, :, :])
             ridge = state["rho"][..., part, None] + self.eps
-            pieces = _split(gradient[..., part, :], basis)
-            update[..., part, :] = _rooted(*pieces, basis, ridge, values, vectors)
+            coordinates, outside = _split(gradient[..., part, :], basis)
+            inside, factor = rooted(values, vectors, coordinates, ridge)
+            update[..., part, :] = _assembled(inside, factor, basis, outside)
         return update
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
@@ -110,26 +111,26 @@ class SharedBasisBlocks(Structure):
             blocks.mul_(self.decay)
             rho.mul_(self.decay)
         new = orthonormal(_times_squares(old, blocks, gradient))
-        turn = new.mT @ old
         frame = None if old.shape[-1] == old.shape[-2] else _Frame.of(old, new)
+        to_old = new.mT @ old if frame is None else frame.to_old
+        move_ = mover(blocks)
         for part in _parts(gradient.shape[-2]):
-            rows, own, ridge = gradient[..., part, :], blocks[..., part, :, :], rho[..., part]
-            coordinates, outside = _split(rows, new)
-            turned = turn[..., None, :, :] @ own @ turn.mT[..., None, :, :]
-            projected = (turned + turned.mT).mul_(0.5)
-            projected.addcmul_(coordinates[..., :, None], coordinates[..., None, :])
+            coordinates, outside = _split(gradient[..., part, :], new)
+            further = beyond = None
             if frame is not None and outside is not None:
-                pieces = coordinates, outside
-                ridge.add_(_residual_norm(frame, own, projected, *pieces, self.norm_iterations))
-            values, vectors = eigh(projected)
-            if frame is not None:
-                shift = values[..., :1].clamp(min=0.0)
-                values = values - shift
-                projected.diagonal(dim1=-2, dim2=-1).sub_(shift)
-            own.copy_(projected)
+                further, beyond = frame.split(outside)
+            inside, factor = move_(
+                blocks[..., part, :, :],
+                rho[..., part],
+                to_old,
+                coordinates,
+                further,
+                beyond,
+                self.eps,
+                self.norm_iterations,
+            )
             if result is not None:
-                damping = ridge[..., None] + self.eps
-                result[..., part, :] = _rooted(coordinates, outside, new, damping, values, vectors)
+                result[..., part, :] = _assembled(inside, factor, new, outside)
         basis.copy_(new)
 
 
@@ -146,20 +147,10 @@ def _split(gradient: Tensor, basis: Tensor) -> tuple[Tensor, Tensor | None]:
     return coordinates, gradient - coordinates @ basis.mT
 
 
-def _rooted(
-    coordinates: Tensor,
-    outside: Tensor | None,
-    basis: Tensor,
-    ridge: Tensor,
-    values: Tensor,
-    vectors: Tensor,
-) -> Tensor:
-    """Return (B R_i B^T + ridge_i I)^(-1/2) g_i from the eigenpairs of R_i, shape (..., m, n)."""
-    floor = relative_floor(values)
-    rotated = (coordinates[..., None, :] @ vectors)[..., 0, :]
-    rotated = rotated * torch.maximum(values.clamp(min=0.0) + ridge, floor).rsqrt()
-    inside = (rotated[..., None, :] @ vectors.mT)[..., 0, :] @ basis.mT
-    return inside if outside is None else inside + outside * torch.maximum(ridge, floor).rsqrt()
+def _assembled(inside: Tensor, factor: Tensor, basis: Tensor, outside: Tensor | None) -> Tensor:
+    """Return B inside_i + factor_i outside_i, shape (..., m, n)."""
+    spanned = inside @ basis.mT
+    return spanned if outside is None else spanned + outside * factor
 
 
 def _started(basis: Tensor, gradient: Tensor, fresh: Tensor) -> Tensor:
@@ -189,7 +180,8 @@ def _times_squares(basis: Tensor, blocks: Tensor, gradient: Tensor) -> Tensor:
     inner = basis.new_zeros((*basis.shape[:-2], basis.shape[-1], basis.shape[-1]))
     for part in _parts(gradient.shape[-2]):
         own = blocks[..., part, :, :] / scale[..., None, None]
-        moved = _batched(own, coordinates[..., part, :])
+        # A row times a matrix: a sixth of the time of a matrix times a column in batched products.
+        moved = (coordinates[..., part, None, :] @ own)[..., 0, :]
         stacked = own.flatten(-3, -2)
         inner += stacked.mT @ stacked + moved.mT @ coordinates[..., part, :]
         weights[..., part, :] += moved
@@ -202,7 +194,7 @@ class _Frame:
 
     Args:
         further: Its vectors after B', shape (..., n, d - k) with k < d <= 2k.
-        to_old: B in it, (..., d, k).
+        to_old: B in it, (..., d, k); its first k rows are B'^T B.
     """
 
     further: Tensor
@@ -215,69 +207,8 @@ class _Frame:
         k = old.shape[-1]
         return cls(vectors[..., k:], triangle[..., k:].contiguous())
 
-
-def _residual_norm(
-    frame: _Frame,
-    blocks: Tensor,
-    projected: Tensor,
-    coordinates: Tensor,
-    outside: Tensor,
-    iterations: int,
-) -> Tensor:
-    """Return ||B R_i B^T + g_i g_i^T - B' R_i' B'^T||_2 for every unit, shape (..., m)."""
-    k = coordinates.shape[-1]
-    further = outside @ frame.further
-    beyond = torch.linalg.vector_norm(outside - further @ frame.further.mT, dim=-1, keepdim=True)
-    outer = torch.cat([coordinates, further, beyond], dim=-1)
-    # A unit's matrices enter in units of |g_i|^2 or of R_i, or the iteration would leave float32.
-    # The vectors that they meet are scaled, of length 1, instead of k^2 numbers of each unit.
-    peak = projected.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
-    scale = torch.maximum(peak, outer.square().sum(-1, keepdim=True))
-    scale = torch.where(scale > 0, scale, 1.0).clamp(min=torch.finfo(scale.dtype).tiny)
-    outer = outer / scale.sqrt()
-
-    def product(x: Tensor) -> Tensor:
-        head = x[..., :-1] / scale
-        image = outer * (outer * x).sum(-1, keepdim=True)
-        image[..., :-1] += _batched(blocks, head @ frame.to_old) @ frame.to_old.mT
-        image[..., :k] -= _batched(projected, head[..., :k])
-        return image
-
-    norm = _largest_eigenvalue(product, outer + torch.ones_like(outer), iterations)
-    return norm * scale[..., 0]
-
-
-def _largest_eigenvalue(
-    product: Callable[[Tensor], Tensor], start: Tensor, iterations: int
-) -> Tensor:
-    """Return max |lambda| (...) of symmetric operators on vectors (..., d), from below.
-
-    Lanczos: the largest eigenvalue of the tridiagonal matrix of its recurrence. Lost orthogonality
-    only repeats eigenvalues that have converged, so nothing is made orthogonal again.
-    """
-    ulp = torch.finfo(start.dtype).eps
-    count = min(iterations, start.shape[-1])
-    tridiagonal = start.new_zeros((*start.shape[:-1], count, count))
-    last, beta = torch.zeros_like(start), start.new_zeros((*start.shape[:-1], 1))
-    x = product(start)
-    x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    for i in range(count):
-        image = product(x)
-        alpha = (x * image).sum(-1, keepdim=True)
-        tridiagonal[..., i, i] = alpha[..., 0]
-        if i + 1 == count:
-            break
-        rest = image - alpha * x - beta * last
-        beta = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
-        # What rounding left of an invariant subspace is no new direction.
-        fresh = beta > 64 * ulp * torch.linalg.vector_norm(image, dim=-1, keepdim=True)
-        last, x = x, torch.where(fresh, rest / torch.where(fresh, beta, 1.0), 0.0)
-        beta = torch.where(fresh, beta, 0.0)
-        tridiagonal[..., i + 1, i] = tridiagonal[..., i, i + 1] = beta[..., 0]
-    return eigenvalues(tridiagonal).abs().amax(-1)
-
-
-def _batched(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Return A_i x_i, shape (..., k), for symmetric A_i (..., k, k) and x_i (..., k)."""
-    # A row times a matrix: a sixth of the time of a matrix times a column in batched products.
-    return (vectors[..., None, :] @ matrices)[..., 0, :]
+    def split(self, outside: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what lies along the vectors after B' (..., m, d - k), and the rest's length."""
+        further = outside @ self.further
+        rest = outside - further @ self.further.mT
+        return further, torch.linalg.vector_norm(rest, dim=-1, keepdim=True)

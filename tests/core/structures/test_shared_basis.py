@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neurms.compiled.native import LEAST_ELEMENTS, compiler
+from neurms.compiled.unit_blocks import move_unit_blocks_, mover
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures import shared_basis
 from neurms.core.structures.base import Context
@@ -93,6 +95,23 @@ class TestSharedBasisBlocks(TransformContract):
         torch.testing.assert_close(parted, state, rtol=1e-7, atol=1e-9)
         again = transform.precondition(steps[-1], parted, Context(6))
         torch.testing.assert_close(again, parts[-1], rtol=1e-7, atol=1e-9)
+
+    @pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+    @pytest.mark.parametrize("decay", [1.0, 0.9])
+    @pytest.mark.parametrize("rank", [8, 24])
+    def test_the_native_form_equals_the_dense_algorithm(self, rank: int, decay: float) -> None:
+        units = -(-LEAST_ELEMENTS // rank**2)  # so many that the native form is the one that runs
+        steps = gradients(units, 48, steps=4, dtype=torch.float32)
+        assert mover(torch.empty(units, rank, rank)) is not move_unit_blocks_
+        transform = SharedBasisBlocks(rank, decay, eps=1e-2, norm_iterations=40)
+        updates, state = run(transform, steps)
+        expected, blocks, rho = dense(steps.double(), rank, decay, eps=1e-2)
+        for ours, theirs in zip(updates, expected, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(state["rho"].double(), rho, rtol=1e-4, atol=1e-4)
+        ours = state["basis"] @ state["blocks"] @ state["basis"].mT
+        atol = 1e-4 * float(blocks.max())
+        torch.testing.assert_close(ours.double(), blocks, rtol=1e-3, atol=atol)
 
     @pytest.mark.parametrize("rank", [2, 8])
     def test_the_spectral_norm_is_near_from_below(self, rank: int) -> None:

@@ -1,0 +1,478 @@
+// SharedBasis's work on each unit, in one visit of its k x k block: the block turned into the new basis, the norm of
+// what that leaves out, the smallest eigenvalue, and the inverse root of the result times the unit's gradient.
+//
+// No eigenvectors: a block is reduced to a tridiagonal one by Householder reflections, whose QL iteration, for 16 units
+// at a time, turns the unit's vector along; the rotations are kept to turn the result back. Everything but that
+// iteration, whose chains of roots and divisions need the 16 units to fill the processor, is one unit after the other.
+
+#include "common.h"
+
+#include <memory>
+
+namespace {
+
+constexpr int kUnits = 16;       // diagonalised together
+constexpr int kSweeps = 60;      // QL iterations for one eigenvalue; two are usual
+constexpr int kMostLines = 4;    // k <= 64
+constexpr double kUlp = 1.1920928955078125e-07;  // of float32
+constexpr double kNegligible = 0x1p-40;          // of a tridiagonal matrix's largest entry
+constexpr float kVanishing = 0x1p-60f;           // of the square of a matrix's largest entry
+
+typedef float Lanes __attribute__((vector_size(4 * kLine)));
+typedef float Unaligned __attribute__((vector_size(4 * kLine), aligned(4), may_alias));
+
+inline Lanes load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
+inline void store(float* x, const Lanes& lanes) { *reinterpret_cast<Unaligned*>(x) = lanes; }
+
+inline float total(const Lanes& lanes) {
+  float part[kLine];
+  store(part, lanes);
+  for (int64_t half = kLine / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) part[l] += part[l + half];
+  return part[0];
+}
+
+// One number for each unit, of each entry of a tridiagonal matrix or of a vector.
+typedef double Units[kUnits];
+
+// out = sum_i x_i row_i for `count` rows of kLines lines, `stride` floats apart.
+template <int kLines>
+inline void combine(const float* x, const float* rows, int64_t count, int64_t stride, float* out) {
+  Lanes even[kLines] = {}, odd[kLines] = {};
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2)
+    for (int l = 0; l < kLines; ++l) {
+      even[l] += x[i] * load(rows + i * stride + l * kLine);
+      odd[l] += x[i + 1] * load(rows + (i + 1) * stride + l * kLine);
+    }
+  if (i < count)
+    for (int l = 0; l < kLines; ++l) even[l] += x[i] * load(rows + i * stride + l * kLine);
+  for (int l = 0; l < kLines; ++l) store(out + l * kLine, even[l] + odd[l]);
+}
+
+template <int kLines>
+inline float dot(const float* x, const float* y) {
+  Lanes sum = {};
+  for (int l = 0; l < kLines; ++l) sum += load(x + l * kLine) * load(y + l * kLine);
+  return total(sum);
+}
+
+// C = A B for k x k matrices in rows of kLines lines; rows of A and C beyond k, up to a multiple of 4, are zero.
+template <int kLines>
+void multiply(const float* a, const float* b, float* c, int64_t k) {
+  constexpr int64_t kWide = kLines * kLine;
+  for (int64_t i = 0; i < k; i += 4) {
+    Lanes sums[4][kLines] = {};
+    for (int64_t j = 0; j < k; ++j)
+      for (int l = 0; l < kLines; ++l) {
+        const Lanes row = load(b + j * kWide + l * kLine);
+        for (int r = 0; r < 4; ++r) sums[r][l] += a[(i + r) * kWide + j] * row;
+      }
+    for (int r = 0; r < 4; ++r)
+      for (int l = 0; l < kLines; ++l) store(c + (i + r) * kWide + l * kLine, sums[r][l]);
+  }
+}
+
+// The rotations of a QL iteration, in the order in which they were made.
+struct Rotations {
+  struct Sweep {
+    int last, top;  // it turned the planes (i, i + 1) for i from top - 1 down to last
+  };
+  std::vector<Sweep> sweeps;
+  std::vector<double> pairs;  // cosines and sines, kUnits of each
+
+  void clear() { sweeps.clear(), pairs.clear(); }
+
+  double* next() {
+    pairs.resize(pairs.size() + 2 * kUnits);
+    return pairs.data() + pairs.size() - 2 * kUnits;
+  }
+
+  // z <- Z z, where T = Z diag(lambda) Z^T and the iteration made Z^T z of what it was given.
+  void turn_back(Units* z) const {
+    const double* pair = pairs.data() + pairs.size();
+    for (size_t number = sweeps.size(); number-- > 0;)
+      for (int i = sweeps[number].last; i < sweeps[number].top; ++i) {
+        pair -= 2 * kUnits;
+#pragma omp simd
+        for (int u = 0; u < kUnits; ++u) {
+          const double c = pair[u], s = pair[kUnits + u], low = z[i][u], high = z[i + 1][u];
+          z[i][u] = c * low + s * high;
+          z[i + 1][u] = c * high - s * low;
+        }
+      }
+  }
+};
+
+// Eigenvalues of n x n tridiagonal matrices (diagonals d, subdiagonals e) in place of d, by the implicit QL iteration
+// with every unit at the same eigenvalue; units that are through get rotations by nothing. With `rotations`, z becomes
+// Z^T z. Returns whether all converged.
+bool diagonalise(Units* d, Units* e, Units* z, int n, Rotations* rotations) {
+  Units least, end, at_end, g, s, c, p;
+  for (int u = 0; u < kUnits; ++u) least[u] = 0;
+  for (int i = 0; i < n; ++i)
+    for (int u = 0; u < kUnits; ++u)
+      least[u] = std::max(least[u], std::max(std::abs(d[i][u]), i + 1 < n ? std::abs(e[i][u]) : 0.0));
+  for (int u = 0; u < kUnits; ++u) least[u] *= kNegligible;
+  for (int l = 0; l + 1 < n; ++l) {
+    int sweep = 0;
+    for (;; ++sweep) {
+      // Where the block that begins at l ends: at the first subdiagonal entry that is as good as zero. (Here and below
+      // everything is computed, then chosen from: a branch, even around a load, would not be vectorised.)
+#pragma omp simd
+      for (int u = 0; u < kUnits; ++u) end[u] = n - 1, at_end[u] = d[n - 1][u];
+      for (int i = n - 2; i >= l; --i) {
+        const double at = i;
+#pragma omp simd
+        for (int u = 0; u < kUnits; ++u) {
+          const double here = d[i][u], before = at_end[u], later = end[u], size = std::abs(e[i][u]), none = least[u];
+          end[u] = size <= none ? at : later;
+          at_end[u] = size <= none ? here : before;
+        }
+      }
+      int top = l;
+      for (int u = 0; u < kUnits; ++u) top = std::max(top, static_cast<int>(end[u]));
+      if (top == l) break;
+      if (sweep == kSweeps) return false;
+#pragma omp simd
+      for (int u = 0; u < kUnits; ++u) {
+        const double stored = e[l][u], below = end[u] > l ? stored : 1.0;
+        const double half = (d[l + 1][u] - d[l][u]) / (2.0 * below);
+        const double root = std::sqrt(half * half + 1.0);
+        g[u] = at_end[u] - d[l][u] + below / (half + std::copysign(root, half));
+        s[u] = c[u] = 1.0, p[u] = 0.0;
+      }
+      if (rotations) rotations->sweeps.push_back({l, top});
+      for (int i = top - 1; i >= l; --i) {
+        double* pair = rotations ? rotations->next() : nullptr;
+        Units cosine, sine;
+#pragma omp simd
+        for (int u = 0; u < kUnits; ++u) {
+          const double old_g = g[u], old_p = p[u], old_s = s[u], old_c = c[u];
+          const double low = d[i][u], high = d[i + 1][u], between = e[i][u], beyond = e[i + 1][u];
+          const double f = old_s * between, b = old_c * between;
+          const double length = std::sqrt(f * f + old_g * old_g);
+          const double inverse = 1.0 / (length + 1e-300);
+          const double sn = f * inverse, ratio = old_g * inverse, cs = length > 0 ? ratio : 1.0;
+          const double above = high - old_p;
+          const double mixed = (low - above) * sn + 2.0 * cs * b;
+          const double step = sn * mixed, moved = above + step, new_g = cs * mixed - b;
+          const double kept = i + 1 < end[u] ? length : 0.0;
+          const bool turns = i < end[u];
+          d[i + 1][u] = turns ? moved : high;
+          e[i + 1][u] = turns ? kept : beyond;
+          g[u] = turns ? new_g : old_g;
+          p[u] = turns ? step : old_p;
+          s[u] = turns ? sn : old_s;
+          c[u] = turns ? cs : old_c;
+          cosine[u] = turns ? cs : 1.0;
+          sine[u] = turns ? sn : 0.0;
+        }
+        if (!rotations) continue;
+#pragma omp simd
+        for (int u = 0; u < kUnits; ++u) {
+          const double low = z[i][u], high = z[i + 1][u];
+          z[i + 1][u] = sine[u] * low + cosine[u] * high;
+          z[i][u] = cosine[u] * low - sine[u] * high;
+          pair[u] = cosine[u], pair[kUnits + u] = sine[u];
+        }
+      }
+#pragma omp simd
+      for (int u = 0; u < kUnits; ++u) {
+        const double low = d[l][u], between = e[l][u];
+        const bool turned = end[u] > l;
+        d[l][u] = turned ? low - p[u] : low;
+        e[l][u] = turned ? g[u] : between;
+      }
+    }
+  }
+  return true;
+}
+
+// What all units of one matrix share.
+template <int kLines>
+struct Frame {
+  static constexpr int64_t kWide = kLines * kLine;
+  alignas(64) float turn[kWide * kWide] = {};        // T = B'^T B
+  alignas(64) float turn_back[kWide * kWide] = {};   // T^T
+  alignas(64) float old[2 * kWide * kWide] = {};     // B in the frame that begins with B': (d, k)
+  alignas(64) float old_back[2 * kWide * kWide] = {};  // its transpose, in rows of 2 kWide
+  int64_t k, d;
+
+  Frame(const float* to_old, int64_t k, int64_t d) : k(k), d(d) {
+    for (int64_t i = 0; i < d; ++i)
+      for (int64_t j = 0; j < k; ++j) {
+        const float x = to_old[i * k + j];
+        old[i * kWide + j] = old_back[j * 2 * kWide + i] = x;
+        if (i < k) turn[i * kWide + j] = turn_back[j * kWide + i] = x;
+      }
+  }
+};
+
+// A thread's scratch: one unit's matrices, and of each unit of a group what its way back needs.
+template <int kLines>
+struct Scratch {
+  static constexpr int64_t kWide = kLines * kLine;
+  alignas(64) float block[kWide * kWide] = {};
+  alignas(64) float product[kWide * kWide] = {};
+  alignas(64) float projected[kWide * kWide] = {};
+  alignas(64) float reflectors[kUnits][kWide * kWide];
+  float weights[kUnits][kWide];
+  int exponents[kUnits];
+  double residual_scales[kUnits];
+  Units d[kWide], e[kWide], z[kWide];
+  std::vector<double> chain_d, chain_e;  // of the norm's tridiagonal matrices, Units each
+  Rotations rotations;
+};
+
+// P = (T S T^T + its transpose) / 2 + c c^T
+template <int kLines>
+void project(const Frame<kLines>& frame, const float* c, Scratch<kLines>& own) {
+  constexpr int64_t kWide = kLines * kLine;
+  const int64_t k = frame.k;
+  multiply<kLines>(frame.turn, own.block, own.product, k);
+  multiply<kLines>(own.product, frame.turn_back, own.projected, k);
+  float* p = own.projected;
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j <= i; ++j)
+      p[i * kWide + j] = p[j * kWide + i] = 0.5f * (p[i * kWide + j] + p[j * kWide + i]) + c[i] * c[j];
+}
+
+// Lanczos for the norm of B S B^T + g g^T - B' P B'^T, in the frame: writes the tridiagonal matrix as unit u's.
+template <int kLines>
+void residual_chain(const Frame<kLines>& frame, const float* c, const float* further, float beyond, int count, int u,
+                    Scratch<kLines>& own) {
+  constexpr int64_t kWide = kLines * kLine, kLong = 2 * kWide;
+  constexpr int kTwice = 2 * kLines;
+  const int64_t k = frame.k, d = frame.d;
+  alignas(64) float outer[kLong] = {}, x[kLong] = {}, last[kLong] = {}, image[kLong], head[kLong];
+  alignas(64) float inner[kWide], moved[kWide];
+  double square = static_cast<double>(beyond) * beyond, peak = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    outer[i] = c[i];
+    square += static_cast<double>(c[i]) * c[i];
+    peak = std::max(peak, static_cast<double>(own.projected[i * kWide + i]));
+  }
+  for (int64_t i = k; i < d; ++i) {
+    outer[i] = further[i - k];
+    square += static_cast<double>(outer[i]) * outer[i];
+  }
+  // A unit's matrices enter in units of |g_i|^2 or of R_i, or the iteration would leave float32.
+  const double largest = std::max(peak, square), scale = largest > 0 ? std::max(largest, double{kTiny}) : 1.0;
+  const float inverse = static_cast<float>(1.0 / scale), inverse_root = static_cast<float>(1.0 / std::sqrt(scale));
+  own.residual_scales[u] = scale;
+  for (int64_t i = 0; i < d; ++i) outer[i] *= inverse_root;
+  const float outer_end = beyond * inverse_root;
+  float x_end = 0, last_end = 0, image_end = 0;
+  const auto apply = [&]() {
+    const float along = dot<kTwice>(outer, x) + outer_end * x_end;
+    for (int64_t l = 0; l < kLong; l += kLine) store(head + l, load(x + l) * inverse);
+    combine<kLines>(head, frame.old, d, kWide, inner);
+    combine<kLines>(inner, own.block, k, kWide, moved);
+    combine<kTwice>(moved, frame.old_back, k, kLong, image);
+    combine<kLines>(head, own.projected, k, kWide, moved);
+    for (int64_t l = 0; l < kLong; l += kLine) store(image + l, load(image + l) + along * load(outer + l));
+    for (int64_t l = 0; l < kWide; l += kLine) store(image + l, load(image + l) - load(moved + l));
+    image_end = outer_end * along;
+  };
+  for (int64_t i = 0; i < d; ++i) x[i] = outer[i] + 1.0f;
+  x_end = outer_end + 1.0f;
+  apply();
+  const float norm = std::sqrt(dot<kTwice>(image, image) + image_end * image_end);
+  const float first = 1.0f / std::max(norm, kTiny);
+  for (int64_t l = 0; l < kLong; l += kLine) store(x + l, load(image + l) * first);
+  x_end = image_end * first;
+  float beta = 0;
+  for (int i = 0; i < count; ++i) {
+    apply();
+    const float alpha = dot<kTwice>(x, image) + x_end * image_end;
+    own.chain_d[i * kUnits + u] = alpha;
+    if (i + 1 == count) return;
+    const float whole = std::sqrt(dot<kTwice>(image, image) + image_end * image_end);
+    for (int64_t l = 0; l < kLong; l += kLine)
+      store(image + l, load(image + l) - alpha * load(x + l) - beta * load(last + l));
+    image_end -= alpha * x_end + beta * last_end;
+    beta = std::sqrt(dot<kTwice>(image, image) + image_end * image_end);
+    // What rounding left of an invariant subspace is no new direction. (NaN goes on, to be found.)
+    const bool stale = beta <= 64 * static_cast<float>(kUlp) * whole;
+    const float step = stale ? 0.0f : 1.0f / beta;
+    if (stale) beta = 0.0f;
+    own.chain_e[i * kUnits + u] = beta;
+    for (int64_t l = 0; l < kLong; l += kLine) {
+      store(last + l, load(x + l));
+      store(x + l, load(image + l) * step);
+    }
+    last_end = x_end, x_end = image_end * step;
+  }
+}
+
+// Householder's reduction of P to tridiagonal form, as unit u's; its vector c is reflected along. False if P has NaN.
+template <int kLines>
+bool tridiagonalise(const float* c, int64_t k, int u, Scratch<kLines>& own) {
+  constexpr int64_t kWide = kLines * kLine;
+  alignas(64) float vector[kWide] = {}, image[kWide];
+  float* a = own.product;
+  float peak = 0;
+  double sum = 0;
+#pragma omp simd reduction(max : peak) reduction(+ : sum)
+  for (int64_t i = 0; i < k * kWide; ++i) peak = std::max(peak, std::abs(own.projected[i])), sum += own.projected[i];
+  if (!std::isfinite(sum)) return false;
+  std::frexp(peak, &own.exponents[u]);
+  own.exponents[u] = std::min(std::max(own.exponents[u], -120), 120);
+  const float scale = static_cast<float>(std::ldexp(1.0, -own.exponents[u]));
+  for (int64_t i = 0; i < k * kWide; i += kLine) store(a + i, load(own.projected + i) * scale);
+  std::copy(c, c + k, vector);
+  for (int64_t j = 0; j + 2 < k; ++j) {
+    float* v = own.reflectors[u] + j * kWide;
+    const float* row = a + j * kWide;
+    for (int64_t i = 0; i < kWide; ++i) v[i] = i > j ? row[i] : 0.0f;
+    const float head = v[j + 1], square = dot<kLines>(v, v);
+    const bool done = std::all_of(v + j + 2, v + k, [](float x) { return x == 0.0f; });
+    own.d[j][u] = row[j];
+    own.e[j][u] = head;
+    own.weights[u][j] = 0.0f;
+    // Entries of 1e-9 times the largest are as good as zero, and their reflection's weight would be out of range.
+    if (done || square < kVanishing) continue;
+    const float alpha = head > 0 ? -std::sqrt(square) : std::sqrt(square);
+    own.e[j][u] = alpha;
+    v[j + 1] = head - alpha;
+    const float weight = 1.0f / (square - alpha * head);  // 2 / v^T v
+    own.weights[u][j] = weight;
+    combine<kLines>(v + j + 1, a + (j + 1) * kWide, k - j - 1, kWide, image);
+    const float middle = 0.5f * weight * weight * dot<kLines>(image, v);
+    for (int l = 0; l < kLines; ++l)
+      store(image + l * kLine, weight * load(image + l * kLine) - middle * load(v + l * kLine));
+    for (int64_t i = j + 1; i < k; ++i)
+      for (int l = 0; l < kLines; ++l) {
+        float* at = a + i * kWide + l * kLine;
+        store(at, load(at) - v[i] * load(image + l * kLine) - image[i] * load(v + l * kLine));
+      }
+    const float along = weight * dot<kLines>(v, vector);
+    for (int l = 0; l < kLines; ++l)
+      store(vector + l * kLine, load(vector + l * kLine) - along * load(v + l * kLine));
+  }
+  for (int64_t j = std::max<int64_t>(k - 2, 0); j < k; ++j) {
+    own.d[j][u] = a[j * kWide + j];
+    own.e[j][u] = j + 1 < k ? a[j * kWide + j + 1] : 0.0f;
+  }
+  for (int64_t j = 0; j < k; ++j) own.z[j][u] = vector[j];
+  return true;
+}
+
+template <int kLines>
+void reflect_back(float* vector, int64_t k, int u, const Scratch<kLines>& own) {
+  constexpr int64_t kWide = kLines * kLine;
+  for (int64_t j = k - 3; j >= 0; --j) {
+    const float* v = own.reflectors[u] + j * kWide;
+    const float along = own.weights[u][j] * dot<kLines>(v, vector);
+    for (int l = 0; l < kLines; ++l)
+      store(vector + l * kLine, load(vector + l * kLine) - along * load(v + l * kLine));
+  }
+}
+
+struct Operands {
+  float *blocks, *rho;
+  const float *coordinates, *further, *beyond;
+  int iterations;
+  double eps;
+  float *inside, *factors;
+};
+
+// Up to kUnits units from `first` on; returns whether all their eigenproblems were solved.
+template <int kLines>
+bool take_group(const Frame<kLines>& frame, const Operands& of, int64_t first, int held, Scratch<kLines>& own) {
+  constexpr int64_t kWide = kLines * kLine;
+  const int64_t k = frame.k, e = frame.d - k;
+  const bool framed = of.beyond != nullptr;
+  const int count = static_cast<int>(std::min<int64_t>(of.iterations, frame.d + 1));
+  std::fill(own.d[0], own.d[0] + k * kUnits, 0.0);
+  std::fill(own.e[0], own.e[0] + k * kUnits, 0.0);
+  std::fill(own.z[0], own.z[0] + k * kUnits, 0.0);
+  own.chain_d.assign(static_cast<size_t>(count) * kUnits, 0.0);
+  own.chain_e.assign(static_cast<size_t>(count) * kUnits, 0.0);
+  for (int u = 0; u < held; ++u) {
+    const int64_t unit = first + u;
+    const float* c = of.coordinates + unit * k;
+    float* stored = of.blocks + unit * k * k;
+    for (int64_t i = 0; i < k; ++i) std::copy(stored + i * k, stored + (i + 1) * k, own.block + i * kWide);
+    project<kLines>(frame, c, own);
+    if (framed) residual_chain<kLines>(frame, c, of.further + unit * e, of.beyond[unit], count, u, own);
+    if (!tridiagonalise<kLines>(c, k, u, own)) return false;
+    for (int64_t i = 0; i < k; ++i)
+      std::copy(own.projected + i * kWide, own.projected + i * kWide + k, stored + i * k);
+  }
+  if (framed) {
+    Units* chain = reinterpret_cast<Units*>(own.chain_d.data());
+    if (!diagonalise(chain, reinterpret_cast<Units*>(own.chain_e.data()), nullptr, count, nullptr)) return false;
+    for (int u = 0; u < held; ++u) {
+      double norm = 0;
+      for (int i = 0; i < count; ++i) norm = std::abs(chain[i][u]) <= norm ? norm : std::abs(chain[i][u]);
+      if (!std::isfinite(norm)) return false;
+      of.rho[first + u] += static_cast<float>(norm * own.residual_scales[u]);
+    }
+  }
+  own.rotations.clear();
+  if (!diagonalise(own.d, own.e, own.z, static_cast<int>(k), &own.rotations)) return false;
+  for (int u = 0; u < held; ++u) {
+    const double scale = std::ldexp(1.0, own.exponents[u]), damping = of.rho[first + u] + of.eps;
+    double least = own.d[0][u], most = least;
+    for (int64_t i = 1; i < k; ++i) least = std::min(least, own.d[i][u]), most = std::max(most, own.d[i][u]);
+    const double shift = framed ? std::max(least * scale, 0.0) : 0.0;
+    const double floor = std::max(most * scale - shift, 0.0) * kUlp * static_cast<double>(k);
+    for (int64_t i = 0; i < k; ++i) {
+      const double value = std::max(own.d[i][u] * scale - shift, 0.0) + damping;
+      own.z[i][u] /= std::sqrt(std::max(value, floor));
+    }
+    of.factors[first + u] = static_cast<float>(1.0 / std::sqrt(std::max(damping, floor)));
+    float* diagonal = of.blocks + (first + u) * k * k;
+    for (int64_t i = 0; i < k; ++i) diagonal[i * (k + 1)] -= static_cast<float>(shift);
+  }
+  own.rotations.turn_back(own.z);
+  for (int u = 0; u < held; ++u) {
+    alignas(64) float vector[kWide] = {};
+    for (int64_t i = 0; i < k; ++i) vector[i] = static_cast<float>(own.z[i][u]);
+    reflect_back<kLines>(vector, k, u, own);
+    std::copy(vector, vector + k, of.inside + (first + u) * k);
+  }
+  return true;
+}
+
+template <int kLines>
+int64_t take_all(const float* to_old, Operands of, int64_t m, int64_t k, int64_t d, int threads) {
+  const std::unique_ptr<Frame<kLines>> frame(new Frame<kLines>(to_old, k, d));
+  int64_t unsolved = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : unsolved)
+  {
+    const std::unique_ptr<Scratch<kLines>> own(new Scratch<kLines>());
+    const Range units = share(m, omp_get_thread_num(), omp_get_num_threads(), kUnits);
+    for (int64_t first = units.begin; first < units.end; first += kUnits) {
+      const int held = static_cast<int>(std::min<int64_t>(kUnits, units.end - first));
+      if (!take_group<kLines>(*frame, of, first, held, *own)) ++unsolved;
+    }
+  }
+  return unsolved;
+}
+
+}  // namespace
+
+extern "C" {
+
+// For each of m units, with S its block and P = T S T^T + c c^T where T, the first k rows of to_old (d, k), is B'^T B:
+//   rho   <- rho + ||B S B^T + g g^T - B' P B'^T||, if there is a frame (beyond is not null)
+//   block <- P - shift I, shift its smallest eigenvalue if there is a frame
+//   inside = (block + (rho + eps) I)^(-1/2) c,   factor = (rho + eps)^(-1/2), eigenvalues not below rounding
+// Returns how many groups of units had an eigenproblem that did not converge (NaN), -1 for a k that is not served.
+int64_t neurms_move_unit_blocks(float* blocks, float* rho, const float* to_old, const float* coordinates,
+                                const float* further, const float* beyond, int64_t m, int64_t k, int64_t d,
+                                int iterations, double eps, float* inside, float* factors, int threads) {
+  const Operands of{blocks, rho, coordinates, further, beyond, iterations, eps, inside, factors};
+  switch ((k + kLine - 1) / kLine) {
+    case 1: return take_all<1>(to_old, of, m, k, d, threads);
+    case 2: return take_all<2>(to_old, of, m, k, d, threads);
+    case 3: return take_all<3>(to_old, of, m, k, d, threads);
+    case kMostLines: return take_all<kMostLines>(to_old, of, m, k, d, threads);
+    default: return -1;
+  }
+}
+
+}  // extern "C"
