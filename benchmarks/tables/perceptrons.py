@@ -41,7 +41,7 @@ Where *p* is above .05 the seeds do not tell the two apart. The front holds what
 beats by mean test accuracy in the same time or less; best NeuRMS is the one that validation images
 choose, best of the others the one with the highest test accuracy, which favours the others.
 `NeuRMS-U-head` leaves the last layer to AdamW, as RMNP, RACS and Muon do; the other NeuRMS keep
-it."""
+it. Methods run: {counts}."""
 
 BF16 = """\
 With the product of errors and inputs of NeuRMS's backward pass, and nothing else, in bfloat16
@@ -79,8 +79,13 @@ def head(found: Sequence[Cell]) -> str:
         answers=words(plain),
         table=_duels(plain),
         bf16=narrow if len(float32(found)) < len(found) else "",
-        caveat=CAVEAT,
+        caveat=CAVEAT.format(counts=_counts(found)),
     )
+
+
+def _counts(found: Sequence[Cell]) -> str:
+    nets = dict.fromkeys(net for _, net, _ in places(found))
+    return ", ".join(f"{len({c.method for c in found if c.place[1] == n})} on {n}" for n in nets)
 
 
 def _duels(every: Sequence[Outcome]) -> str:
@@ -127,6 +132,7 @@ def budgets(found: Sequence[Cell], content: Content) -> str:
             "lr",
             "trials",
             "steps",
+            "best validation",
             "test",
             "std",
             "95 % band",
@@ -154,6 +160,7 @@ def _line(cell: Cell, test: dict[str, float] | None, on_front: Sequence[Cell]) -
         f"{cell.lr:g}",
         str(cell.trials),
         str(cell.steps),
+        f"{cell.validation:.4f}",
         f"{cell.mean:.4f}",
         f"{cell.std:.4f}",
         f"{low:.4f} .. {high:.4f}",

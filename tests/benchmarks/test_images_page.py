@@ -45,7 +45,7 @@ def test_answer_names_the_winner() -> None:
     assert "another method is significantly ahead of NeuRMS" in lost
     assert "significantly behind AdamW" in lost
     assert "cannot be told apart" in tied
-    assert "| **NeuRMS-U** | 0.1 | 1 | 500 | 0.9513 |" in won
+    assert "| **NeuRMS-U** | 0.1 | 1 | 500 | 0.5000 | 0.9513 |" in won
     assert "| NeuRMS-U | 0.1 | 1 | 500 | 0.9017 |" in lost
 
 
