@@ -81,7 +81,8 @@ def measured(scale: Scale, rounds: int, interval: int) -> dict[str, dict[str, An
     """Return milliseconds of a training step and bytes of state by method."""
     methods = AT_FULL_WIDTH if scale == Scale() else AT_SMALL_WIDTH
     runners = {name: Runner(method, scale) for name, method in methods.items()}
-    passes: dict[str, list[float]] = {name: [] for name in ("adamw", "neurms-u")}
+    tapped = [name for name, method in methods.items() if method.rule == "neurms"]
+    passes: dict[str, list[float]] = {name: [] for name in ("adamw", *tapped)}
     for number in range(rounds + 2):
         for name in list(passes)[:: 1 if number % 2 else -1]:
             spent = runners[name].gradients()
