@@ -26,8 +26,8 @@ EVERY_STEP = "Shampoo(1000), roots every step"
 TEXT = """## MNIST's deep autoencoder
 
 784-1000-500-250-30-250-500-1000-784 with tanh, batch 1000, the cross entropy of an image summed
-over its pixels, warmup and linear decay; {trials} rates for each method, over the first {search}
-steps of a run. The paper trains for 6,000 steps: its losses stand beside ours for their order
+over its pixels, warmup and linear decay; {trials} rates for each method, over the first
+{search}. The paper trains for 6,000 steps: its losses stand beside ours for their order
 alone. Losses are over training images, as the paper's; in brackets the standard deviation over
 seeds. *p* is a paired t-test's against Adam, by seed, after Holm's correction. Seconds a step are
 measured on one thread, medians of {rounds} turns. Shampoo and Sketchy take their roots and sketches
@@ -63,7 +63,6 @@ def autoencoder(content: dict[str, Any]) -> str:
     runs, times = finals(content), content["runs"].get(f"{TIMES}1")
     if times is None or not runs:
         return ""
-    searched = [run["steps"] for key, run in content["runs"].items() if "/search" in key]
     shortest = next(iter(runs.values()))
     tests = _tests(shortest)
     header = ["method"]
@@ -75,7 +74,7 @@ def autoencoder(content: dict[str, Any]) -> str:
     order = sorted(PUBLISHED, key=lambda name: _loss(shortest.get(name, [])))
     lines = [_line(method, runs, tests, times) for method in order]
     return TEXT.format(
-        search=min(searched, default=0),
+        search=_searched(content["runs"]),
         trials=content["settings"]["trials"],
         rounds=len(times["Adam"].get("turns", [0])),
         every=times[EVERY_STEP]["seconds"],
@@ -83,6 +82,13 @@ def autoencoder(content: dict[str, Any]) -> str:
         verdict=_verdict(runs, tests, times),
         made=made_by(content),
     )
+
+
+def _searched(runs: dict[str, Any]) -> str:
+    """Return of how many steps a search saw how many, from "Adam/search, 5 of 9 steps/lr 1"."""
+    found = {key.split("/")[1] for key in runs if "/search, " in key}
+    pairs = sorted(tuple(int(word) for word in name.split() if word.isdigit()) for name in found)
+    return " and ".join(f"{seen} of {whole} steps" for seen, whole in pairs)
 
 
 def _tests(methods: dict[str, list[Run]]) -> dict[str, dict[str, float]]:

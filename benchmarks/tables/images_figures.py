@@ -99,12 +99,16 @@ def _rho(pyplot: Any, folder: Path, content: Content) -> None:
 
 
 def _losses(pyplot: Any, folder: Path, content: Content) -> None:
-    """Plot the autoencoders' batch losses over steps."""
-    figure, axes = pyplot.subplots(figsize=(5.2, 3.2), layout="constrained")
-    longest = list(finals(content).values())[-1]
-    for method, runs in longest.items():
-        curve = runs[0]["curve"]
-        axes.plot([10 * index for index in range(len(curve))], curve, label=method)
-    axes.set(xlabel="step", ylabel="cross entropy of an image", yscale="log")
-    axes.legend(frameon=False)
+    """Plot the autoencoders' batch losses over steps, a panel for each length of the runs."""
+    lengths = finals(content)
+    size = (1.6 + 3.6 * len(lengths), 3.2)
+    figure, axes = pyplot.subplots(
+        1, len(lengths), figsize=size, layout="constrained", squeeze=False
+    )
+    for panel, (steps, methods) in zip(axes[0], lengths.items(), strict=True):
+        for method, runs in methods.items():
+            curve = runs[0]["curve"]
+            panel.plot([10 * index for index in range(len(curve))], curve, label=method)
+        panel.set(xlabel=f"step of {steps}", ylabel="cross entropy of an image", yscale="log")
+        panel.legend(frameon=False)
     _save(pyplot, figure, folder / "autoencoder-loss.svg")
