@@ -31,6 +31,10 @@ def _power_iteration(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]
     tiny = 2.2250738585072014e-308 if squares.dtype == torch.float64 else 1.1754943508222875e-38
     s = squares.mean(-2)
     q = squares.new_zeros(squares.shape[:-1])
+    if squares.shape[-2] == 1 or squares.shape[-1] == 1:
+        # Of rank one, so that the first round's fit is exact. (TorchInductor would also write a
+        # single element's rounds into each other, to an expression that it takes minutes over.)
+        iterations = 1
     for rounds in range(iterations):
         if rounds > 0:
             s = _matvec(squares.mT, q) / q.square().sum(-1, keepdim=True).clamp(min=tiny)
