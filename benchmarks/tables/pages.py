@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
-from benchmarks.tables import cost, images, images_figures, scale, text_figures, text_page
+from benchmarks.tables import again, cost, images, images_figures, scale, text_figures, text_page
 from benchmarks.tables.page import PAGE, page
 
 __all__ = ["DOCS", "draw", "pages"]
@@ -23,6 +23,7 @@ MADE: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Content]], str]]] = {
     "results/text.md": (text_page.NAMES, text_page.page),
     "results/scale.md": (("scale",), scale.page),
     "results/cost.md": (cost.NAMES, cost.page),
+    "results/again.md": (again.NAMES, again.page),
 }
 """Page -> the results files that it may read, and the function that writes it."""
 
