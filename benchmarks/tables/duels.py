@@ -28,6 +28,7 @@ class Outcome:
         behind: How many are significantly ahead of it.
         others: How many there are.
         on_front: Every NeuRMS on the front of accuracy over time, best first.
+        alone_ahead: Every NeuRMS that is, taken by itself, significantly ahead of all others.
     """
 
     ours: Cell
@@ -38,6 +39,7 @@ class Outcome:
     behind: int
     others: int
     on_front: tuple[str, ...]
+    alone_ahead: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -89,9 +91,17 @@ def outcomes(found: Sequence[Cell]) -> list[Outcome]:
                 behind=sum(difference < 0 for difference in sure),
                 others=len(tests),
                 on_front=_on_front(own, [c for c in found if c.place[:2] == place[:2]]),
+                alone_ahead=tuple(
+                    cell.method for cell in own if cell.ours and _beats_all(cell, own)
+                ),
             )
         )
     return made
+
+
+def _beats_all(cell: Cell, own: Sequence[Cell]) -> bool:
+    tests = duel(cell, own).values()
+    return bool(tests) and all(t["p_holm"] <= SURE and t["difference"] > 0 for t in tests)
 
 
 def _on_front(own: Sequence[Cell], same: Sequence[Cell]) -> tuple[str, ...]:
@@ -123,6 +133,13 @@ def words(found: Sequence[Outcome]) -> str:
         if whole
         else "- In none is it significantly ahead of every other method tried."
     )
+    alone = [f"{', '.join(o.alone_ahead)} in {o.name}" for o in found if o.alone_ahead]
+    if alone:
+        lines.append(
+            "- Taken by itself, chosen by validation images or not, a NeuRMS is significantly "
+            f"ahead of every other method run: {'; '.join(alone)}. There being several is not "
+            "corrected for."
+        )
     return "\n".join(lines)
 
 

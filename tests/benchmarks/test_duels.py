@@ -58,3 +58,16 @@ def test_what_multiplies_in_bfloat16_can_be_left_out() -> None:
     found = [cell("NeuRMS-U-bf16", "4-2", 1, *HIGH), cell("AdamW", "4-2", 1, *LOW)]
     assert [c.method for c in float32(found)] == ["AdamW"]
     assert outcomes(float32(found)) == []
+
+
+def test_a_variant_that_was_not_chosen_may_be_ahead_by_itself() -> None:
+    found = [
+        cell("NeuRMS-U", "4-2", 1, *LOW, validation=0.9),
+        cell("NeuRMS-U-head", "4-2", 1, *HIGH),
+        cell("AdamW", "4-2", 1, *MIDDLE),
+    ]
+    (outcome,) = outcomes(found)
+    assert outcome.ours.method == "NeuRMS-U"
+    assert outcome.alone_ahead == ("NeuRMS-U-head",)
+    assert "every other method run: NeuRMS-U-head in mnist 4-2 1 s." in words([outcome])
+    assert "Taken by itself" not in words(outcomes(found[::2]))
