@@ -18,6 +18,13 @@ namespace {
 constexpr int64_t kLine = 16;  // floats in a cache line
 constexpr float kTiny = 1.17549435e-38f;
 
+// A line of floats, kept in registers where it is spelled out: `omp simd` keeps arrays of sums in memory.
+typedef float Lanes __attribute__((vector_size(4 * kLine)));
+typedef float Unaligned __attribute__((vector_size(4 * kLine), aligned(4), may_alias));
+
+inline Lanes load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
+inline void store(float* x, const Lanes& lanes) { *reinterpret_cast<Unaligned*>(x) = lanes; }
+
 struct Range {
   int64_t begin, end;
 };

@@ -9,12 +9,6 @@ constexpr int64_t kRows = 4;      // rows taken together: fewer loads and stores
 constexpr int64_t kFlush = 64;    // rows summed in float32 before they enter the float64 totals
 constexpr int64_t kChunk = 2048;  // columns summed in float32 before they enter a float64 total, full lines
 
-// Sums over a row stay in registers only if they are spelled out: `omp simd` keeps arrays of them in memory.
-typedef float Lanes __attribute__((vector_size(4 * kLine)));
-typedef float Unaligned __attribute__((vector_size(4 * kLine), aligned(4), may_alias));
-
-inline Lanes load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
-
 inline double total(const Lanes& lanes) {
   double sum = 0;
   for (int64_t l = 0; l < kLine; ++l) sum += lanes[l];
