@@ -30,7 +30,7 @@ class SharedBasis(PreconditionedOptimizer):
         params: A model (routed by module kind), parameters, or parameter groups.
         lr: Learning rate.
         rank: k, reduced to n for matrices with fewer features. Each step solves m eigenproblems of
-            size k.
+            size k, in a native kernel where k is at most 64 and m k^2 at least 2^15.
         decay: Factor of the old statistics; 1 sums them as AdaGrad does.
         eps: Added to every eigenvalue.
         momentum: Heavy-ball momentum of the grafted update.
