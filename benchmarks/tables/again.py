@@ -8,6 +8,7 @@ from typing import Any
 from scipy.stats import kendalltau
 
 from benchmarks.language_rows import rows
+from benchmarks.tables.accuracy import against_baseline
 from benchmarks.tables.markdown import markdown
 from benchmarks.tables.provenance import made_by
 
@@ -25,7 +26,8 @@ rankings whose p is below .05, and ratios of times roughly; seconds do not.
 
 ACCURACY = """## MNIST, two epochs
 
-Test accuracy less AdamW's, in points, with the p of a paired t-test by seed.
+Test accuracy less AdamW's, in points, with the p of a paired t-test by seed after Holm's
+correction.
 
 {table}
 
@@ -87,14 +89,7 @@ def _accuracy(first: Content, second: Content) -> str:
     sides = [{row["method"]: row for row in content["summary"]} for content in (first, second)]
     names = [name for name in sides[0] if name in sides[1]]
     names.sort(key=lambda name: -sides[0][name]["mean"])
-    gaps: list[dict[str, Gap]] = [
-        {
-            name: (100 * row["against_baseline"]["difference"], row["against_baseline"]["p"])
-            for name, row in side.items()
-            if row.get("against_baseline") and name in names
-        }
-        for side in sides
-    ]
+    gaps = [against_baseline(content) for content in (first, second)]
     lines = []
     for name in names:
         cells = [f"{side[name]['lr']:g}" for side in sides]
