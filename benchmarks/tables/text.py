@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.language_rows import rows
+from benchmarks.language import final
+from benchmarks.language_rows import finals, paired_p, rows
+from benchmarks.significance import holm
 from benchmarks.tables.markdown import markdown
 from benchmarks.tables.provenance import made_by
 from benchmarks.tables.text_sections import LEADS, LLAMA, SMALL
@@ -14,6 +16,8 @@ from benchmarks.tables.text_sections import LEADS, LLAMA, SMALL
 Content = dict[str, Any]
 
 SURE = 0.05
+VARIANTS = (("neurms-relative", "neurms-u"), ("alice-0", "alice"), ("rmnp-momentum.8", "rmnp"))
+"""Variants of the small LLaMA, each with what it is a variant of."""
 
 
 def number(value: float | None, form: str) -> str:
@@ -74,8 +78,29 @@ def llama(content: Content, timing: Content | None) -> str:
         context=settings["context"],
         bytes_per_word=words,
         table=markdown(header, lines),
+        variants=_variants(content),
         made=made_by(content),
     )
+
+
+def _variants(content: Content) -> str:
+    """Return in words what each variant gains on its own method, p corrected for their number."""
+    found = finals(content["runs"], 600)
+    pairs = {}
+    for variant, plain in VARIANTS:
+        if variant in found and plain in found:
+            seeds = sorted(found[variant].keys() & found[plain].keys())
+            runs = ((found[variant][seed], found[plain][seed]) for seed in seeds)
+            pairs[variant, plain] = [(final(ours), final(theirs)) for ours, theirs in runs]
+    tested = {names: p for names, own in pairs.items() if (p := paired_p(own)) is not None}
+    if not tested:
+        return ""
+    parts = []
+    for (variant, plain), p in zip(tested, holm(list(tested.values())), strict=True):
+        own = pairs[variant, plain]
+        gap = sum(ours - theirs for ours, theirs in own) / len(own)
+        parts.append(f"{variant} less {plain} {gap:+.3f} (p {p_value(p)})")
+    return f"Variants against what they vary, by seed: {', '.join(parts)}.\n\n"
 
 
 def answers(content: Content, timing: Content | None) -> str:

@@ -11,11 +11,13 @@ the rate that is best for AdamW alone. Perplexity per byte is exp(loss); per wor
 `benchmarks.llama_step`; *speed-up* is their product, the papers' effective throughput. Above 1 is
 better than AdamW, a dash means that its loss was not reached. p: paired t-test by seed against
 AdamW, Holm's correction over the rows. RMNP's momentum of .8, tried after its own of .95 had come
-out behind, had four rates with the best the outermost.
+out behind, had four rates with the best the outermost. `neurms-u` bounds its factors by
+s_max = 100, `neurms-relative` to within 10 times the layer's median; `alice-0` is Alice without
+tracking.
 
 {table}
 
-{made}
+{variants}{made}
 """
 
 SMALL = """## More methods, at a smaller scale
