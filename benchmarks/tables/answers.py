@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.perceptron_rows import Cell, cells
 from benchmarks.tables import text
 from benchmarks.tables.duels import float32, matrix, outcomes, places, summary
+from benchmarks.tables.markdown import counted
 
 Content = Mapping[str, Any]
 
@@ -16,14 +17,14 @@ NAMES = ("perceptrons", "step_times", "llama", "llama_step", "step", "memory", "
 
 ANSWERS = """## Which optimizer should I use on my CPU?
 
-**Language models and transformers.** A small LLaMA, 600 steps, 3 seeds, every method tuned with the
-same number of trials:
+**Language models and transformers.** A small LLaMA, 600 steps, {language_seeds} seeds, every
+method tuned with the same number of trials:
 
 {language}
 
-**Small perceptrons.** At equal wall-clock, one thread, 5 seeds: test accuracy of the NeuRMS that
-validation images choose less that of the best other method, in points, bold where *p*, a paired
-t-test's after Holm's correction, is below .05:
+**Small perceptrons.** At equal wall-clock, one thread, {seeds} seeds: test accuracy of the
+NeuRMS that validation images choose less that of the best other method, in points, bold where *p*,
+a paired t-test's after Holm's correction, is below .05:
 
 {perceptrons}
 
@@ -33,9 +34,9 @@ t-test's after Holm's correction, is below .05:
 
 **What a step costs**, against torch's fused AdamW on one matrix, two threads: {steps}.
 
-How sure: a few seeds, minutes of training, one shared machine. Rankings with p below .05 should
-hold elsewhere at these scales; seconds will not, their ratios roughly. No figure here is from a run
-longer than minutes, so nothing here says what happens in long ones.
+How sure: a few seeds, minutes of training. Rankings with p below .05 should hold elsewhere at these
+scales; seconds will not, their ratios roughly. [Another machine](results/again.md) ran some of it
+again. No run here took longer than some minutes, so nothing here says what happens in long ones.
 """
 
 
@@ -47,6 +48,8 @@ def answers(contents: Mapping[str, Content]) -> str:
     """
     found = cells(contents["perceptrons"]["runs"], contents["step_times"]["runs"])
     return ANSWERS.format(
+        language_seeds=text.seeds(contents["llama"]),
+        seeds=counted(len(cell.scores) for cell in found),
         language=text.answers(contents["llama"], contents["llama_step"]),
         perceptrons=matrix(outcomes(float32(found))),
         summary=summary(outcomes(float32(found))),

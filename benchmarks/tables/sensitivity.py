@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.ablations import SENSITIVITY
 from benchmarks.significance import compared
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import counted, markdown
 
 Content = Mapping[str, Any]
 
@@ -87,8 +87,8 @@ def sensitivity(contents: Sequence[Content]) -> str:
     ]
     header = ["change", *(f"{variant}, {data}" for variant, data in columns)]
     return TEXT.format(
-        trials=" or ".join(_distinct(content["settings"]["trials"] for content in contents)),
-        seeds=" or ".join(_distinct(len(scores(content)["U"]) for content in contents)),
+        trials=counted(content["settings"]["trials"] for content in contents),
+        seeds=counted(len(scores(content)["U"]) for content in contents),
         table=markdown(header, lines),
         verdict=verdict(found),
     )
@@ -109,10 +109,6 @@ def verdict(found: Sequence[Change]) -> str:
         f"Of {len(found)} comparisons these are significantly better than the default: "
         f"{', '.join(map(_named, better))}; {len(worse)} are significantly worse. {reach}"
     )
-
-
-def _distinct(numbers: Iterable[int]) -> list[str]:
-    return [str(number) for number in sorted(set(numbers))]
 
 
 def _named(change: Change) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.language import final
 from benchmarks.language_rows import finals, paired_p, rows
 from benchmarks.significance import holm
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import counted, markdown
 from benchmarks.tables.provenance import made_by
 from benchmarks.tables.text_sections import LEADS, LLAMA, SMALL
 
@@ -89,8 +89,8 @@ def _variants(content: Content) -> str:
     pairs = {}
     for variant, plain in VARIANTS:
         if variant in found and plain in found:
-            seeds = sorted(found[variant].keys() & found[plain].keys())
-            runs = ((found[variant][seed], found[plain][seed]) for seed in seeds)
+            shared = sorted(found[variant].keys() & found[plain].keys())
+            runs = ((found[variant][seed], found[plain][seed]) for seed in shared)
             pairs[variant, plain] = [(final(ours), final(theirs)) for ours, theirs in runs]
     tested = {names: p for names, own in pairs.items() if (p := paired_p(own)) is not None}
     if not tested:
@@ -101,6 +101,11 @@ def _variants(content: Content) -> str:
         gap = sum(ours - theirs for ours, theirs in own) / len(own)
         parts.append(f"{variant} less {plain} {gap:+.3f} (p {p_value(p)})")
     return f"Variants against what they vary, by seed: {', '.join(parts)}.\n\n"
+
+
+def seeds(content: Content) -> str:
+    """Return how many seeds the small LLaMA's methods have."""
+    return counted(len(runs) for runs in finals(content["runs"], 600).values())
 
 
 def answers(content: Content, timing: Content | None) -> str:

@@ -21,7 +21,10 @@ def page(contents: Mapping[str, Content]) -> str:
     sections: list[str | None] = [HEAD]
     timing = contents.get("llama_step")
     if "llama" in contents:
-        sections.append(FINDINGS.format(answers=text.answers(contents["llama"], timing)))
+        found = contents["llama"]
+        sections.append(
+            FINDINGS.format(answers=text.answers(found, timing), seeds=text.seeds(found))
+        )
         sections.append(text.llama(contents["llama"], timing))
     if "leads" in contents and "scales" in contents:
         sections.append(text.small(contents["leads"], contents["scales"], timing))

@@ -14,8 +14,8 @@ FINDINGS = """## Which optimizer, for a small language model?
 
 {answers}
 
-Ahead or behind: p < .05 after Holm's correction, 3 seeds. The order is that of a few hundred steps
-at 0.66 M parameters; the sections below show how it moves with the number of steps.
+Ahead or behind: p < .05 after Holm's correction, {seeds} seeds. The order is that of a few
+hundred steps at 0.66 M parameters; the sections below show how it moves with the number of steps.
 """
 
 NEURMS = """\
