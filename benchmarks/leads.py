@@ -40,6 +40,11 @@ def neurms(warmup: float = 0.1, rates: tuple[float, ...] = NEURMS_RATES, **chang
     return Method("neurms", rates, MOMENTUM | changed, warmup)
 
 
+def relative(warmup: float = 0.1, **changed: Any) -> Method:
+    """Return NeuRMS-U within 10 times the layer's median factor, and what is changed about it."""
+    return neurms(warmup, **({"clip": "relative", "kappa": 10.0} | changed))
+
+
 def alice(**changed: Any) -> Method:
     """Return Alice at a quarter of the width, and what is changed about it."""
     return Method("alice", ALICE_RATES, ALICE | changed)
@@ -85,6 +90,16 @@ GROUPS: dict[str, dict[str, Method]] = {
         "F,unclipped": neurms(variant="F", s_max=1e6, c_max=1e6),
         "F,relative-kappa=3": neurms(variant="F", clip="relative", kappa=3.0),
         "B,unclipped": neurms(variant="B", s_max=1e6),
+        "U,relative,beta=.9": relative(beta=0.9),
+        "U,relative,beta=.999": relative(beta=0.999),
+        "U,relative,warmup=30%": relative(0.3),
+        "U,relative,momentum=.95": relative(momentum=0.95),
+        "U,relative,momentum=.8": relative(momentum=0.8),
+        "U,relative,velocity": relative(momentum_coupling="gradient+velocity"),
+        "U,relative,head-to-adamw": relative(head="fallback"),
+        "U,relative,agc=.1": relative(agc=0.1),
+        "F,relative": relative(variant="F"),
+        "B,relative": relative(variant="B"),
     },
     "racs": {
         "corrected": Method("racs", RACS_RATES, {"bias_correction": True}),
