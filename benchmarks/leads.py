@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,10 @@ GROUPS: dict[str, dict[str, Method]] = {
         "U,relative,warmup=30%": relative(0.3),
         "U,relative,momentum=.95": relative(momentum=0.95),
         "U,relative,momentum=.8": relative(momentum=0.8),
+        "U,relative,momentum=.5": relative(momentum=0.5, rates=(0.008, 0.016, 0.032)),
+        "U,relative,momentum=0": relative(momentum=0.0, rates=(0.016, 0.032, 0.064)),
+        "U,relative,momentum=.8,warmup=30%": relative(0.3, momentum=0.8),
+        "adamw,warmup=30%": replace(METHODS["adamw"], warmup=0.3),
         "U,relative,velocity": relative(momentum_coupling="gradient+velocity"),
         "U,relative,head-to-adamw": relative(head="fallback"),
         "U,relative,agc=.1": relative(agc=0.1),
