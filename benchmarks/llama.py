@@ -48,6 +48,11 @@ METHODS = {
     "neurms-relative": Method(
         "neurms", (0.004, 0.008, 0.016), {"momentum": 0.9, "clip": "relative", "kappa": 10.0}
     ),
+    "neurms-relative-momentum.8": Method(
+        "neurms",
+        (0.004, 0.008, 0.016, 0.032),
+        {"momentum": 0.8, "clip": "relative", "kappa": 10.0},
+    ),
 }
 
 
