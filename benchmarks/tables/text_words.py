@@ -20,8 +20,10 @@ hundred steps at 0.66 M parameters; the sections below show how it moves with th
 
 NEURMS = """\
 Variant U with momentum .9; unit factors are bounded by s_max = 100 in `neurms-u`, by nothing in
-`unclipped`, and in `relative-kappa=k` to within k times the layer's median factor. An absolute
-bound means something else in every layer, a relative one does not."""
+`unclipped`, and in `relative-kappa=k` to within k times the layer's median factor, k being 10 in
+`relative` with something else beside it. An absolute bound means something else in every layer, a
+relative one does not. `head-to-adamw` leaves the last layer to AdamW, as the other methods do;
+warmup is 10 % of the steps where nothing is said, for AdamW as well."""
 
 RACS = """\
 The paper's averages start at zero and are not corrected (`racs`), so that its first updates are
