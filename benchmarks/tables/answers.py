@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.perceptron_rows import Cell, cells
 from benchmarks.tables import text
-from benchmarks.tables.duels import float32, matrix, outcomes, places, summary
+from benchmarks.tables.duels import alone, float32, matrix, outcomes, places, summary
 from benchmarks.tables.markdown import counted
 
 Content = Mapping[str, Any]
@@ -67,7 +67,7 @@ def _narrow(found: Sequence[Cell]) -> str:
     every = outcomes(found)
     return (
         "\n\nWith its product of errors and inputs in bfloat16, on a processor that has it, "
-        f"against the same others in float32:\n\n{matrix(every)}\n\n{summary(every)}"
+        f"against the same others in float32:\n\n{matrix(every)}\n\n{summary(every)} {alone(every)}"
     )
 
 

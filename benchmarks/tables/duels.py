@@ -9,7 +9,7 @@ from typing import Literal
 from benchmarks.perceptron_rows import Cell, best_of, duel, front
 from benchmarks.tables.markdown import markdown
 
-__all__ = ["Outcome", "float32", "matrix", "outcomes", "places", "summary", "words"]
+__all__ = ["Outcome", "alone", "float32", "matrix", "outcomes", "places", "summary", "words"]
 
 SURE = 0.05
 Place = tuple[str, str, float]
@@ -28,7 +28,9 @@ class Outcome:
         behind: How many are significantly ahead of it.
         others: How many there are.
         on_front: Every NeuRMS on the front of accuracy over time, best first.
-        alone_ahead: Every NeuRMS that is, taken by itself, significantly ahead of all others.
+        alone_ahead: Every NeuRMS that is, taken by itself, significantly ahead of all others,
+            with the largest p of these comparisons.
+        variants: How many NeuRMS there are.
     """
 
     ours: Cell
@@ -39,7 +41,8 @@ class Outcome:
     behind: int
     others: int
     on_front: tuple[str, ...]
-    alone_ahead: tuple[str, ...]
+    alone_ahead: tuple[tuple[str, float], ...]
+    variants: int
 
     @property
     def name(self) -> str:
@@ -91,17 +94,20 @@ def outcomes(found: Sequence[Cell]) -> list[Outcome]:
                 behind=sum(difference < 0 for difference in sure),
                 others=len(tests),
                 on_front=_on_front(own, [c for c in found if c.place[:2] == place[:2]]),
-                alone_ahead=tuple(
-                    cell.method for cell in own if cell.ours and _beats_all(cell, own)
-                ),
+                alone_ahead=_alone_ahead(own),
+                variants=sum(cell.ours for cell in own),
             )
         )
     return made
 
 
-def _beats_all(cell: Cell, own: Sequence[Cell]) -> bool:
-    tests = duel(cell, own).values()
-    return bool(tests) and all(t["p_holm"] <= SURE and t["difference"] > 0 for t in tests)
+def _alone_ahead(own: Sequence[Cell]) -> tuple[tuple[str, float], ...]:
+    found = []
+    for cell in own:
+        tests = duel(cell, own).values() if cell.ours else ()
+        if tests and all(t["p_holm"] <= SURE and t["difference"] > 0 for t in tests):
+            found.append((cell.method, max(t["p_holm"] for t in tests)))
+    return tuple(found)
 
 
 def _on_front(own: Sequence[Cell], same: Sequence[Cell]) -> tuple[str, ...]:
@@ -133,14 +139,25 @@ def words(found: Sequence[Outcome]) -> str:
         if whole
         else "- In none is it significantly ahead of every other method tried."
     )
-    alone = [f"{', '.join(o.alone_ahead)} in {o.name}" for o in found if o.alone_ahead]
-    if alone:
-        lines.append(
-            "- Taken by itself, chosen by validation images or not, a NeuRMS is significantly "
-            f"ahead of every other method run: {'; '.join(alone)}. There being several is not "
-            "corrected for."
-        )
+    if said := alone(found):
+        lines.append(f"- {said}")
     return "\n".join(lines)
+
+
+def alone(found: Sequence[Outcome]) -> str:
+    """Return which NeuRMS are ahead of all others taken by themselves, empty for none."""
+    named = [
+        f"{method} in {o.name} (largest p of {o.others} {p:.4f}, times the {o.variants} NeuRMS "
+        f"{min(1.0, p * o.variants):.3f})"
+        for o in found
+        for method, p in o.alone_ahead
+    ]
+    if not named:
+        return ""
+    return (
+        "Taken by itself, chosen by validation images or not, a NeuRMS is significantly ahead of "
+        f"every other method run: {'; '.join(named)}."
+    )
 
 
 def summary(found: Sequence[Outcome]) -> str:

@@ -46,7 +46,9 @@ it. Methods run: {counts}."""
 BF16 = """\
 With the product of errors and inputs of NeuRMS's backward pass, and nothing else, in bfloat16
 (`gemm="bfloat16"`, methods that end in bf16; it needs a processor with AMX or AVX512-BF16), against
-the same others, whose products are in float32:
+the same others, whose products are in float32. It says nothing of models whose own products are in
+bfloat16, too: in small layers those make SGD's step shorter than NeuRMS's
+([Speed](../results.md#speed), rows "all in bf16").
 
 {answers}
 

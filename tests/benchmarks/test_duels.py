@@ -68,6 +68,10 @@ def test_a_variant_that_was_not_chosen_may_be_ahead_by_itself() -> None:
     ]
     (outcome,) = outcomes(found)
     assert outcome.ours.method == "NeuRMS-U"
-    assert outcome.alone_ahead == ("NeuRMS-U-head",)
-    assert "every other method run: NeuRMS-U-head in mnist 4-2 1 s." in words([outcome])
+    ((method, p),) = outcome.alone_ahead
+    assert (method, outcome.variants) == ("NeuRMS-U-head", 2)
+    said = (
+        f"NeuRMS-U-head in mnist 4-2 1 s (largest p of 1 {p:.4f}, times the 2 NeuRMS {2 * p:.3f})"
+    )
+    assert said in words([outcome])
     assert "Taken by itself" not in words(outcomes(found[::2]))
