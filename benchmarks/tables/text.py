@@ -16,7 +16,12 @@ from benchmarks.tables.text_sections import LEADS, LLAMA, SMALL
 Content = dict[str, Any]
 
 SURE = 0.05
-VARIANTS = (("neurms-relative", "neurms-u"), ("alice-0", "alice"), ("rmnp-momentum.8", "rmnp"))
+VARIANTS = (
+    ("neurms-relative", "neurms-u"),
+    ("neurms-relative-momentum.8", "neurms-relative"),
+    ("alice-0", "alice"),
+    ("rmnp-momentum.8", "rmnp"),
+)
 """Variants of the small LLaMA, each with what it is a variant of."""
 
 
