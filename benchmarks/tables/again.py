@@ -95,7 +95,7 @@ def _accuracy(first: Content, second: Content) -> str:
         cells = [f"{side[name]['lr']:g}" for side in sides]
         cells += [f"{side[name]['mean']:.4f}" for side in sides]
         lines.append([name, *cells, *_gaps(name, gaps, "+.2f")])
-    header = ["method", "lr", "lr", "test accuracy", "test accuracy", *_DIFFERENCES]
+    header = _header("lr", "test accuracy", *_DIFFERENCES)
     return ACCURACY.format(
         table=markdown(header, lines), verdict=agreement(*gaps), **_sources(first, second)
     )
@@ -117,7 +117,7 @@ def _loss(first: Content, second: Content) -> str:
         cells = [str(side[name]["lr"]) for side in sides]
         cells += [f"{side[name]['loss']:.4f}" for side in sides]
         lines.append([name, *cells, *_gaps(name, gaps, "+.4f")])
-    header = ["method", "lr", "lr", "loss", "loss", *_DIFFERENCES]
+    header = _header("lr", "loss", *_DIFFERENCES)
     return LOSS.format(
         cell=f"{steps} steps",
         table=markdown(header, lines),
@@ -157,7 +157,11 @@ def _cost(first: Content, second: Content) -> str:
     )
 
 
-_DIFFERENCES = ("- AdamW", "- AdamW", "p", "p")
+_DIFFERENCES = ("- AdamW", "p")
+
+
+def _header(*names: str) -> list[str]:
+    return ["method", *(f"{name}, {side}" for name in names for side in ("first", "second"))]
 
 
 def agreement(first: Mapping[str, Gap], second: Mapping[str, Gap]) -> str:
