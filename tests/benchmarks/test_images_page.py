@@ -68,13 +68,21 @@ def test_ablations_say_what_differs() -> None:
 
 
 def test_cifar_compares_with_adamw() -> None:
-    runs = {"small/AdamW/search, 5 steps, 90 images/lr 0.1": {"accuracy": 0.9}}
+    runs = {
+        "small/AdamW/search, 5 steps, 90 images/lr 0.1": {"accuracy": 0.9},
+        "small/Muon/search, 5 steps, 90 images/lr 0.1": {"accuracy": 0.5},
+        "small/Muon/search, 5 steps, 90 images/lr 0.2": {"accuracy": 0.4},
+        # Of another rate's run, or longer than this one.
+        "small/Muon/search, 7 steps, 90 images/lr 0.2": {"accuracy": 0.6},
+        "small/Muon/search, 10 steps, 90 images/lr 0.1": {"accuracy": 0.7},
+    }
     found = {"AdamW": BEHIND, "Muon": AHEAD, "NeuRMS-U": [0.902, 0.903, 0.903]}
     for method, series in found.items():
         for seed, accuracy in enumerate(series):
             runs[f"small/{method}/9 steps, 100 images/lr 0.1/seed {seed}"] = {"accuracy": accuracy}
     text = cifar(content(runs))
-    assert "| small, 9 steps, 100 images: Muon | 0.1 | 0.9513 | 0.0015 | 3 | +4.97 |" in text
+    assert "Muon | 0.1 | 0.500, 5 steps | 0.9513 | 0.0015 | 3 | +4.97 |" in text
+    assert "NeuRMS-U | 0.1 |  | 0.9027 |" in text
     assert text.index(": Muon |") < text.index(": AdamW |")
     assert "the best NeuRMS, NeuRMS-U, is -4.87 points from the best of the others, Muon" in text
 
