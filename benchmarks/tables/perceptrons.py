@@ -36,7 +36,8 @@ All in float32:
 
 CAVEAT = """\
 A budget in seconds is a number of steps by each method's own step time, measured side by side on
-one thread of the machine below; on another machine the ratios of those times are what to compare.
+one thread of the machine below, and at least 10, even where a method has no time for them; on
+another machine the ratios of those times are what to compare.
 Where *p* is above .05 the seeds do not tell the two apart. The front holds what no other method
 beats by mean test accuracy in the same time or less; best NeuRMS is the one that validation images
 choose, best of the others the one with the highest test accuracy, which favours the others.
