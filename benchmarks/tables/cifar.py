@@ -17,8 +17,8 @@ CIFAR = """## CIFAR-10 (JPEG)
 
 The images come from JPEG copies: not comparable with published figures. All methods get the same
 number of steps; {trials} trials for the rate on shorter runs, whose best accuracy on held-out
-images is in the column *search*: near .10, which is chance, a search says little about the rate.
-Mirrored at random, batch 128.
+images is in the column *search*: near .10, which is chance, a search says little about the rate,
+and rows after a longer one may stand below. Mirrored at random, batch 128.
 
 {table}
 
