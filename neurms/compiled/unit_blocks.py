@@ -219,7 +219,8 @@ def _native(
     )
     if unsolved:
         raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-            "the eigenvalues of a unit's block cannot be found: it holds NaN or infinity"
+            "a unit's block holds NaN or infinity, and its eigenvalues cannot be found; lower lr "
+            "or clip gradients"
         )
     for stored, moved in ((blocks, own), (rho, damping)):
         if stored is not moved and stored.data_ptr() != moved.data_ptr():
