@@ -36,8 +36,8 @@ a paired t-test's after Holm's correction, is below .05:
 
 How sure: a few seeds, minutes of training. Rankings with p below .05 should hold elsewhere at these
 scales; seconds will not, their ratios roughly. [Another machine](results/again.md) ran some of it
-again. No run here took longer than about a quarter of an hour, most a minute or two, so nothing here
-says what happens in long ones.
+again. No run here took longer than about a quarter of an hour, most a minute or two, so nothing
+here says what happens in long ones.
 """
 
 
