@@ -13,6 +13,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -61,6 +62,15 @@ def deterministic_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_rules() -> Iterator[None]:
+    """What a test or an example registers is forgotten after it."""
+    from neurms.core.optimizers import rules
+
+    with mock.patch.dict(rules._LOADERS):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ from benchmarks.processor import counters, vectors
 from neurms.callbacks.profiler.optimizer_view import OptimizerView
 from neurms.callbacks.profiler.timing import LayerTimer
 from neurms.callbacks.profiler.window import OPTIMIZER, Window
-from neurms.core.diagnostics.spans import observed_by
+from neurms.core.ground.spans import observed_by
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 BATCHES = (32, 128, 512, 2048)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import neurms
 from neurms.cli.data import Split
-from neurms.core.errors import NonFiniteError
+from neurms.core.ground.errors import NonFiniteError
 from neurms.core.optimizers.plan import tensor_bytes
 
 CHANCE = 0.1

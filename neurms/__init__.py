@@ -16,14 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch as _torch  # noqa: F401  (its absence must surface here, not at the first attribute)
 
+from neurms.core.catalog import HOMES as _HOMES
+
 if TYPE_CHECKING:
     from neurms.callbacks import metrics as metrics
     from neurms.callbacks.profiler import profile as profile
     from neurms.compiled.backends import use_backend as use_backend
+    from neurms.compiled.native.build import warm_up as warm_up
     from neurms.core.distributed.joining import JoinableOptimizer as JoinableOptimizer
+    from neurms.core.ground.errors import CheckpointError as CheckpointError
+    from neurms.core.ground.errors import NeurmsError as NeurmsError
+    from neurms.core.ground.errors import NonFiniteError as NonFiniteError
+    from neurms.core.ground.errors import UnsupportedTrainingError as UnsupportedTrainingError
     from neurms.core.optimizers.adapprox import Adapprox as Adapprox
     from neurms.core.optimizers.alice import Alice as Alice
     from neurms.core.optimizers.apollo import APOLLO as APOLLO
+    from neurms.core.optimizers.base import PreconditionedOptimizer as PreconditionedOptimizer
     from neurms.core.optimizers.block_adam import BlockAdam as BlockAdam
     from neurms.core.optimizers.eigen_adam import EigenAdam as EigenAdam
     from neurms.core.optimizers.fira import Fira as Fira
@@ -33,45 +41,44 @@ if TYPE_CHECKING:
     from neurms.core.optimizers.low_rank_soap import LowRankSOAP as LowRankSOAP
     from neurms.core.optimizers.memory import memory_report as memory_report
     from neurms.core.optimizers.muon import Muon as Muon
-    from neurms.core.optimizers.neurms import NeuRMS as NeuRMS
     from neurms.core.optimizers.nora import Nora as Nora
     from neurms.core.optimizers.racs import RACS as RACS
+    from neurms.core.optimizers.recipe import Recipe as Recipe
     from neurms.core.optimizers.registry import available as available
     from neurms.core.optimizers.registry import create as create
+    from neurms.core.optimizers.registry import register as register
     from neurms.core.optimizers.rmnp import RMNP as RMNP
     from neurms.core.optimizers.shampoo import Shampoo as Shampoo
     from neurms.core.optimizers.shared_basis import SharedBasis as SharedBasis
     from neurms.core.optimizers.sketchy import Sketchy as Sketchy
     from neurms.core.optimizers.soap import SOAP as SOAP
     from neurms.core.optimizers.swan import SWAN as SWAN
+    from neurms.core.structures.base import Context as Context
+    from neurms.core.structures.base import Structure as Structure
+    from neurms.core.structures.base import Transform as Transform
+    from neurms.core.unitwise.neurms import NeuRMS as NeuRMS
+    from neurms.core.unitwise.preconditioner import GradientPreconditioner as GradientPreconditioner
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "NeuRMS": "neurms.core.optimizers.neurms",
-    "RACS": "neurms.core.optimizers.racs",
-    "RMNP": "neurms.core.optimizers.rmnp",
-    "Muon": "neurms.core.optimizers.muon",
-    "SWAN": "neurms.core.optimizers.swan",
-    "Nora": "neurms.core.optimizers.nora",
-    "LARS": "neurms.core.optimizers.lars",
-    "LAMB": "neurms.core.optimizers.lamb",
-    "Shampoo": "neurms.core.optimizers.shampoo",
-    "SharedBasis": "neurms.core.optimizers.shared_basis",
-    "BlockAdam": "neurms.core.optimizers.block_adam",
-    "Adapprox": "neurms.core.optimizers.adapprox",
-    "Sketchy": "neurms.core.optimizers.sketchy",
-    "Alice": "neurms.core.optimizers.alice",
-    "EigenAdam": "neurms.core.optimizers.eigen_adam",
-    "SOAP": "neurms.core.optimizers.soap",
-    "GaLore": "neurms.core.optimizers.galore",
-    "Fira": "neurms.core.optimizers.fira",
-    "APOLLO": "neurms.core.optimizers.apollo",
-    "LowRankSOAP": "neurms.core.optimizers.low_rank_soap",
+    **{home.rpartition(".")[2]: home.rpartition(".")[0] for home in _HOMES.values()},
     "create": "neurms.core.optimizers.registry",
     "available": "neurms.core.optimizers.registry",
+    "register": "neurms.core.optimizers.registry",
     "memory_report": "neurms.core.optimizers.memory",
     "JoinableOptimizer": "neurms.core.distributed.joining",
+    "PreconditionedOptimizer": "neurms.core.optimizers.base",
+    "Recipe": "neurms.core.optimizers.recipe",
+    "Transform": "neurms.core.structures.base",
+    "Structure": "neurms.core.structures.base",
+    "Context": "neurms.core.structures.base",
+    "GradientPreconditioner": "neurms.core.unitwise.preconditioner",
+    "warm_up": "neurms.compiled.native.build",
+    "NeurmsError": "neurms.core.ground.errors",
+    "NonFiniteError": "neurms.core.ground.errors",
+    "UnsupportedTrainingError": "neurms.core.ground.errors",
+    "CheckpointError": "neurms.core.ground.errors",
     "use_backend": "neurms.compiled.backends",
     "profile": "neurms.callbacks.profiler",
 }

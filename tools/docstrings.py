@@ -30,7 +30,7 @@ def as_markdown(text: str) -> str:
     """Return a docstring with its example, roles and ruled tables in Griffe's and Markdown's form.
 
     Example:
-        >>> as_markdown("See :class:`~neurms.core.errors.NeurmsError`.")
+        >>> as_markdown("See :class:`~neurms.core.ground.errors.NeurmsError`.")
         'See `NeurmsError`.'
     """
     text = text.replace("\nExample:\n", "\nExamples:\n")

@@ -27,7 +27,7 @@ from benchmarks.faults.cases import (
     same,
 )
 from benchmarks.faults.faults import FAULTS, Parts, Saboteur, TrainingFault
-from neurms.core.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
 from neurms.core.taps.hooks import HookTap
 
 NAMES = tuple(OPTIMIZERS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from neurms.core.extras import require
+from neurms.core.ground.extras import require
 from neurms.core.unitwise.scale_summary import scale_summary
 
 keras = require("keras", extra="keras")

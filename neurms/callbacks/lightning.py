@@ -19,14 +19,14 @@ from neurms.callbacks.trainer_checks import (
     check_strategy,
     scaler_of,
 )
-from neurms.core.errors import UnsupportedTrainingError
-from neurms.core.extras import require
-from neurms.core.optimizers.neurms import NeuRMS
+from neurms.core.ground.errors import UnsupportedTrainingError
+from neurms.core.ground.extras import require
 from neurms.core.optimizers.plan import Plan
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import Head
 from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.checks import checked_settings
+from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
 from neurms.core.unitwise.scale_summary import scale_summary
 from neurms.core.unitwise.statistics import LossReduction
@@ -45,7 +45,7 @@ class NeuRMSCallback(Callback):
     """Turns the optimizers that the module returns into their NeuRMS-preconditioned selves.
 
     After backward and before every optimizer's step it scales the gradients of linear layers and
-    convolutions, and of their biases, to S G C (:class:`~neurms.core.optimizers.neurms.NeuRMS`):
+    convolutions, and of their biases, to S G C (:class:`~neurms.core.unitwise.neurms.NeuRMS`):
     SGD(lr, momentum) with this callback moves as neurms.NeuRMS(lr, momentum) does. Beside Adam or
     RMSprop, which divide by an RMS of their own, much of a slowly varying scale cancels.
     Embeddings, norms, tied weights and whatever else the rule cannot take keep the module's own

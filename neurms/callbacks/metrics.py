@@ -22,8 +22,8 @@ from torch import Tensor
 
 from neurms.compiled.correlation import correlation_from_sums, correlation_sums
 from neurms.core.diagnostics.dominance import row_dominance
-from neurms.core.extras import require
-from neurms.core.layout import Layout, default_layout
+from neurms.core.ground.extras import require
+from neurms.core.ground.layout import Layout, default_layout
 
 require("torchmetrics", extra="report")
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.core.extras import require
+from neurms.core.ground.extras import require
 from neurms.core.optimizers.base import PreconditionedOptimizer
-from neurms.core.optimizers.neurms import NeuRMS
 from neurms.core.unitwise.checks import default_settings
+from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.tapped import TappedLayer
 
 require("lightning", extra="lightning")

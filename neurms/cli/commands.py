@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from neurms.cli.errors import UsageError
-from neurms.core.errors import NeurmsError
+from neurms.core.ground.errors import NeurmsError
 
 __all__ = ["dispatch"]
 

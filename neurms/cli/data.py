@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.core.errors import NeurmsError, check_choice
+from neurms.core.ground.errors import NeurmsError, check_choice
 
 __all__ = ["DATASETS", "DatasetError", "ImageData", "Split", "hold_out", "load"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from neurms.core.errors import NeurmsError
+from neurms.core.ground.errors import NeurmsError
 
 __all__ = ["UsageError"]
 

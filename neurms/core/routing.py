@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from neurms.core.distributed.wrappers import unwrapped
-from neurms.core.layout import Layout, default_layout, layout_of
+from neurms.core.ground.layout import Layout, default_layout, layout_of
+from neurms.core.ground.wrappers import unwrapped
 
 __all__ = [
     "FALLBACK",

@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from neurms.callbacks.trainer_checks import check_backward_update, scaler_of
-from neurms.core.extras import require
+from neurms.core.ground.extras import require
 from neurms.core.optimizers.base import Params
-from neurms.core.optimizers.neurms import NeuRMS
 from neurms.core.optimizers.registry import create
+from neurms.core.unitwise.neurms import NeuRMS
 from neurms.integrations.schedules import Schedule, WarmupDecay, checked_decay
 
 require("lightning", extra="lightning")

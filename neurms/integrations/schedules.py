@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from neurms.core.errors import check_choice, check_fraction, check_positive_int
+from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
 
 __all__ = ["Schedule", "WarmupDecay", "checked_decay"]
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from neurms.core.errors import UnsupportedTrainingError
-from neurms.core.extras import require
-from neurms.core.optimizers.neurms import NeuRMS
+from neurms.core.ground.errors import UnsupportedTrainingError
+from neurms.core.ground.extras import require
 from neurms.core.optimizers.registry import create
+from neurms.core.unitwise.neurms import NeuRMS
 from neurms.integrations.schedules import Schedule, checked_decay
 
 require("transformers", extra="transformers")

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from neurms.callbacks import NeuRMSCallback
-from neurms.core.errors import NonFiniteError
+from neurms.core.ground.errors import NonFiniteError
 from tests.callbacks.lightning_runs import (
     BATCH,
     Classifier,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import neurms
-from neurms.core.layout import layout_of
+from neurms.core.ground.layout import layout_of
 from tests.callbacks.profiler import truth
 
 

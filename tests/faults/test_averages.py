@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import neurms
 from neurms.core.taps.hooks import HookTap
-from tests.core.optimizers.neurms_models import assert_same, batches, cross_entropy, mlp
+from tests.core.unitwise.neurms_models import assert_same, batches, cross_entropy, mlp
 
 UPDATES = pytest.mark.parametrize("update", ["step", "backward"])
 

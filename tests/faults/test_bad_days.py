@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import neurms
-from neurms.core.errors import (
+from neurms.core.ground.errors import (
     CheckpointError,
     NonFiniteError,
     UnsupportedTrainingError,
@@ -22,7 +22,9 @@ from neurms.core.errors import (
 )
 from neurms.core.optimizers import updates
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
-from tests.core.optimizers.neurms_models import (
+from tests.core.optimizers.training import RULES, assert_same_state, make, small_model
+from tests.core.optimizers.training import train as train_small
+from tests.core.unitwise.neurms_models import (
     assert_same,
     batches,
     cross_entropy,
@@ -32,8 +34,6 @@ from tests.core.optimizers.neurms_models import (
     train,
     vectors,
 )
-from tests.core.optimizers.training import RULES, assert_same_state, make, small_model
-from tests.core.optimizers.training import train as train_small
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from neurms.core.errors import CheckpointError, NeurmsError, NonFiniteError
+from neurms.core.ground.errors import CheckpointError, NeurmsError, NonFiniteError
 from tests.core.optimizers.training import RULES, SETTINGS, assert_same_state
 from tests.faults.fuzzing import damaged, odd_settings
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import neurms
-from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.taps.hooks import HookTap
 
 pytest.importorskip("transformers")

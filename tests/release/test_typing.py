@@ -43,7 +43,7 @@ def test_mypy_sees_types_and_finds_mistakes(tmp_path: Path) -> None:
     found = ended.stdout.splitlines()
     revealed = [line.partition("is ")[2].strip('"') for line in found if "Revealed" in line]
     assert revealed == [
-        "neurms.core.optimizers.neurms.NeuRMS",
+        "neurms.core.unitwise.neurms.NeuRMS",
         "neurms.core.optimizers.racs.RACS",
         "torch.optim.optimizer.Optimizer",
         "neurms.core.optimizers.plan.Plan",

@@ -11,7 +11,7 @@ import torch
 from neurms.callbacks.profiler.engine import Profiler
 from neurms.callbacks.profiler.report import ProfilerReport
 from neurms.callbacks.profiler.scalars import layer_scalars
-from neurms.core.extras import require
+from neurms.core.ground.extras import require
 from neurms.core.unitwise.statistics import LossReduction
 
 require("lightning", extra="lightning")

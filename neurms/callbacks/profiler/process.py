@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from neurms.core.extras import require
+from neurms.core.ground.extras import require
 
 __all__ = ["process_memory"]
 

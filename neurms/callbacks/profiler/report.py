@@ -13,7 +13,7 @@ from typing import Any, overload
 from neurms.callbacks.profiler.advice import Advice, advise
 from neurms.callbacks.profiler.rows import LayerRow, rows_of
 from neurms.callbacks.profiler.runs import Run, read_run
-from neurms.core.extras import require
+from neurms.core.ground.extras import require
 
 __all__ = ["ProfilerReport"]
 

@@ -12,7 +12,7 @@ from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
-from neurms.core.errors import NeurmsError
+from neurms.core.ground.errors import NeurmsError
 
 __all__ = ["RUN_FILE", "Run", "RunFileError", "RunWriter", "read_run"]
 

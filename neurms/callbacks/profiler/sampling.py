@@ -28,7 +28,7 @@ from neurms.callbacks.profiler.samples import (
 from neurms.callbacks.profiler.schedule import Look, Schedule
 from neurms.callbacks.profiler.subjects import Subject
 from neurms.callbacks.profiler.window import OPTIMIZER, Window
-from neurms.core.diagnostics.spans import observed_by
+from neurms.core.ground.spans import observed_by
 
 __all__ = ["Sampler"]
 

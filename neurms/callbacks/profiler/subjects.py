@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from neurms.core.layout import Layout, layout_of
+from neurms.core.ground.layout import Layout, layout_of
 from neurms.core.taps.activity import Activity, activity_of
 from neurms.core.taps.signals import ShowsSignals, SignalSink, SignalTap
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from neurms.callbacks.profiler.clock import Clock, Shares, Stopwatch
 from neurms.callbacks.profiler.optimizer_view import OptimizerView
-from neurms.core.diagnostics.spans import SpanKind
+from neurms.core.ground.spans import SpanKind
 
 __all__ = ["OPTIMIZER", "Window", "shared_out"]
 

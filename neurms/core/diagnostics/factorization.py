@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neurms.compiled.correlation import correlation_from_sums, correlation_sums
-from neurms.core.layout import Layout
+from neurms.core.ground.layout import Layout
 from neurms.core.taps.activity import Activity
 
 __all__ = [

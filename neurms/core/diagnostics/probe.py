@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neurms.compiled.backends import validate_backend
 from neurms.core.diagnostics.factorization import factor_correlation
-from neurms.core.errors import check_choice, check_fraction
+from neurms.core.ground.errors import check_choice, check_fraction
 from neurms.core.routing import Route
 from neurms.core.structures.base import Moments
 from neurms.core.taps.accumulation import graph_task

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
-from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.ground.errors import UnsupportedTrainingError
 
 if TYPE_CHECKING:
     from neurms.core.optimizers.base import PreconditionedOptimizer

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from neurms.core.distributed.shards import RowShard, is_sharded, mesh_of, placement_of
+from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.shards import RowShard, is_sharded, mesh_of, placement_of
 from neurms.core.optimizers.plan import meta_like
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.work import BATCH_LIMIT, Item, batches, shard_for
-from neurms.core.precision import compute_dtype
 from neurms.core.routing import FALLBACK
 from neurms.core.structures.base import Context
 from neurms.core.unitwise.statistics import world_size

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from neurms.core.errors import check_choice, check_real
+from neurms.core.ground.errors import check_choice, check_real
 from neurms.core.low_rank.residuals import Projection, Residual
 from neurms.core.low_rank.subspaces import RandomSubspace, Subspace
 from neurms.core.structures.base import Context, State, Structure

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neurms.core.errors import check_fraction, check_real
+from neurms.core.ground.errors import check_fraction, check_real
 from neurms.core.structures.base import Context, State
-from neurms.core.transforms.safeguards import frobenius, limited
+from neurms.core.structures.norms import frobenius
+from neurms.core.transforms.safeguards import limited
 
 __all__ = ["OptimalCompensation", "Projection", "Residual", "ScaledResidual", "column_scale"]
 

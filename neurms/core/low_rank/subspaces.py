@@ -21,7 +21,7 @@ from neurms.compiled.bases import (
     singular_basis,
     subspace_iteration,
 )
-from neurms.core.errors import check_choice, check_fraction, check_positive_int
+from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
 from neurms.core.structures.base import Context, State
 from neurms.core.structures.eigen_basis import due
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from neurms.core.errors import check_betas, check_positive_int
+from neurms.core.ground.errors import check_betas, check_positive_int
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from neurms.core.errors import check_betas, check_positive_int, check_real
+from neurms.core.ground.errors import check_betas, check_positive_int, check_real
 from neurms.core.low_rank.extension import LowRank
 from neurms.core.low_rank.residuals import OptimalCompensation
 from neurms.core.low_rank.subspaces import FirstBasis, TrackedSubspace

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Unpack
 
-from neurms.core.errors import check_betas, check_choice, check_positive_int, check_real
+from neurms.core.ground.errors import check_betas, check_choice, check_positive_int, check_real
+from neurms.core.low_rank.projected_scaling import ProjectedScaling, ScaleType
 from neurms.core.low_rank.subspaces import RandomSubspace, SingularSubspace
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.structures.projected_diagonal import ProjectedDiagonal
-from neurms.core.structures.projected_scaling import ProjectedScaling, ScaleType
 from neurms.core.transforms.bias_correction import BiasCorrection
 from neurms.core.transforms.safeguards import NormGrowthLimiter
 

@@ -16,16 +16,16 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from neurms.compiled.backends import use_backend
-from neurms.core.diagnostics.spans import gradients_ready
-from neurms.core.errors import NonFiniteError
-from neurms.core.interrupts import WholeStep
+from neurms.core.ground.errors import NonFiniteError
+from neurms.core.ground.interrupts import WholeStep
+from neurms.core.ground.precision import without_autocast
+from neurms.core.ground.spans import gradients_ready
 from neurms.core.optimizers.checkpoint import restore, verified
 from neurms.core.optimizers.groups import Params
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tensor_bytes
 from neurms.core.optimizers.settings import check_common
 from neurms.core.optimizers.updates import ParameterUpdates
 from neurms.core.optimizers.work import Item, gathered, is_rehearsal, nonfinite_names
-from neurms.core.precision import without_autocast
 from neurms.core.routing import FALLBACK
 
 __all__ = ["Params", "PreconditionedOptimizer"]

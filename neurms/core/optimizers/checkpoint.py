@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.core.distributed.shards import is_sharded, placed_like
-from neurms.core.errors import CheckpointError, check_real
+from neurms.core.ground.errors import CheckpointError, check_real
+from neurms.core.ground.shards import is_sharded, placed_like
 from neurms.core.optimizers.plan import meta_like
 from neurms.core.optimizers.settings import check_group
 from neurms.core.optimizers.updates import ParameterUpdates

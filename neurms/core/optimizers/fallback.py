@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from neurms.core.distributed.shards import local_state
+from neurms.core.ground.shards import local_state
 
 __all__ = ["adamw_state", "adamw_update_"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from neurms.core.errors import check_betas
+from neurms.core.ground.errors import check_betas
 from neurms.core.low_rank.extension import LowRank
 from neurms.core.low_rank.subspaces import SingularSubspace
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer

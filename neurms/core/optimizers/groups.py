@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from neurms.core.errors import check_kinds, check_real
+from neurms.core.ground.errors import check_kinds, check_real
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.rules import rule_class
 from neurms.core.optimizers.settings import GROUP_SETTINGS, CommonSettings, check_group

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from neurms.core.distributed.shards import is_sharded, local
+from neurms.core.ground.shards import is_sharded, local
 
 __all__ = ["Plan", "PlanRow", "meta_like", "skeleton", "tensor_bytes"]
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from neurms.compiled.two_sided import two_sided_update_
-from neurms.core.diagnostics.spans import span
+from neurms.core.ground.spans import span
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import CommonSettings

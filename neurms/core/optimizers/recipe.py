@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from neurms.core.precision import compute_dtype
+from neurms.core.ground.precision import compute_dtype
 from neurms.core.structures.base import Context, State, Transform
 
 __all__ = ["FusedStep", "Recipe"]

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
-from neurms.core.optimizers.rules import RULES, rule_class
+from neurms.core.optimizers.rules import announce, rule_class, rule_names
+from neurms.core.routing import FALLBACK
 
-__all__ = ["available", "create", "is_torch", "optimizer_class"]
+__all__ = ["available", "create", "is_torch", "optimizer_class", "register"]
 
 _TORCH = {
     "sgd": torch.optim.SGD,
@@ -23,8 +24,8 @@ _TORCH = {
 
 
 def available() -> list[str]:
-    """Return the names that :func:`create` knows: this library's rules, then torch's own."""
-    return [*RULES, *_TORCH]
+    """Return the names that :func:`create` knows: the rules, then torch's own."""
+    return [*rule_names(), *_TORCH]
 
 
 def is_torch(name: str) -> bool:
@@ -33,13 +34,66 @@ def is_torch(name: str) -> bool:
 
 
 def optimizer_class(name: str) -> type[PreconditionedOptimizer]:
-    """Return this library's optimizer class for a snake_case name.
+    """Return the optimizer class of a rule by its snake_case name.
 
     Raises:
-        ValueError: No rule of this library has that name.
+        ValueError: No rule has that name.
     """
     found: type[PreconditionedOptimizer] = rule_class(name)
     return found
+
+
+def register(rule: type[PreconditionedOptimizer]) -> type[PreconditionedOptimizer]:
+    """Make a rule of your own known by its name, as the library's rules are.
+
+    From then on :func:`create`, :func:`available`, :func:`neurms.memory_report`, the ``"rule"`` of
+    a parameter group, the command line, ``optimizer_config`` and ``keras_optimizer`` find it.
+
+    Args:
+        rule: An optimizer class with a :attr:`rule` (its snake_case name) and a ``recipe``. What
+            was registered under that name before by the same class gives way, so that a notebook
+            cell may run twice.
+
+    Returns:
+        The class, so that this serves as a decorator.
+
+    Raises:
+        TypeError: ``rule`` is no such class.
+        ValueError: Its name is no identifier, or belongs to another rule.
+
+    Example:
+        >>> import neurms
+        >>> from neurms.core.structures.one_sided_diagonal import RowNormalized
+        >>> @neurms.register
+        ... class RowSGD(neurms.PreconditionedOptimizer):
+        ...     rule = "row_sgd"
+        ...
+        ...     def __init__(self, params, lr=1e-2, **common):
+        ...         super().__init__(params, {"lr": lr}, common)
+        ...
+        ...     @classmethod
+        ...     def recipe(cls, settings):
+        ...         return neurms.Recipe((RowNormalized(),))
+        >>> "row_sgd" in neurms.available()
+        True
+    """
+    if not (isinstance(rule, type) and issubclass(rule, PreconditionedOptimizer)):
+        raise TypeError(f"rule={rule!r} must be a subclass of neurms.PreconditionedOptimizer")
+    name = getattr(rule, "rule", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(
+            f'{rule.__name__}.rule={name!r} must be a snake_case name; write rule = "my_rule" in '
+            "the class"
+        )
+    if name in _TORCH or name == FALLBACK or (name in rule_names() and _is_other(name, rule)):
+        raise ValueError(f"{rule.__name__}.rule={name!r} is taken already; choose another name")
+    announce(name, lambda: rule)
+    return rule
+
+
+def _is_other(name: str, rule: type[Any]) -> bool:
+    known = rule_class(name)
+    return (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__)
 
 
 def create(name: str, params: Params, **settings: Any) -> torch.optim.Optimizer:
@@ -66,7 +120,7 @@ def create(name: str, params: Params, **settings: Any) -> torch.optim.Optimizer:
         parameters = params.parameters() if isinstance(params, nn.Module) else params
         torch_class: Callable[..., torch.optim.Optimizer] = _TORCH[name]
         return torch_class(parameters, **settings)
-    if name not in RULES:
+    if name not in rule_names():
         raise ValueError(f"name={name!r} is not known; choose one of {available()}")
     our_class: Callable[..., PreconditionedOptimizer] = optimizer_class(name)
     return our_class(params, **settings)

@@ -1,49 +1,36 @@
-"""The rules of this library by name: the one table that a new method is added to.
+"""The rules that are known by name, whoever wrote them.
 
-It imports nothing of the package, so that a parameter group can look up another rule than its
-optimizer's.
+A table that others fill: :mod:`neurms.core.catalog` with the rules of this library, and
+:func:`neurms.register` with those of somebody else. It imports nothing of the package, so that a
+parameter group can look up another rule than its optimizer's.
 """
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["RULES", "rule_class"]
+__all__ = ["announce", "rule_class", "rule_names"]
 
-RULES = {
-    "neurms": "NeuRMS",
-    "rmnp": "RMNP",
-    "racs": "RACS",
-    "muon": "Muon",
-    "swan": "SWAN",
-    "nora": "Nora",
-    "lars": "LARS",
-    "lamb": "LAMB",
-    "shampoo": "Shampoo",
-    "shared_basis": "SharedBasis",
-    "block_adam": "BlockAdam",
-    "adapprox": "Adapprox",
-    "sketchy": "Sketchy",
-    "alice": "Alice",
-    "eigen_adam": "EigenAdam",
-    "soap": "SOAP",
-    "galore": "GaLore",
-    "fira": "Fira",
-    "apollo": "APOLLO",
-    "low_rank_soap": "LowRankSOAP",
-}
-"""snake_case name -> class in the module ``neurms.core.optimizers.<name>``."""
+_LOADERS: dict[str, Callable[[], type[Any]]] = {}
+
+
+def announce(name: str, load: Callable[[], type[Any]]) -> None:
+    """Make a rule known by its snake_case name; its class is loaded when it is first asked for."""
+    _LOADERS[name] = load
+
+
+def rule_names() -> list[str]:
+    """Return the names of all rules that are known, in the order in which they became so."""
+    return list(_LOADERS)
 
 
 def rule_class(name: str) -> type[Any]:
-    """Return the optimizer class of a rule, whose module is imported when it is first asked for.
+    """Return the optimizer class of a rule.
 
     Raises:
-        ValueError: No rule of this library has that name.
+        ValueError: No rule has that name.
     """
-    if name not in RULES:
-        raise ValueError(f"rule={name!r} is not known; choose one of {list(RULES)}")
-    module = importlib.import_module(f"neurms.core.optimizers.{name}")
-    found: type[Any] = getattr(module, RULES[name])
-    return found
+    if name not in _LOADERS:
+        raise ValueError(f"rule={name!r} is not known; choose one of {rule_names()}")
+    return _LOADERS[name]()

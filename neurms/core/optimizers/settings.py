@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal, TypedDict
 
 from neurms.compiled.backends import validate_backend
-from neurms.core.errors import check_betas, check_choice, check_real
-from neurms.core.precision import LowPrecision
+from neurms.core.ground.errors import check_betas, check_choice, check_real
+from neurms.core.ground.precision import LowPrecision
 from neurms.core.routing import Head
 
 __all__ = ["COMMON_DEFAULTS", "CommonSettings", "NonFinite", "check_common"]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.core.diagnostics.spans import span
-from neurms.core.distributed.shards import (
+from neurms.core.ground.layout import Layout
+from neurms.core.ground.precision import compute_dtype, write_
+from neurms.core.ground.shards import (
     is_sharded,
     local,
     local_state,
@@ -17,12 +18,11 @@ from neurms.core.distributed.shards import (
     row_shard,
     wrapped_rows,
 )
-from neurms.core.layout import Layout
+from neurms.core.ground.spans import span
 from neurms.core.optimizers.fallback import adamw_state, adamw_update_
 from neurms.core.optimizers.groups import GroupedParameters
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.work import BATCH_LIMIT, Item, batches, shard_for, updates_of
-from neurms.core.precision import compute_dtype, write_
 from neurms.core.routing import FALLBACK, Route
 from neurms.core.structures.base import Context
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.finite import are_within
-from neurms.core.distributed.shards import (
+from neurms.core.ground.layout import Layout
+from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.shards import (
     RowShard,
     is_sharded,
     local,
@@ -22,9 +24,7 @@ from neurms.core.distributed.shards import (
     rewrapped,
     row_shard,
 )
-from neurms.core.layout import Layout
 from neurms.core.optimizers.recipe import Recipe, stack_states
-from neurms.core.precision import compute_dtype
 from neurms.core.routing import Route
 from neurms.core.structures.base import Context
 

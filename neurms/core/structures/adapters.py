@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from neurms.core.errors import check_fraction, check_positive_int
+from neurms.core.ground.errors import check_fraction, check_positive_int
 from neurms.core.structures.base import Context, State, Structure, Transform
 
 __all__ = ["Averaged", "Flattened", "Tiled"]

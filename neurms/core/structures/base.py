@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neurms.core.diagnostics.spans import span
-from neurms.core.distributed.shards import RowShard
+from neurms.core.ground.shards import RowShard
+from neurms.core.ground.spans import span
 
 __all__ = ["Context", "Moments", "State", "Structure", "Transform"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.roots import eigh, relative_floor
-from neurms.core.errors import check_fraction, check_positive_int, check_real
+from neurms.core.ground.errors import check_fraction, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 from neurms.core.structures.kronecker import is_due
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neurms.core.errors import check_betas, check_real
+from neurms.core.ground.errors import check_betas, check_real
 from neurms.core.structures.base import Context, State, Structure
 
 __all__ = ["Diagonal"]

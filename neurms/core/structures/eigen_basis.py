@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.bases import descending_eigenvectors, noise_floor
-from neurms.core.errors import check_betas, check_positive_int, check_real
+from neurms.core.ground.errors import check_betas, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 
 __all__ = ["EigenBasis", "alive", "due"]

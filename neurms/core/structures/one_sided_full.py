@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from neurms.compiled.normalization import newton_schulz, whiten
-from neurms.core.errors import check_positive_int, check_real
+from neurms.core.ground.errors import check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
-from neurms.core.transforms.safeguards import frobenius
+from neurms.core.structures.norms import frobenius
 
 __all__ = ["MUON_COEFFICIENTS", "Orthogonalized", "Whitened"]
 

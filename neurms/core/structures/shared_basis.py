@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neurms.compiled.roots import eigh, orthonormal, positive_qr
 from neurms.compiled.unit_blocks import mover, rooted
-from neurms.core.errors import check_fraction, check_positive_int, check_real
+from neurms.core.ground.errors import check_fraction, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 
 __all__ = ["SharedBasisBlocks"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales_
-from neurms.core.errors import check_fraction, check_positive_int
+from neurms.core.ground.errors import check_fraction, check_positive_int
 from neurms.core.structures.base import Context, State, Structure
 
 __all__ = ["TwoSidedDiagonal"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.bases import NOISE, descending_eigenvectors, orthogonal_iteration
-from neurms.core.errors import check_betas, check_fraction, check_positive_int, check_real
+from neurms.core.ground.errors import check_betas, check_fraction, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 from neurms.core.structures.eigen_basis import alive
 

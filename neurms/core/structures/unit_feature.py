@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.scaling import ema_, relative_scale_factors, scale_factors
-from neurms.core.errors import check_choice, check_fraction, check_interval, check_real
+from neurms.core.ground.errors import check_choice, check_fraction, check_interval, check_real
 from neurms.core.structures.base import Context, State, Structure
 
 __all__ = ["Clip", "UnitFeatureDiagonal"]

@@ -1,9 +1,9 @@
 """Which axes of a layer's input and error signal count features and units.
 
-A weight's :class:`~neurms.core.layout.Layout` says how the parameter is seen as units x features;
-an :class:`Activity` says the same of the two tensors that backpropagation shows the layer: H,
-whose remaining axes are the rows that the layer read, and D, whose remaining axes are the rows it
-wrote.
+A weight's :class:`~neurms.core.ground.layout.Layout` says how the parameter is seen as units x
+features; an :class:`Activity` says the same of the two tensors that backpropagation shows the
+layer: H, whose remaining axes are the rows that the layer read, and D, whose remaining axes are the
+rows it wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from neurms.compiled.reductions import channel_square_sum, column_square_sum
-from neurms.core.diagnostics.spans import span
+from neurms.core.ground.spans import span
 
 __all__ = ["Activity", "activity_of"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.taps.accumulation import OUTSIDE_BACKWARD, destination, graph_task, is_ordinary
 from neurms.core.taps.protocol import UpdateSink
 

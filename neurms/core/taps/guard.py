@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.ground.errors import UnsupportedTrainingError
 
 __all__ = ["GradientGuard"]
 

@@ -24,8 +24,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from neurms.compiled.backends import PROMPT, validate_backend
-from neurms.core.diagnostics.spans import span
-from neurms.core.errors import UnsupportedTrainingError, check_choice
+from neurms.core.ground.errors import UnsupportedTrainingError, check_choice
+from neurms.core.ground.spans import span
 from neurms.core.taps.accumulation import destination, is_ordinary
 from neurms.core.taps.activity import Activity, activity_of
 from neurms.core.taps.probe import Probe

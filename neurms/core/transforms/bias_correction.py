@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from neurms.core.errors import check_betas
+from neurms.core.ground.errors import check_betas
 from neurms.core.structures.base import Context, State, Transform
 
 __all__ = ["BiasCorrection"]

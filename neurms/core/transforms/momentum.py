@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neurms.core.errors import check_fraction
+from neurms.core.ground.errors import check_fraction
 from neurms.core.structures.base import Context, State, Transform
 
 __all__ = ["Momentum"]

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neurms.core.errors import check_choice, check_real
+from neurms.core.ground.errors import check_choice, check_real
 from neurms.core.structures.base import Context, State, Transform
 from neurms.core.structures.diagonal import Diagonal
+from neurms.core.structures.norms import frobenius
 
 __all__ = [
     "CoupledDecay",
@@ -35,14 +36,6 @@ _MAGNITUDES: dict[str, Transform | None] = {
     "rmsprop_normalized": Diagonal((0.0, 0.99), 1e-8, bias_correction=False),
 }
 _PREFIX = "grafting_"
-
-
-def frobenius(matrix: Tensor, context: Context | None = None) -> Tensor:
-    """Return the Frobenius norm (...) of each matrix (..., m, n), over all ranks that share it."""
-    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1))
-    if context is None or context.shard is None:
-        return norm
-    return context.summed(norm.square_()).sqrt_()
 
 
 def growth_factor(norm: Tensor, phi: Tensor, gamma: float, step: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from neurms.core.errors import check_choice
+from neurms.core.ground.errors import check_choice
 from neurms.core.structures.base import Context, State, Transform
 
 __all__ = ["ShapeScale", "ShapeScaling"]

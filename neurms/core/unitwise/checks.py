@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from neurms.core.errors import CheckpointError, check_choice
+from neurms.core.ground.errors import CheckpointError, check_choice
+from neurms.core.ground.precision import compute_dtype
 from neurms.core.optimizers.checkpoint import check_entries
-from neurms.core.optimizers.neurms import NeuRMS, check_gemm
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
-from neurms.core.precision import compute_dtype
+from neurms.core.unitwise.neurms import NeuRMS, check_gemm
 
 __all__ = ["backward_problem", "checked_settings", "default_settings", "verified_state"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.signals import moment_factors_, observed_signal, scaled_signal
-from neurms.core.diagnostics.spans import span
+from neurms.core.ground.spans import span
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.statistics import LossReduction, PendingSums, scalar

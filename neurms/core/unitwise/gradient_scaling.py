@@ -9,8 +9,8 @@ from torch import Tensor
 
 from neurms.compiled.agc import row_clip_
 from neurms.compiled.update import scale_gradient_
-from neurms.core.distributed.shards import is_sharded, local, row_shard
-from neurms.core.layout import Layout
+from neurms.core.ground.layout import Layout
+from neurms.core.ground.shards import is_sharded, local, row_shard
 
 __all__ = ["precondition_gradient_"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from neurms.compiled.together import moment_factors_each_
-from neurms.core.diagnostics.spans import is_observed, span
+from neurms.core.ground.spans import is_observed, span
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.unitwise.tapped import TappedLayer
 

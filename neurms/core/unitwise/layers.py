@@ -17,9 +17,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from neurms.compiled.finite import GREATEST, all_within, are_within
 from neurms.compiled.native import LEAST_ELEMENTS, fits
 from neurms.compiled.together import all_within_each
-from neurms.core.diagnostics.spans import span
-from neurms.core.distributed.shards import is_sharded, mesh_of, row_shard
-from neurms.core.errors import NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.shards import is_sharded, mesh_of, row_shard
+from neurms.core.ground.spans import span
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import FALLBACK, Head, Route, excluded, route_model
 from neurms.core.taps.activity import activity_of

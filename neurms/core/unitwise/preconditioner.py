@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neurms.compiled.backends import use_backend
-from neurms.core.diagnostics.spans import gradients_ready, span
-from neurms.core.errors import NonFiniteError, UnsupportedTrainingError
-from neurms.core.interrupts import WholeStep
-from neurms.core.layout import default_layout
-from neurms.core.optimizers.layer_update import Product, write_gemm_update_
-from neurms.core.optimizers.neurms import NeuRMS
+from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.interrupts import WholeStep
+from neurms.core.ground.layout import default_layout
+from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.spans import gradients_ready, span
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
 from neurms.core.optimizers.work import Item, nonfinite_names
-from neurms.core.precision import compute_dtype
 from neurms.core.routing import FALLBACK, Route
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.guard import GradientGuard
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.checks import backward_problem, checked_settings, verified_state
 from neurms.core.unitwise.gradient_scaling import precondition_gradient_
+from neurms.core.unitwise.layer_update import Product, write_gemm_update_
 from neurms.core.unitwise.layers import UnitwiseLayers, neurms_routes
+from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.statistics import LossReduction, synchronize, world_size
 from neurms.core.unitwise.tapped import Gemm, TappedLayer, Variant
 
@@ -41,7 +41,7 @@ class GradientPreconditioner:
     """Turns any optimizer into its NeuRMS-preconditioned self by scaling gradients in place.
 
     Between backward and the optimizer's step, :meth:`precondition_` commits the statistics that its
-    taps have gathered (see :class:`~neurms.core.optimizers.neurms.NeuRMS`) and overwrites ``.grad``
+    taps have gathered (see :class:`~neurms.core.unitwise.neurms.NeuRMS`) and overwrites ``.grad``
     of every tapped layer:
 
         G <- S G C                        biases: S (D^T 1);  variant B: G already is (D S)^T H

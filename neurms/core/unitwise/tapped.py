@@ -13,7 +13,7 @@ from neurms.compiled.backends import PROMPT
 from neurms.compiled.native import fits
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.scaling import ema_
-from neurms.core.diagnostics.spans import span, spanned
+from neurms.core.ground.spans import span, spanned
 from neurms.core.routing import Route
 from neurms.core.structures.base import Context, Moments
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal

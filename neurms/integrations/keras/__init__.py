@@ -14,7 +14,7 @@
 Import this package before loading a ``.keras`` file that was compiled with one of them.
 """
 
-from neurms.core.extras import require
+from neurms.core.ground.extras import require
 
 require("keras", extra="keras")
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurms.core.diagnostics.spans import gradients_ready
-from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.ground.errors import UnsupportedTrainingError
+from neurms.core.ground.spans import gradients_ready
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.registry import optimizer_class
-from neurms.core.optimizers.unitwise_optimizer import UnitwiseOptimizer
 from neurms.core.optimizers.work import Item
 from neurms.core.routing import Head, Route
 from neurms.core.unitwise.layers import UnitwiseLayers
 from neurms.core.unitwise.tapped import TappedLayer
+from neurms.core.unitwise.unitwise_optimizer import UnitwiseOptimizer
 from neurms.integrations.keras.taps import ActivationTap
 
 __all__ = ["Engine", "KerasLayers", "TappedEngine", "engine_class", "make_engine"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from neurms.core.layout import Layout
+from neurms.core.ground.layout import Layout
 from neurms.core.taps.activity import Activity
 
 __all__ = ["bias_follows_units", "kernel_activity", "kernel_layout", "outputs_last"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.core.interrupts import WholeStep
+from neurms.core.ground.interrupts import WholeStep
 from neurms.core.unitwise.statistics import PendingSums
 from neurms.core.unitwise.tapped import TappedLayer
 from neurms.integrations.keras.engine import Engine, KerasLayers, KerasTappedLayer, TappedEngine

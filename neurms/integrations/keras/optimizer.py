@@ -11,8 +11,8 @@ import keras
 import torch
 from torch import Tensor
 
-from neurms.core.errors import CheckpointError
-from neurms.core.interrupts import WholeStep
+from neurms.core.ground.errors import CheckpointError
+from neurms.core.ground.interrupts import WholeStep
 from neurms.core.optimizers.plan import Plan, PlanRow
 from neurms.core.optimizers.registry import optimizer_class
 from neurms.core.routing import FALLBACK

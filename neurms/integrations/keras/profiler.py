@@ -22,8 +22,8 @@ from neurms.callbacks.profiler.scalars import layer_scalars
 from neurms.callbacks.profiler.schedule import Schedule
 from neurms.callbacks.profiler.subjects import Subject, chosen_subjects
 from neurms.callbacks.profiler.window import OPTIMIZER, shared_out
-from neurms.core.errors import check_fraction, check_positive_int
-from neurms.core.extras import require
+from neurms.core.ground.errors import check_fraction, check_positive_int
+from neurms.core.ground.extras import require
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.signals import ShowsSignals, SignalSink

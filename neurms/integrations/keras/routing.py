@@ -11,7 +11,7 @@ import keras
 import torch
 from torch import Tensor
 
-from neurms.core.layout import Layout, default_layout
+from neurms.core.ground.layout import Layout, default_layout
 from neurms.core.routing import FALLBACK, Head, Route
 from neurms.integrations.keras.layout import (
     SEPARABLE,

@@ -7,10 +7,10 @@ from typing import Any
 
 import keras
 
-from neurms.core.errors import check_real
+from neurms.core.ground.errors import check_real
 from neurms.core.optimizers.registry import optimizer_class
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
-from neurms.core.optimizers.unitwise_optimizer import UnitwiseOptimizer
+from neurms.core.unitwise.unitwise_optimizer import UnitwiseOptimizer
 
 __all__ = ["base_rate", "check_backend", "check_settings", "default_rate", "setting_defaults"]
 

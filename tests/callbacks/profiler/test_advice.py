@@ -141,7 +141,7 @@ def test_embeddings_single_units_and_short_runs() -> None:
 def test_the_ceiling_is_what_exact_factors_show(decades: float) -> None:
     """Normal entries of variance v_i u_j: rho comes out at its ceiling, far below 1."""
     from neurms.core.diagnostics.factorization import correlation_ceiling, factor_correlation
-    from neurms.core.layout import Layout
+    from neurms.core.ground.layout import Layout
 
     generator = torch.Generator().manual_seed(0)
     layout = Layout((800, 600), (0,), (1,))

@@ -14,7 +14,7 @@ from neurms.core.diagnostics.factorization import (
     spaced,
     square_products,
 )
-from neurms.core.layout import Layout, layout_of
+from neurms.core.ground.layout import Layout, layout_of
 from neurms.core.taps.activity import activity_of
 
 LAYERS = [

@@ -10,7 +10,7 @@ import torch
 from tests.core.distributed import checkpointing
 from tests.core.distributed.ranks import Ranks
 from tests.core.distributed.test_trainings import RULES
-from tests.core.optimizers.neurms_models import assert_same
+from tests.core.unitwise.neurms_models import assert_same
 
 NAMES = ["neurms F", "neurms B", "rmnp", "racs", "alice", "shared_basis"]
 

@@ -13,7 +13,7 @@ from neurms.core.optimizers.registry import is_torch
 from tests.core.distributed import trainings
 from tests.core.distributed.ranks import Ranks
 from tests.core.distributed.trainings import Network, train
-from tests.core.optimizers.neurms_models import assert_same
+from tests.core.unitwise.neurms_models import assert_same
 
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"neurms {v}": ("neurms", {"lr": 0.05, "momentum": 0.5, "variant": v}) for v in "UBF"},

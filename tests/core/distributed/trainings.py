@@ -12,8 +12,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import neurms
-from neurms.core.distributed.shards import is_sharded, local
-from neurms.core.errors import NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.shards import is_sharded, local
 
 ROWS = 8
 STEPS = 4

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from neurms import RMNP, Muon
-from neurms.core.errors import NonFiniteError
+from neurms.core.ground.errors import NonFiniteError
 from tests.core.optimizers.training import (
     GRADIENT_RULES,
     RULES,

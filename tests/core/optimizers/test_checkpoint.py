@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from neurms import RACS, RMNP
-from neurms.core.errors import CheckpointError
+from neurms.core.ground.errors import CheckpointError
 from tests.core.optimizers.training import RULES, assert_same_state, make, small_model, train
 
 

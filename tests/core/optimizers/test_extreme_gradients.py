@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import neurms
-from neurms.core.errors import NonFiniteError
+from neurms.core.ground.errors import NonFiniteError
 
 HUGE = [1e16, 1e17, 5e17, 1e19, 1e25, 1e30, 1e38]
 SHAPES = [(6, 4), (256, 160)]  # eager, and native where there is a compiler

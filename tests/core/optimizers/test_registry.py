@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import neurms
-from neurms.core.errors import NonFiniteError
+from neurms.core.ground.errors import NonFiniteError
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.registry import available, create, is_torch, optimizer_class
 from neurms.core.optimizers.settings import COMMON_DEFAULTS

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from neurms.core.optimizers.rules import RULES, rule_class
+from neurms.core.catalog import HOMES
+from neurms.core.optimizers.rules import rule_class, rule_names
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_a_name_is_a_module(name: str) -> None:
+@pytest.mark.parametrize("name", HOMES)
+def test_a_name_is_a_class(name: str) -> None:
     found = rule_class(name)
     assert found.rule == name
-    assert (found.__module__, found.__name__) == (f"neurms.core.optimizers.{name}", RULES[name])
+    assert f"{found.__module__}.{found.__name__}" == HOMES[name]
+
+
+def test_the_catalog_is_announced() -> None:
+    assert rule_names()[: len(HOMES)] == list(HOMES)
 
 
 @pytest.mark.parametrize("name", ["adamw", "NeuRMS", "base"])

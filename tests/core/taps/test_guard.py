@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.taps.guard import GradientGuard
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import neurms
 from neurms.core.diagnostics.probe import FactorizationProbe
-from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.taps import HookTap
 from tests.core.taps.recording import Recorder, close, truth
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import neurms
-from neurms.core.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
 from neurms.core.taps.hooks import HookTap
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
 from tests.core.unitwise.preconditioning import (

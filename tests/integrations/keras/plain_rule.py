@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
+from neurms.core.optimizers import rules
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
-from neurms.core.optimizers.rules import RULES
 from neurms.core.transforms.momentum import Momentum
 
 NAME = "plain"
@@ -41,13 +39,10 @@ def keras_plain() -> type:
     """Register the rule for this process and return its Keras class."""
     from neurms.integrations.keras import classes
 
-    module = ModuleType(f"neurms.core.optimizers.{NAME}")
-    vars(module)["Plain"] = Plain
-    sys.modules[module.__name__] = module
-    with mock.patch.dict(RULES, {NAME: "Plain"}):
+    with known():
         return classes._made(NAME)
 
 
 def known() -> Any:
     """Return a patch under which the registry knows the rule."""
-    return mock.patch.dict(RULES, {NAME: "Plain"})
+    return mock.patch.dict(rules._LOADERS, {NAME: lambda: Plain})

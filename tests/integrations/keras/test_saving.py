@@ -10,7 +10,7 @@ import pytest
 import torch
 from keras import layers
 
-from neurms.core.errors import CheckpointError
+from neurms.core.ground.errors import CheckpointError
 from neurms.integrations.keras import keras_neurms, keras_optimizer, keras_racs
 from neurms.integrations.keras.classes import CLASSES
 

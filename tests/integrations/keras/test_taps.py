@@ -8,7 +8,7 @@ import pytest
 import torch
 from keras import layers
 
-from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.integrations.keras import keras_neurms
 
 X = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")

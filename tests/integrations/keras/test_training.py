@@ -9,7 +9,7 @@ import torch
 from keras import layers
 
 import neurms
-from neurms.core.errors import NonFiniteError
+from neurms.core.ground.errors import NonFiniteError
 from neurms.integrations.keras import keras_neurms, keras_optimizer, keras_racs
 from neurms.integrations.keras.classes import CLASSES
 from tests.integrations.keras.twins import (

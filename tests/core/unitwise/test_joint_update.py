@@ -12,7 +12,7 @@ import neurms
 from neurms.compiled.native import compiler
 from neurms.core.optimizers import joint_update
 from neurms.core.unitwise import joint_commit
-from tests.core.optimizers.neurms_models import (
+from tests.core.unitwise.neurms_models import (
     assert_close_models,
     assert_same,
     batches,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from neurms.core.low_rank.projected_scaling import ProjectedScaling, ScaleType
 from neurms.core.low_rank.subspaces import RandomSubspace, SingularSubspace
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context
 from neurms.core.structures.projected_diagonal import ProjectedDiagonal
-from neurms.core.structures.projected_scaling import ProjectedScaling, ScaleType
 from tests.core.structures.contract import TransformContract, gradients, run
 
 ADAM = ProjectedDiagonal((0.9, 0.999), 1e-6)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neurms import NeuRMS
-from tests.core.optimizers.neurms_models import (
+from tests.core.unitwise.neurms_models import (
     CASES,
     assert_close_models,
     assert_same,

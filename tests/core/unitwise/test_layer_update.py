@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neurms.core.layout import default_layout, layout_of
-from neurms.core.optimizers.layer_update import Product, write_gemm_update_, write_update_
+from neurms.core.ground.layout import default_layout, layout_of
 from neurms.core.optimizers.work import Item
 from neurms.core.routing import Route
+from neurms.core.unitwise.layer_update import Product, write_gemm_update_, write_update_
 
 GROUP: dict[str, Any] = {
     "variant": "F",

@@ -7,12 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from neurms.core.errors import check_choice
+from neurms.core.ground.errors import check_choice
 from neurms.core.low_rank.extension import flips
 from neurms.core.low_rank.residuals import column_scale
 from neurms.core.low_rank.subspaces import Subspace
 from neurms.core.structures.base import Context, State, Structure
-from neurms.core.transforms.safeguards import frobenius
+from neurms.core.structures.norms import frobenius
 
 __all__ = ["ProjectedScaling", "ScaleType"]
 

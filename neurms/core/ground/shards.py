@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.core.layout import Layout
+from neurms.core.ground.layout import Layout
 
 __all__ = [
     "RowShard",

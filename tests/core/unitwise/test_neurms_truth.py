@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from neurms import NeuRMS
-from tests.core.optimizers.neurms_models import CASES, cross_entropy, mlp, vectors
-from tests.core.optimizers.neurms_truth import Truth, weight_gradient
+from tests.core.unitwise.neurms_models import CASES, cross_entropy, mlp, vectors
+from tests.core.unitwise.neurms_truth import Truth, weight_gradient
 
 LR = 0.05
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from neurms import NeuRMS
-from neurms.core.errors import NonFiniteError
+from neurms.core.ground.errors import NonFiniteError
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
-from tests.core.optimizers.neurms_models import (
+from tests.core.unitwise.neurms_models import (
     assert_close_models,
     assert_same,
     batches,

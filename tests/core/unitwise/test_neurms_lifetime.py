@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neurms import NeuRMS
-from tests.core.optimizers.neurms_models import (
+from tests.core.unitwise.neurms_models import (
     assert_close_models,
     assert_same,
     batches,
@@ -27,7 +27,7 @@ from tests.core.optimizers.neurms_models import (
     train,
     vectors,
 )
-from tests.core.optimizers.test_neurms_errors import assert_untouched
+from tests.core.unitwise.test_neurms_errors import assert_untouched
 
 UPDATES = pytest.mark.parametrize("update", ["step", "backward"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neurms.core.precision import compute_dtype, round_stochastically, write_
+from neurms.core.ground.precision import compute_dtype, round_stochastically, write_
 
 
 def neighbours(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

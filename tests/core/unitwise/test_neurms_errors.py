@@ -10,7 +10,7 @@ from torch import nn
 
 import neurms
 from neurms import NeuRMS
-from tests.core.optimizers.neurms_models import assert_same, mlp, pair, snapshot, train, vectors
+from tests.core.unitwise.neurms_models import assert_same, mlp, pair, snapshot, train, vectors
 
 
 def assert_untouched(model: nn.Module) -> None:
@@ -143,7 +143,9 @@ class TestModel:
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         model = mlp()
-        with pytest.raises(neurms.core.errors.UnsupportedTrainingError, match="trains on 2 ranks"):
+        with pytest.raises(
+            neurms.core.ground.errors.UnsupportedTrainingError, match="trains on 2 ranks"
+        ):
             NeuRMS(model, update="backward")
         assert_untouched(model)
 

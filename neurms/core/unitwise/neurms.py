@@ -7,13 +7,13 @@ from typing import Any, Literal, Self, Unpack
 
 from torch import Tensor, nn
 
-from neurms.core.errors import check_choice, check_fraction, check_real
+from neurms.core.ground.errors import check_choice, check_fraction, check_real
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.optimizers.unitwise_optimizer import UnitwiseOptimizer
 from neurms.core.structures.unit_feature import Clip, UnitFeatureDiagonal
 from neurms.core.unitwise.statistics import LossReduction
 from neurms.core.unitwise.tapped import Gemm, Variant
+from neurms.core.unitwise.unitwise_optimizer import UnitwiseOptimizer
 
 __all__ = ["NeuRMS", "check_gemm"]
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from neurms import NeuRMS
 from neurms.compiled._forms import has_cpp_compiler
-from neurms.core.errors import UnsupportedTrainingError
-from tests.core.optimizers.neurms_models import (
+from neurms.core.ground.errors import UnsupportedTrainingError
+from tests.core.unitwise.neurms_models import (
     assert_close_models,
     assert_same,
     batches,

@@ -7,7 +7,7 @@ import sys
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from neurms.core.errors import UnsupportedTrainingError
+from neurms.core.ground.errors import UnsupportedTrainingError
 
 __all__ = ["unwrapped"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from neurms import NeuRMS
-from neurms.core.errors import NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
 
 STEPS = 4
 ROWS = 8

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from neurms.core.layout import Layout, default_layout, layout_of
+from neurms.core.ground.layout import Layout, default_layout, layout_of
 
 LAYERS: dict[str, nn.Module] = {
     "linear": nn.Linear(5, 3),

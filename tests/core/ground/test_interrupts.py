@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from neurms.core.interrupts import WholeStep
+from neurms.core.ground.interrupts import WholeStep
 
 
 def press() -> None:

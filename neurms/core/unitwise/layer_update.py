@@ -11,8 +11,8 @@ from torch import Tensor
 from neurms.compiled.agc import row_clip_
 from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
 from neurms.compiled.update import scaled_momentum_update_, scaled_update_
-from neurms.core.diagnostics.spans import span
-from neurms.core.layout import Layout
+from neurms.core.ground.layout import Layout
+from neurms.core.ground.spans import span
 from neurms.core.optimizers.work import Item
 from neurms.core.unitwise.statistics import scalar
 from neurms.core.unitwise.tapped import Gemm

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neurms import NeuRMS
-from tests.core.optimizers.neurms_models import (
+from tests.core.unitwise.neurms_models import (
     assert_same,
     batches,
     cross_entropy,
@@ -22,7 +22,7 @@ from tests.core.optimizers.neurms_models import (
     train,
     vectors,
 )
-from tests.core.optimizers.test_neurms_state import saved
+from tests.core.unitwise.test_neurms_state import saved
 
 
 def rules(optimizer: NeuRMS) -> dict[str, str]:

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from neurms.compiled.finite import are_finite
-from neurms.core.diagnostics.spans import span
-from neurms.core.distributed.shards import is_sharded, local, local_state, row_shard
-from neurms.core.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.shards import is_sharded, local, local_state, row_shard
+from neurms.core.ground.spans import span
 from neurms.core.optimizers.base import PreconditionedOptimizer
-from neurms.core.optimizers.joint_update import Move, moves_plainly, write_updates_
-from neurms.core.optimizers.layer_update import Product, write_gemm_update_, write_update_
 from neurms.core.optimizers.work import Item
-from neurms.core.precision import compute_dtype
 from neurms.core.routing import FALLBACK, Head, Route
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.guard import GradientGuard
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.joint_commit import commit_each
+from neurms.core.unitwise.joint_update import Move, moves_plainly, write_updates_
+from neurms.core.unitwise.layer_update import Product, write_gemm_update_, write_update_
 from neurms.core.unitwise.layers import UnitwiseLayers, neurms_routes
 from neurms.core.unitwise.statistics import LossReduction
 from neurms.core.unitwise.tapped import Gemm, TappedLayer, Variant

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from neurms import NeuRMS, memory_report
-from neurms.core.errors import CheckpointError
-from tests.core.optimizers.neurms_models import (
+from neurms.core.ground.errors import CheckpointError
+from tests.core.unitwise.neurms_models import (
     CASES,
     assert_same,
     batches,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neurms.compiled.native import fits
 from neurms.compiled.together import scaled_updates_each_
-from neurms.core.diagnostics.spans import is_observed, span
+from neurms.core.ground.spans import is_observed, span
 from neurms.core.optimizers.work import Item
 
 __all__ = ["Move", "moves_plainly", "write_updates_"]

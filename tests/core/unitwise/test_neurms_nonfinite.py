@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from neurms import NeuRMS
-from neurms.core.errors import NonFiniteError
-from tests.core.optimizers.neurms_models import (
+from neurms.core.ground.errors import NonFiniteError
+from tests.core.unitwise.neurms_models import (
     assert_same,
     batches,
     cnn,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neurms.core.distributed.shards import RowShard, is_sharded, local, own_part, placed_like
-from neurms.core.layout import Layout, default_layout
+from neurms.core.ground.layout import Layout, default_layout
+from neurms.core.ground.shards import RowShard, is_sharded, local, own_part, placed_like
 
 
 def test_plain_tensors_pass_through() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neurms.core import errors
-from neurms.core.errors import (
+from neurms.core.ground.errors import (
     CheckpointError,
     NeurmsError,
     NonFiniteError,

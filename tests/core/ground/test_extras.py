@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from neurms.core.extras import require
+from neurms.core.ground.extras import require
 
 
 def test_an_installed_package_is_returned():

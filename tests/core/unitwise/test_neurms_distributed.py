@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from tests.core.optimizers.neurms_models import assert_same
-from tests.core.optimizers.neurms_workers import network, trained, work
+from tests.core.unitwise.neurms_models import assert_same
+from tests.core.unitwise.neurms_workers import network, trained, work
 
 pytestmark = [
     pytest.mark.distributed,
