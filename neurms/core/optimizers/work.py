@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.compiled.finite import are_within
+from neurms.compiled.finite import within
 from neurms.core.ground.layout import Layout
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import (
@@ -191,8 +191,8 @@ def _bad_here(items: Sequence[Item], greatest: Sequence[float]) -> list[str]:
         by_device.setdefault(part.device, []).append(own)
     suspects = []
     for device, parts in by_device.items():
-        least = min(bound for *_, bound in parts)
-        if device.type == "cpu" and are_within([part for _, part, _ in parts], least):
+        _, own_parts, bounds = zip(*parts, strict=True)
+        if device.type == "cpu" and within(own_parts, bounds):
             continue
         small = torch.stack([_norm(part) <= bound for _, part, bound in parts]).tolist()
         suspects += [own for own, good in zip(parts, small, strict=True) if not good]

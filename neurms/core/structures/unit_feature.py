@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from neurms.compiled.scaling import ema_, relative_scale_factors, scale_factors
+from neurms.compiled.moments import ema_, moment_factors
 from neurms.core.ground.errors import check_choice, check_fraction, check_interval, check_real
 from neurms.core.structures.base import Context, State, Structure
 
@@ -112,17 +111,15 @@ class UnitFeatureDiagonal(Structure):
             step: Number of steps that the averages have seen, for their bias correction.
             backend: How kernels run; None follows ``use_backend``.
         """
-        correction = torch.tensor(self.divisor(step), dtype=torch.float64)
+        correction = self.divisor(step)
         s = self._scale(state["v"], correction, (self.s_min, self.s_max), backend)
         if not self.factored:
             return s, None
         return s, self._scale(state["u"], correction, (self.c_min, self.c_max), backend)
 
     def _scale(
-        self, moment: Tensor, correction: Tensor, bounds: tuple[float, float], backend: str | None
+        self, moment: Tensor, correction: float, bounds: tuple[float, float], backend: str | None
     ) -> Tensor:
-        if self.clip == "relative":
-            relative = relative_scale_factors.on(backend) if backend else relative_scale_factors
-            return relative(moment, correction, self.eps, self.v_min, self.kappa)
-        absolute = scale_factors.on(backend) if backend else scale_factors
-        return absolute(moment, correction, self.eps, self.v_min, *bounds)
+        factors = moment_factors.on(backend) if backend else moment_factors
+        kappa = self.kappa if self.clip == "relative" else None
+        return factors([moment], [correction], self.eps, self.v_min, *bounds, kappa)[0]

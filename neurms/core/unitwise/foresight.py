@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neurms.compiled.signals import moment_factors_, observed_signal, scaled_signal
+from neurms.compiled.moments import move_moments
+from neurms.compiled.signals import scaled_signal
 from neurms.core.ground.spans import span
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.protocol import Sums
-from neurms.core.unitwise.statistics import LossReduction, PendingSums, scalar
+from neurms.core.unitwise.statistics import LossReduction, PendingSums
 
 __all__ = ["Foresight", "KnownFactors", "commit_", "foresee"]
 
@@ -111,22 +112,22 @@ def foresee(
     if structure.factored and (u is None or not _go_with(u, activations, scale)):
         return None
     step, rows = state["step"] + 1, errors.shape[0]
-    root = (structure.beta, scalar(structure.divisor(step)), structure.eps, structure.v_min)
-    observe = (scaled_signal if scale else observed_signal).on(backend)
+    root = (structure.beta, structure.divisor(step), structure.eps, structure.v_min)
+    observe: Any = scaled_signal.on(backend)
     with span("scale"):
-        q, total, v_next, s, *d = observe(
-            errors, v, reduction == "mean", *root, structure.s_min, structure.s_max
+        q, total, v_next, s, d = observe(
+            errors, v, reduction == "mean", *root, structure.s_min, structure.s_max, scale
         )
     sums, made_of = Sums(q, rows), _versions(state)
     if u is None or not structure.factored:
-        scaled = (d[0], activations) if scale else None
+        scaled = (d, activations) if scale else None
         return Foresight(sums, structure, step, made_of, (v_next,), (s, None), total, scaled)
     with span("scale"):
-        qh, _, u_next, c, *h = observe(
-            activations, u, False, *root, structure.c_min, structure.c_max
+        qh, _, u_next, c, h = observe(
+            activations, u, False, *root, structure.c_min, structure.c_max, scale
         )
     sums = sums._replace(feature_square_sum=qh, feature_rows=activations.shape[0])
-    scaled = (d[0], h[0]) if scale else None
+    scaled = (d, h) if scale else None
     return Foresight(sums, structure, step, made_of, (v_next, u_next), (s, c), total, scaled)
 
 
@@ -150,18 +151,18 @@ def commit_(
         return None
     if structure.factored and (pending.features is None or not pending.feature_rows):
         return None
-    root = (structure.beta, scalar(structure.divisor(state["step"])), structure.eps)
-    root_floor = (*root, structure.v_min)
-    weight, move = scalar(pending.unit_weight(reduction)), moment_factors_.on(backend)
-    bounds = structure.s_min, structure.s_max
+    correction, move = [structure.divisor(state["step"])], move_moments.on(backend)
+    root = structure.beta, structure.eps, structure.v_min
+    weight, bounds = [pending.unit_weight(reduction)], (structure.s_min, structure.s_max)
     with span("scale"):
-        s = move(state["v"], pending.units, weight, *root_floor, *bounds)
+        moved, (s,) = move([state["v"]], [pending.units], weight, correction, *root, *bounds)
+        state["v"].copy_(moved[0])
     if not structure.factored or pending.features is None:
         return s, None
-    weight = scalar(1.0 / pending.feature_rows)
-    bounds = structure.c_min, structure.c_max
+    weight, bounds = [1.0 / pending.feature_rows], (structure.c_min, structure.c_max)
     with span("scale"):
-        c = move(state["u"], pending.features, weight, *root_floor, *bounds)
+        moved, (c,) = move([state["u"]], [pending.features], weight, correction, *root, *bounds)
+        state["u"].copy_(moved[0])
     return s, c
 
 

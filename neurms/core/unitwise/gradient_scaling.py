@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from neurms.compiled.agc import row_clip_
-from neurms.compiled.update import scale_gradient_
+from neurms.compiled.update import scale_gradients_
 from neurms.core.ground.layout import Layout
 from neurms.core.ground.shards import is_sharded, local, row_shard
 
@@ -64,15 +64,16 @@ def _scaled_(tensor: Tensor, layout: Layout, factors: Factors) -> Tensor:
     """Return ``tensor`` scaled by s and c: itself, in place, where its strides allow."""
     s, c = factors
     if tensor.ndim < 2 or (tensor.ndim == 2 and layout.unit_axes == (0,)):
-        return scale_gradient_(tensor, s, c)
+        scale_gradients_([tensor], [s], [c])
+        return tensor
     try:
         blocks = layout.blocks(tensor)
     except RuntimeError:
         tensor = tensor.contiguous()
         blocks = layout.blocks(tensor)
-    scale_gradient_(
-        blocks,
-        None if s is None else layout.unit_factors(s),
-        None if c is None else layout.feature_factors(c),
+    scale_gradients_(
+        [blocks],
+        [None if s is None else layout.unit_factors(s)],
+        [None if c is None else layout.feature_factors(c)],
     )
     return tensor

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from neurms.compiled.together import moment_factors_each_
+import torch
+
+from neurms.compiled.backends import PROMPT
+from neurms.compiled.moments import move_moments
 from neurms.core.ground.spans import is_observed, span
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.unitwise.tapped import TappedLayer
@@ -46,25 +49,20 @@ def _commit(structure: UnitFeatureDiagonal, ready: Sequence[Ready]) -> None:
     root = structure.beta, structure.eps, structure.v_min
     corrections = [structure.divisor(state["step"]) for _, state in ready]
     with span("scale", [layer.weight for layer, _ in ready]):
-        units = moment_factors_each_(
-            [state["v"] for _, state in ready],
-            [pending.units for pending in observed if pending.units is not None],
-            [pending.unit_weight(reduction) for pending in observed],
-            corrections,
-            *root,
-            structure.s_min,
-            structure.s_max,
-        )
+        move = move_moments.on(PROMPT)
+        moments = [state["v"] for _, state in ready]
+        squares = [pending.units for pending in observed if pending.units is not None]
+        weights = [pending.unit_weight(reduction) for pending in observed]
+        bounds = structure.s_min, structure.s_max
+        moved, units = move(moments, squares, weights, corrections, *root, *bounds)
         features: Sequence[Any] = [None] * len(ready)
         if structure.factored:
-            features = moment_factors_each_(
-                [state["u"] for _, state in ready],
-                [pending.features for pending in observed if pending.features is not None],
-                [1.0 / pending.feature_rows for pending in observed],
-                corrections,
-                *root,
-                structure.c_min,
-                structure.c_max,
-            )
+            other = [state["u"] for _, state in ready]
+            squares = [pending.features for pending in observed if pending.features is not None]
+            weights = [1.0 / pending.feature_rows for pending in observed]
+            bounds = structure.c_min, structure.c_max
+            more, features = move(other, squares, weights, corrections, *root, *bounds)
+            moments, moved = moments + other, moved + more
+        torch._foreach_copy_(moments, moved)
     for (layer, state), s, c in zip(ready, units, features, strict=True):
         layer.settle(structure, state, (s, c))

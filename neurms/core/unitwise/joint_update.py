@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from neurms.compiled.backends import PROMPT
 from neurms.compiled.native import fits
-from neurms.compiled.together import scaled_updates_each_
+from neurms.compiled.update import apply_updates_
 from neurms.core.ground.spans import is_observed, span
 from neurms.core.optimizers.work import Item
 
@@ -76,14 +77,14 @@ def _write_(moves: Sequence[Move], group: Mapping[str, Any]) -> None:
     scaled = group["variant"] != "B"
     rate, momentum = float(group["lr"]), group["momentum"]
     decay = 1.0 - rate * group["weight_decay"]
-    scaled_updates_each_(
+    apply_updates_.on(PROMPT)(
         targets,
         [move.item.gradient for move in moves],
-        [move.state["momentum"] for move in moves] if momentum else None,
+        [move.state["momentum"] if momentum else None for move in moves],
         [move.factors[0] if scaled else None for move in moves],
         [move.factors[1] if scaled else None for move in moves],
+        [rate] * len(moves),
         [decay if target.ndim == 2 else 1.0 for target in targets],
-        rate,
         momentum,
-        group["momentum_coupling"] == "gradient+velocity",
+        scale_velocity=group["momentum_coupling"] == "gradient+velocity",
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neurms.compiled.agc import row_clip_
 from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
-from neurms.compiled.update import scaled_momentum_update_, scaled_update_
+from neurms.compiled.update import apply_updates_
 from neurms.core.ground.layout import Layout
 from neurms.core.ground.spans import span
 from neurms.core.optimizers.work import Item
@@ -76,8 +76,10 @@ def write_update_(
     applied: Factors = (None, None) if group["variant"] == "B" else (s, c)
     layout, velocity = item.route.layout, state["momentum"] if group["momentum"] else None
     if _is_plain_matrix(target, item):
-        move = scaled_update_ if backend is None else scaled_update_.on(backend)
-        move(target, item.gradient, *applied, *_rates(group, decayed=True))
+        move = apply_updates_ if backend is None else apply_updates_.on(backend)
+        rate, kept = _rates(group, decayed=True)
+        left, right = applied
+        move([target], [item.gradient], [None], [left], [right], [rate], [kept])
         return
     w, g = _blocks(layout, target), _blocks(layout, item.gradient)
     v = None if velocity is None else _blocks(layout, velocity)
@@ -87,14 +89,12 @@ def write_update_(
     coupled = group["momentum_coupling"] == "gradient+velocity"
     if group["agc"] is not None and w.ndim > 1:
         _clipped_update_(w, v, g, (left, right), twice if coupled else (None, None), group, decay)
-    elif v is None:
-        scaled_update_(w, g, left, right, lr, decay)
-    elif coupled and group["variant"] == "B":
-        v.mul_(group["momentum"]).add_(g)
-        scaled_update_(w, v, *twice, lr, decay)
     else:
-        mu = torch.tensor(group["momentum"], dtype=torch.float64)
-        scaled_momentum_update_(w, v, g, left, right, lr, mu, decay, coupled)
+        # B's velocity takes the gradient as it is.
+        left, right = twice if coupled and v is not None else (left, right)
+        scale, mu = group["variant"] != "B", group["momentum"]
+        rates: Any = [lr], [decay], mu, 1.0, scale, coupled
+        apply_updates_([w], [g], [v], [left], [right], *rates)
     _write_back(layout, target, w)
     if velocity is not None and v is not None:
         _write_back(layout, velocity, v)
@@ -132,7 +132,8 @@ def write_gemm_update_(
         return
     _write_product_(velocity, product, applied, -1.0, momentum)
     scales: Factors = factors if again else (None, None)
-    scaled_update_(target, velocity, *scales, *_rates(group, decayed=True))
+    left, right = scales
+    apply_updates_([target], [velocity], [None], [left], [right], [rate], [decay])
 
 
 def _write_product_(
@@ -178,15 +179,15 @@ def _clipped_update_(
     factors: Factors,
     velocity_factors: Factors,
     group: Mapping[str, Any],
-    decay: Tensor | None,
+    decay: float,
 ) -> None:
     """As in :func:`write_update_`, with the update formed so that its rows can be clipped."""
     update = _times(g.to(w.dtype), *factors)
     if v is not None:
         update = _times(v.mul_(group["momentum"]).add_(update), *velocity_factors)
     clipped = row_clip_(update.clone(), w, group["agc"])
-    if decay is not None:
-        w.mul_(decay.to(w))
+    if decay != 1.0:
+        w.mul_(decay)
     w.add_(clipped, alpha=-float(group["lr"]))
 
 
@@ -226,8 +227,7 @@ def _shaped(layout: Layout, tensor: Tensor, s: Tensor | None, c: Tensor | None) 
     )
 
 
-def _rates(group: Mapping[str, Any], *, decayed: bool) -> tuple[Tensor, Tensor | None]:
-    """Return lr and 1 - lr wd as 0-d tensors, so that schedules do not recompile kernels."""
+def _rates(group: Mapping[str, Any], *, decayed: bool) -> tuple[float, float]:
+    """Return lr and 1 - lr wd."""
     lr = float(group["lr"])
-    decay = 1.0 - lr * group["weight_decay"] if decayed and group["weight_decay"] else None
-    return scalar(lr), None if decay is None else scalar(decay)
+    return lr, 1.0 - lr * group["weight_decay"] if decayed else 1.0

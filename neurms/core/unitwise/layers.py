@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from neurms.compiled.finite import GREATEST, all_within, are_within
+from neurms.compiled.backends import PROMPT
+from neurms.compiled.finite import GREATEST, within
 from neurms.compiled.native import LEAST_ELEMENTS, fits
-from neurms.compiled.together import all_within_each
 from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
 from neurms.core.ground.shards import is_sharded, mesh_of, row_shard
 from neurms.core.ground.spans import span
@@ -242,7 +242,7 @@ class UnitwiseLayers:
             return list(self._bad)
         greatest = min(x.observed.greatest() for x in observed)
         sums = [s for x in observed for s in _tensors(x.observed)]
-        if _all_within(sums, greatest):
+        if within(sums, [greatest] * len(sums)):
             return list(self._bad)
         return self._bad + [layer.name for layer in observed if not layer.observed.is_finite()]
 
@@ -254,7 +254,7 @@ class UnitwiseLayers:
         sums = [(s, pending.greatest()) for pending in observed for s in _tensors(pending)]
         tensors = [*gradients, *[s for s, _ in sums]]
         bounds = [GREATEST] * len(gradients) + [bound for _, bound in sums]
-        return fits(*tensors) and all_within_each(tensors, bounds)
+        return fits(*tensors) and within.on(PROMPT)(tensors, bounds)
 
     def _unjudged(self) -> list[TappedLayer]:
         """Return layers with statistics, but for those that backward has looked at."""
@@ -386,14 +386,6 @@ def _tensors(pending: PendingSums) -> list[Tensor]:
     return [sums for sums in (pending.units, pending.features) if sums is not None]
 
 
-def _all_within(tensors: Sequence[Tensor], greatest: float) -> bool:
-    """Return whether no sum exceeds ``greatest``, waiting but once for an accelerator."""
-    if all(tensor.is_cpu for tensor in tensors):
-        return are_within(tensors, greatest)
-    good = [(tensor <= greatest).all().to(tensors[0].device) for tensor in tensors]
-    return bool(torch.stack(good).all())
-
-
 def _are_finite(sums: Sums, activations: Tensor, layer: TappedLayer) -> bool:
     """Return whether D and H are finite: by their sums of squares, or H by itself without one."""
     rows = max(layer.pending.rows + sums.rows, 1)
@@ -404,10 +396,7 @@ def _are_finite(sums: Sums, activations: Tensor, layer: TappedLayer) -> bool:
         dtype = torch.bfloat16 if layer.owner.gemm == "bfloat16" else activations.dtype
         looked_at.append((activations, torch.finfo(dtype).max))
     tensors, bounds = zip(*looked_at, strict=True)
-    if layer.prompt and fits(*tensors):
-        return all_within_each(tensors, bounds)
-    look = all_within.on(layer.backend)
-    return all(look(tensor, bound) for tensor, bound in looked_at)
+    return within.on(layer.backend)(tensors, bounds)
 
 
 def _is_compiled(module: nn.Module | None) -> bool:

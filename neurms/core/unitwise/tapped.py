@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import PROMPT
+from neurms.compiled.moments import ema_
 from neurms.compiled.native import fits
 from neurms.compiled.reductions import column_square_sum
-from neurms.compiled.scaling import ema_
 from neurms.core.ground.spans import span, spanned
 from neurms.core.routing import Route
 from neurms.core.structures.base import Context, Moments

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Never
 import torch
 from torch import Tensor, nn
 
-from neurms.compiled.finite import are_finite
+from neurms.compiled.finite import within
 from neurms.core.ground.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import is_sharded, local, local_state, row_shard
@@ -204,7 +204,8 @@ class UnitwiseOptimizer(PreconditionedOptimizer):
         if self._layers.are_finite_with(gradients):
             return []
         plain = all(type(gradient) is Tensor and gradient.is_cpu for gradient in gradients)
-        bad = [] if plain and are_finite(gradients) else super()._bad_names(items)
+        bounds = [torch.finfo(gradient.dtype).max for gradient in gradients]
+        bad = [] if plain and within(gradients, bounds) else super()._bad_names(items)
         return bad or self._layers.nonfinite_names()
 
     @property

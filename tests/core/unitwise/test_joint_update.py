@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import neurms
+from neurms.compiled.backends import PROMPT
+from neurms.compiled.moments import move_moments
 from neurms.compiled.native import compiler
-from neurms.core.optimizers import joint_update
-from neurms.core.unitwise import joint_commit
+from neurms.compiled.update import apply_updates_
 from tests.core.unitwise.neurms_models import (
     assert_close_models,
     assert_same,
@@ -53,18 +54,18 @@ def test_the_eager_definitions_say_the_same(settings: dict[str, Any], update: st
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_one_call_for_all(monkeypatch: pytest.MonkeyPatch, momentum: float) -> None:
     counts = {"commit": [], "move": []}  # type: ignore[var-annotated]
-    commit, move = joint_commit.moment_factors_each_, joint_update.scaled_updates_each_
+    commit, move = (kernel.on(PROMPT) for kernel in (move_moments, apply_updates_))
 
     def committed(moments: Any, *rest: Any) -> Any:
         counts["commit"].append(len(moments))
         return commit(moments, *rest)
 
-    def moved(targets: Any, *rest: Any) -> None:
+    def moved(targets: Any, *rest: Any, **named: Any) -> None:
         counts["move"].append(len(targets))
-        move(targets, *rest)
+        move(targets, *rest, **named)
 
-    monkeypatch.setattr(joint_commit, "moment_factors_each_", committed)
-    monkeypatch.setattr(joint_update, "scaled_updates_each_", moved)
+    monkeypatch.setitem(move_moments._forms, PROMPT, committed)
+    monkeypatch.setitem(apply_updates_._forms, PROMPT, moved)
     model, optimizer = pair(wide, momentum=momentum)
     train(model, optimizer, batches(2))
     assert counts == {"commit": [3, 3], "move": [6, 6]}
