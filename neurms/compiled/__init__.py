@@ -1,8 +1,7 @@
 """Kernels: functions of tensors, without state, module or parameter.
 
 Each has one eager definition, its specification; :func:`use_backend` chooses how it runs. Those of
-``moments``, ``update`` and ``finite`` take lists of tensors (see ``lists``): a single layer is a list of
-one.
+``moments``, ``update`` and ``finite`` take lists of tensors: a single layer is a list of one.
 
 =================================  ================================================
 ``reductions``                     sums of squares of columns and channels
