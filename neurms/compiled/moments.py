@@ -40,7 +40,7 @@ def bounded_roots(
     return torch.minimum(torch.maximum(s, median / kappa), median * kappa)
 
 
-def _moved(
+def _moved_vector(
     v: Tensor,
     squares: Tensor,
     weight: Tensor,
@@ -57,7 +57,7 @@ def _moved(
 
 
 # Numbers that change from step to step go as they are; compiled forms get them as 0-d tensors.
-_move: Kernel[..., Any] = kernel(_moved)
+_move: Kernel[..., Any] = kernel(_moved_vector)
 _factors: Kernel[..., Any] = kernel(bounded_roots)
 
 

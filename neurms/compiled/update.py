@@ -116,7 +116,7 @@ def _move_tile(
     return total
 
 
-def _moved(
+def _moved_weight(
     w: Tensor,
     g: Tensor,
     velocity: Tensor | None,
@@ -159,7 +159,7 @@ def _moved(
 
 
 # Numbers that change from step to step go as they are; compiled forms get them as 0-d tensors.
-_move: Kernel[..., Any] = kernel(_moved)
+_move: Kernel[..., Any] = kernel(_moved_weight)
 
 
 @list_kernel
