@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from neurms.compiled.moments import ema_, moment_factors
+from neurms.compiled.moments import ema_, moment_factors, move_moments
 from neurms.core.ground.errors import check_choice, check_fraction, check_interval, check_real
 from neurms.core.structures.base import Context, State, Structure
 
@@ -100,6 +101,43 @@ class UnitFeatureDiagonal(Structure):
     def divisor(self, step: int) -> float:
         """Return what the averages are divided by after ``step`` steps: 1 - beta^t, or 1."""
         return 1.0 - self.beta**step if self.bias_correction else 1.0
+
+    def moved(
+        self,
+        moments: Sequence[Tensor],
+        squares: Sequence[Tensor],
+        weights: Sequence[float],
+        steps: Sequence[int],
+        backend: str,
+        *,
+        features: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return second moments of many layers as a commit makes them, and their factors.
+
+        Args:
+            moments: v (m,), or u (n,), of each layer; left as they are.
+            squares: What was summed of each since the last commit.
+            weights: What makes means of the sums.
+            steps: Number of each layer's commit.
+            backend: How kernels run.
+            features: Whether these are u and c instead of v and s.
+        """
+        low, high = (self.c_min, self.c_max) if features else (self.s_min, self.s_max)
+        kappa = self.kappa if self.clip == "relative" else None
+        corrections = [self.divisor(step) for step in steps]
+        move = move_moments.on(backend)
+        return move(
+            moments,
+            squares,
+            weights,
+            corrections,
+            self.beta,
+            self.eps,
+            self.v_min,
+            low,
+            high,
+            kappa,
+        )
 
     def factors(
         self, state: State, step: int, backend: str | None = None

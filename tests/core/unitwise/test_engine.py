@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 import neurms
-from neurms.compiled.backends import PROMPT
-from neurms.compiled.moments import move_moments
 from neurms.compiled.native import compiler
-from neurms.compiled.update import apply_updates_
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
+from neurms.core.unitwise import moves
 from tests.core.unitwise.neurms_models import (
     assert_close_models,
     assert_same,
@@ -54,18 +53,18 @@ def test_the_eager_definitions_say_the_same(settings: dict[str, Any], update: st
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_one_call_for_all(monkeypatch: pytest.MonkeyPatch, momentum: float) -> None:
     counts = {"commit": [], "move": []}  # type: ignore[var-annotated]
-    commit, move = (kernel.on(PROMPT) for kernel in (move_moments, apply_updates_))
+    commit, move = UnitFeatureDiagonal.moved, moves.apply_updates_
 
-    def committed(moments: Any, *rest: Any) -> Any:
+    def committed(self: Any, moments: Any, *rest: Any, **more: Any) -> Any:
         counts["commit"].append(len(moments))
-        return commit(moments, *rest)
+        return commit(self, moments, *rest, **more)
 
-    def moved(targets: Any, *rest: Any, **named: Any) -> None:
+    def moved(targets: Any, *rest: Any, **more: Any) -> None:
         counts["move"].append(len(targets))
-        move(targets, *rest, **named)
+        move(targets, *rest, **more)
 
-    monkeypatch.setitem(move_moments._forms, PROMPT, committed)
-    monkeypatch.setitem(apply_updates_._forms, PROMPT, moved)
+    monkeypatch.setattr(UnitFeatureDiagonal, "moved", committed)
+    monkeypatch.setattr(moves, "apply_updates_", moved)
     model, optimizer = pair(wide, momentum=momentum)
     train(model, optimizer, batches(2))
     assert counts == {"commit": [3, 3], "move": [6, 6]}
