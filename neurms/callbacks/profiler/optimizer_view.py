@@ -15,6 +15,7 @@ from neurms.core.diagnostics.unit_statistics import limiter_hit, subspace_energy
 from neurms.core.low_rank.extension import LowRank, flips
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.plan import meta_like, tensor_bytes
+from neurms.core.structures.base import Context
 from neurms.core.structures.shared_basis import SharedBasisBlocks
 from neurms.core.unitwise.scale_summary import at_bounds
 from neurms.core.unitwise.statistics import PendingSums
@@ -103,20 +104,23 @@ class OptimizerView:
         layer = self.tapped(weight)
         if layer is None or layer.owner.variant_of(layer) == "B":
             return None
-        structure, state = layer.owner.structure_of(layer), layer.owner.state_of(layer)
-        moments = layer.moments(pending)
-        blended: list[Tensor | None] = []
-        for key, sample in (("v", moments.units), ("u", moments.features)):
-            if sample is None or (key == "u" and not structure.factored):
-                blended.append(None)
-                continue
-            last = state[key].to(sample) if key in state else torch.zeros_like(sample)
-            steps = state.get("step", 0) + 1
-            correction = 1.0 - structure.beta**steps if structure.bias_correction else 1.0
-            blended.append(last.lerp(sample, 1.0 - structure.beta) / correction)
-        v, u = blended
-        if v is None:
+        structure, moments = layer.owner.structure_of(layer), layer.moments(pending)
+        if moments.units is None:
             return None
+        state, step = (
+            layer.owner.state_of(layer),
+            int(layer.owner.state_of(layer).get("step", 0)) + 1,
+        )
+        sights = {"v": moments.units, "u": moments.features if structure.factored else None}
+        # A copy, which the structure moves as it will move its own.
+        blended = {
+            key: state[key].to(sight, copy=True) if key in state else torch.zeros_like(sight)
+            for key, sight in sights.items()
+            if sight is not None
+        }
+        structure.observe(weight, blended, Context(step, moments=moments))
+        found = {key: moment / structure.divisor(step) for key, moment in blended.items()}
+        v, u = found["v"], found.get("u")
         if layer.heads:
             v = v.repeat_interleave(layer.route.layout.units // layer.heads)
         return v, u

@@ -1,4 +1,4 @@
-"""Whether a layer's second moment factors: rho, its ceiling, and the error of the factorisation."""
+"""Whether a layer's second moment factors: rho, what rho to expect, the factorisation's error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from neurms.core.ground.layout import Layout
 from neurms.core.taps.activity import Activity
 
 __all__ = [
-    "correlation_ceiling",
+    "expected_correlation",
     "factor_correlation",
     "factorization_error",
     "gradient_margins",
@@ -53,16 +53,16 @@ def factor_correlation(
 
 
 @torch.no_grad()
-def correlation_ceiling(layout: Layout, v: Tensor, u: Tensor) -> Tensor:
-    """Return the rho that a layer would show if its second moment did factor exactly.
+def expected_correlation(layout: Layout, v: Tensor, u: Tensor) -> Tensor:
+    """Return the rho that a layer would typically show if its second moment did factor exactly.
 
     One gradient is a noisy sight of E[G^2]. For independent normal entries of variance y_ij = v_i
     u_j, G_ij^2 / y_ij is chi-squared with one degree of freedom, and over many entries
 
         corr(G^2, y) = sqrt((E[y^2] - E[y]^2) / (3 E[y^2] - E[y]^2)),
 
-    at most 1/sqrt(3) = .577 however well y describes G. rho is therefore judged against this
-    number, not against 1; gradients of few rows, whose entries are far from normal, may exceed it.
+    below 1/sqrt(3) = .577 however well y describes G. rho is therefore judged against this number,
+    not against 1. It is no bound: single gradients scatter around it, those of small layers widely.
 
     Args:
         layout: Gives the groups, within which units and features meet.
@@ -78,7 +78,7 @@ def correlation_ceiling(layout: Layout, v: Tensor, u: Tensor) -> Tensor:
 
     Example:
         >>> v, u = torch.tensor([1.0, 100.0]), torch.ones(3)
-        >>> round(correlation_ceiling(Layout((2, 3), (0,), (1,)), v, u).item(), 3)
+        >>> round(expected_correlation(Layout((2, 3), (0,), (1,)), v, u).item(), 3)
         0.444
     """
     v, u = _relative(v).view(layout.groups, -1), _relative(u).view(layout.groups, -1)

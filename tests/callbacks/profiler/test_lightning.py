@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import neurms
 from neurms.callbacks import NeuRMSCallback, PreconditionerProfiler
-from neurms.callbacks.profiler import read_run
 from neurms.core.ground import spans
+from neurms.report import read_run
 from tests.callbacks.profiler import truth
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from neurms.callbacks.keras import PreconditionerProfiler
-from neurms.callbacks.profiler import read_run
 from neurms.core.ground import spans
 from neurms.integrations.keras import keras_neurms, keras_optimizer, keras_racs
+from neurms.report import read_run
 from tests.callbacks.profiler import truth
 
 X = np.random.default_rng(0).normal(size=(24, 12)).astype("float32") * np.linspace(0.2, 3, 12)

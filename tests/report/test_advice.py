@@ -140,7 +140,7 @@ def test_embeddings_single_units_and_short_runs() -> None:
 @pytest.mark.parametrize("decades", [1.0, 2.0, 4.0])
 def test_the_ceiling_is_what_exact_factors_show(decades: float) -> None:
     """Normal entries of variance v_i u_j: rho comes out at its ceiling, far below 1."""
-    from neurms.core.diagnostics.factorization import correlation_ceiling, factor_correlation
+    from neurms.core.diagnostics.factorization import expected_correlation, factor_correlation
     from neurms.core.ground.layout import Layout
 
     generator = torch.Generator().manual_seed(0)
@@ -150,6 +150,6 @@ def test_the_ceiling_is_what_exact_factors_show(decades: float) -> None:
     for _ in range(8):
         g = torch.randn(800, 600, generator=generator) * (v[:, None] * u).sqrt()
         found.append(float(factor_correlation(g, layout, v, u)))
-    ceiling = float(correlation_ceiling(layout, v, u))
+    ceiling = float(expected_correlation(layout, v, u))
     assert sum(found) / len(found) == pytest.approx(ceiling, rel=0.03)
     assert ceiling < 3**-0.5

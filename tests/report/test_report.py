@@ -16,10 +16,11 @@ from rich.console import Console
 from torch import nn
 
 import neurms
-from neurms.callbacks.profiler import Profiler, ProfilerReport, Run, RunFileError, read_run
-from neurms.callbacks.profiler.rows import law_share
-from neurms.callbacks.profiler.runs import RUN_FILE
+from neurms.callbacks.profiler import Profiler
 from neurms.cli import main
+from neurms.report import ProfilerReport, Run, RunFileError, read_run
+from neurms.report.rows import law_share
+from neurms.report.runs import RUN_FILE
 from tests.callbacks.profiler import truth
 
 

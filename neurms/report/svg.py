@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from neurms.callbacks.profiler.formats import number
+from neurms.report.formats import number
 
 __all__ = ["Axis", "Line", "bars", "boxes", "colour", "lines", "shortened", "stacked"]
 

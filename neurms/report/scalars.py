@@ -7,13 +7,17 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from neurms.callbacks.profiler.rows import TIMES
+from neurms.report.rows import TIMES
 
-__all__ = ["layer_scalars"]
+__all__ = ["MEANS", "layer_scalars"]
+
+MEANS = frozenset(("neurms/rho", "neurms/overhead"))
+"""The two that say most of all layers together."""
+
 
 _NAMES = (
     "forward_us", "backward_us", "gemm_us", "reduce_us", "scale_us", "update_us",
-    "bookkeeping_us", "rho", "rho_batch", "rho_ceiling", "rho_gradient", "factorization_error",
+    "bookkeeping_us", "rho", "rho_batch", "rho_expected", "rho_gradient", "factorization_error",
     "clipped_units", "dead_units", "subspace_energy", "limiter_hit", "state_bytes",
 )  # fmt: skip
 

@@ -48,10 +48,11 @@ class LayerRow:
         state_bytes: Measured optimizer state of weight and bias.
         rule: What moves the weight.
         rho_batch: The same correlation with the batch's own sums of D_i^2 and H_j^2.
-        rho_ceiling: The rho expected if v u^T were exact and the gradient normal.
+        rho_expected: The rho to expect if v u^T were exact and the gradient normal: a typical
+            value, not a bound.
         rho_gradient: corr(G_ij^2, r_i c_j) with margins of *earlier* gradients, which RACS lives
             on.
-        rho_gradient_ceiling: As ``rho_ceiling``, for those margins.
+        rho_gradient_expected: As ``rho_expected``, for those margins.
         factorization_error: ||E[d^2 h^2] - E[d^2] E[h^2]|| / ||E[d^2 h^2]||.
         unit_levels: Quantiles 0, .05, .25, .5, .75, .95, 1 of v.
         feature_levels: The same of u.
@@ -86,9 +87,9 @@ class LayerRow:
     state_bytes: int
     rule: str
     rho_batch: float | None
-    rho_ceiling: float | None
+    rho_expected: float | None
     rho_gradient: float | None
-    rho_gradient_ceiling: float | None
+    rho_gradient_expected: float | None
     factorization_error: float | None
     unit_levels: tuple[float, ...] | None
     feature_levels: tuple[float, ...] | None
@@ -116,13 +117,13 @@ class LayerRow:
 
     @property
     def fidelity(self) -> float | None:
-        """Rho / rho_ceiling: about 1 where the factorisation holds."""
-        return _quotient(self.rho, self.rho_ceiling)
+        """Rho / rho_expected: about 1 where the factorisation holds, or a little more."""
+        return _quotient(self.rho, self.rho_expected)
 
     @property
     def gradient_fidelity(self) -> float | None:
         """The same quotient for the gradient's own margins."""
-        return _quotient(self.rho_gradient, self.rho_gradient_ceiling)
+        return _quotient(self.rho_gradient, self.rho_gradient_expected)
 
     @property
     def unit_spread(self) -> float | None:
@@ -188,9 +189,9 @@ def _row(name: str, static: Values, own: Sequence[Values], steps: tuple[int, int
         state_bytes=int(last("state_bytes") or 0),
         rule=static["rule"],
         rho_batch=_mean(own, "rho_batch"),
-        rho_ceiling=_mean(own, "rho_ceiling"),
+        rho_expected=_mean(own, "rho_expected"),
         rho_gradient=_mean(own, "rho_gradient"),
-        rho_gradient_ceiling=_mean(own, "rho_gradient_ceiling"),
+        rho_gradient_expected=_mean(own, "rho_gradient_expected"),
         factorization_error=_mean(own, "factorization_error"),
         unit_levels=_tuple(last("v")),
         feature_levels=_tuple(last("u")),
