@@ -107,10 +107,8 @@ class OptimizerView:
         structure, moments = layer.owner.structure_of(layer), layer.moments(pending)
         if moments.units is None:
             return None
-        state, step = (
-            layer.owner.state_of(layer),
-            int(layer.owner.state_of(layer).get("step", 0)) + 1,
-        )
+        state = layer.owner.state_of(layer)
+        step = int(state.get("step", 0)) + 1
         sights = {"v": moments.units, "u": moments.features if structure.factored else None}
         # A copy, which the structure moves as it will move its own.
         blended = {

@@ -114,10 +114,10 @@ class Sampler:
         if self._finished:
             return
         self._finished = True
-        if not self.samples and not failed:
-            self._say_that_it_is_empty()
         if self._writer is not None:
             self._writer.close(self.report())
+        if not self.samples and not failed:
+            self._say_that_it_is_empty()
 
     def report(self) -> ProfilerReport:
         """Return what was found so far, before a resumption too: rows, tables, files, advice."""

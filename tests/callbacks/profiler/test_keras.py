@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["KERAS_BACKEND"] = "torch"
+
 from pathlib import Path
 from typing import Any
 
