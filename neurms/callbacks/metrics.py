@@ -20,10 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.compiled.correlation import correlation_from_sums, correlation_sums
+from neurms.compiled.correlation import correlation_from_sums
 from neurms.core.diagnostics.dominance import row_dominance
+from neurms.core.diagnostics.factorization import (
+    factor_sums,
+    factorization_error,
+    row_products,
+    signal_rows,
+)
+from neurms.core.diagnostics.unit_statistics import dead_units, subspace_energies
 from neurms.core.ground.extras import require
 from neurms.core.ground.layout import Layout, default_layout
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
+from neurms.core.unitwise.scale_summary import at_bounds
 
 require("torchmetrics", extra="report")
 
@@ -84,9 +93,7 @@ class FactorizationCorrelation(Metric):
             u: Feature second moments (features,).
         """
         layout = self.layout or default_layout(gradient)
-        plain = layout.groups == layout.taps == 1
-        g = layout.matrix(gradient) if plain else layout.blocks(gradient)
-        self.sums += correlation_sums.eager(g.detach(), v, u).to(self.sums)
+        self.sums += factor_sums(gradient, layout, v, u).to(self.sums)
         self.count += gradient.numel()
 
     def compute(self) -> Tensor:
@@ -119,25 +126,24 @@ class FactorizationError(Metric):
 
     def __init__(self, units: int, features: int, **settings: Any) -> None:
         super().__init__(**settings)
-        self.add_state("joint", _zeros(units, features), dist_reduce_fx="sum")
+        self.add_state("joint", _zeros(1, units, features, 1), dist_reduce_fx="sum")
         self.add_state("unit_sums", _zeros(units), dist_reduce_fx="sum")
         self.add_state("feature_sums", _zeros(features), dist_reduce_fx="sum")
         self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, errors: Tensor, inputs: Tensor) -> None:
         """Take rows of D (..., units) and H (..., features), their leading axes alike."""
-        d = errors.detach().reshape(-1, errors.shape[-1]).double().square()
-        h = inputs.detach().reshape(-1, inputs.shape[-1]).double().square()
-        self.joint += d.T @ h
-        self.unit_sums += d.sum(0)
-        self.feature_sums += h.sum(0)
+        d = signal_rows(errors.detach(), (-1,))
+        h = signal_rows(inputs.detach(), (-1,))
+        self.joint += row_products(d, h)
+        self.unit_sums += d.double().square().sum(0)
+        self.feature_sums += h.double().square().sum(0)
         self.rows += d.shape[0]
 
     def compute(self) -> Tensor:
         """Return the error, 0-d float64; NaN before anything was seen."""
-        factored = self.unit_sums[:, None] * self.feature_sums / self.rows
-        error: Tensor = (self.joint - factored).norm() / self.joint.norm()
-        return error
+        rows = int(self.rows)
+        return factorization_error(self.joint, self.unit_sums, self.feature_sums, rows, rows)
 
 
 class UnitMoments(Metric):
@@ -151,7 +157,7 @@ class UnitMoments(Metric):
         >>> metric = UnitMoments(2)
         >>> metric.update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         >>> metric.compute(), metric.dead()
-        (tensor([5., 0.], dtype=torch.float64), tensor(1))
+        (tensor([5., 0.], dtype=torch.float64), 1)
     """
 
     is_differentiable = False
@@ -166,7 +172,7 @@ class UnitMoments(Metric):
 
     def update(self, signals: Tensor) -> None:
         """Take rows of D or H, shape (..., count)."""
-        rows = signals.detach().reshape(-1, signals.shape[-1]).double()
+        rows = signal_rows(signals.detach(), (-1,)).double()
         self.sums += rows.square().sum(0)
         self.rows += rows.shape[0]
 
@@ -174,9 +180,9 @@ class UnitMoments(Metric):
         """Return the mean squares, shape (count,), float64."""
         return self.sums / self.rows
 
-    def dead(self) -> Tensor:
+    def dead(self) -> int:
         """Return the number of units that never had a signal on this rank."""
-        return (self.sums == 0).sum()
+        return dead_units(self.sums)
 
 
 class RowDominance(Metric):
@@ -243,13 +249,14 @@ class ClippedFraction(Metric):
 
     def __init__(self, low: float, high: float, **settings: Any) -> None:
         super().__init__(**settings)
-        self.low, self.high = low, high
+        self.bounds = low, high
+        self.structure = UnitFeatureDiagonal(s_min=low, s_max=high)
         self.add_state("clipped", _zeros(), dist_reduce_fx="sum")
         self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, factors: Tensor) -> None:
         """Take a layer's factors, any shape."""
-        self.clipped += ((factors <= self.low) | (factors >= self.high)).sum()
+        self.clipped += at_bounds(factors, self.structure, self.bounds).sum()
         self.seen += factors.numel()
 
     def compute(self) -> Tensor:
@@ -284,9 +291,9 @@ class SubspaceEnergy(Metric):
 
     def update(self, gradient: Tensor, basis: Tensor) -> None:
         """Take G (m, n) and an orthonormal basis U."""
-        g, u = gradient.detach().double(), basis.detach().double()
-        self.kept += (g @ u if self.on_features else u.T @ g).square().sum()
-        self.total += g.square().sum()
+        kept, total = subspace_energies(gradient, basis, on_features=self.on_features)
+        self.kept += kept
+        self.total += total
 
     def compute(self) -> Tensor:
         """Return the share, 0-d float64."""
