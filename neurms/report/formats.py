@@ -63,4 +63,4 @@ def bytes_text(count: float | None) -> str:
         if abs(count) < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:,.3g} TB"
+    return f"{number(count)} TB"

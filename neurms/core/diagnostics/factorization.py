@@ -49,9 +49,7 @@ def factor_correlation(
         >>> factor_correlation(g, Layout((2, 2), (0,), (1,)), v, u)
         tensor(1., dtype=torch.float64)
     """
-    return correlation_from_sums(
-        factor_sums(gradient, layout, v, u, backend), layout.matrix(gradient).numel()
-    )
+    return correlation_from_sums(factor_sums(gradient, layout, v, u, backend), gradient.numel())
 
 
 @torch.no_grad()
