@@ -126,7 +126,7 @@ class Sampler:
 
     def _say_that_it_is_empty(self) -> None:
         trained, schedule = self.step - self.first_step, self.schedule
-        due = schedule.due_at - self.first_step
+        due = schedule.due_after(self.first_step) - self.first_step
         why = "no step of the optimizer was seen; profile the optimizer that the training steps"
         if trained:
             why = (

@@ -35,26 +35,25 @@ class Schedule:
         self.warmup_steps = check_positive_int("warmup_steps", warmup_steps, low=0)
         self.wake_at = 0
         """The next step that is looked at for anything."""
-        self.due_at = 0
-        """The next step that is looked at for statistics."""
+        self._due_at = 0
 
     def start(self, step: int) -> None:
         """Begin at ``step``, which has not been asked for yet."""
-        self.due_at = self._due_after(step)
-        self.wake_at = self.due_at - (self.every_n_steps > 1 and step < self.due_at)
+        self._due_at = self.due_after(step)
+        self.wake_at = self._due_at - (self.every_n_steps > 1 and step < self._due_at)
 
     def look(self, step: int) -> Look | None:
         """Return what ``step``, which begins now, is looked at for, and plan the next look."""
         found: Look | None = None
-        if step >= self.due_at:
-            self.due_at = self._due_after(step + 1)
+        if step >= self._due_at:
+            self._due_at = self.due_after(step + 1)
             found = "statistics"
         elif step == self.wake_at:
             found = "times"
-        self.wake_at = self.due_at - (self.every_n_steps > 1 and step + 1 < self.due_at)
+        self.wake_at = self._due_at - (self.every_n_steps > 1 and step + 1 < self._due_at)
         return found
 
-    def _due_after(self, step: int) -> int:
+    def due_after(self, step: int) -> int:
         """Return the first step from ``step`` on that is to have statistics."""
         rounds = math.ceil(max(step - self.warmup_steps, 0) / self.every_n_steps)
         return self.warmup_steps + rounds * self.every_n_steps

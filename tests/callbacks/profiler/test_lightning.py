@@ -200,6 +200,7 @@ def test_no_report_before_a_fit() -> None:
         profiler().report()
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_a_resumed_fit_appends_and_another_is_numbered(tmp_path: Path) -> None:
     output, checkpoint = tmp_path / "run", tmp_path / "half.ckpt"
     settings = {"every_n_steps": 1, "warmup_steps": 0, "output": output}
