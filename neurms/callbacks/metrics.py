@@ -48,11 +48,19 @@ __all__ = [
 ]
 
 
-def _zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64)
+class _Statistic(Metric):
+    """A metric made of sums; ``settings`` are those of ``torchmetrics.Metric``."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    def _sums(self, **shapes: tuple[int, ...]) -> None:
+        """Begin sums over steps and ranks, float64."""
+        for name, shape in shapes.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
 
-class FactorizationCorrelation(Metric):
+class FactorizationCorrelation(_Statistic):
     """Pearson's correlation of G_ij^2 and v_i u_j over all entries of all updates.
 
     Five sums in float64, from one pass over G without ever forming v u^T. Sums of row blocks of G
@@ -72,17 +80,14 @@ class FactorizationCorrelation(Metric):
         tensor(1., dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     sums: Tensor
     count: Tensor
 
     def __init__(self, layout: Layout | None = None, **settings: Any) -> None:
         super().__init__(**settings)
         self.layout = layout
-        self.add_state("sums", _zeros(5), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self._sums(sums=(5,), count=())
 
     def update(self, gradient: Tensor, v: Tensor, u: Tensor) -> None:
         """Take one gradient.
@@ -101,7 +106,7 @@ class FactorizationCorrelation(Metric):
         return correlation_from_sums(self.sums, int(self.count))
 
 
-class FactorizationError(Metric):
+class FactorizationError(_Statistic):
     """|| E[d^2 h^2] - E[d^2] E[h^2] ||_F / || E[d^2 h^2] ||_F over all rows seen.
 
     Args:
@@ -116,9 +121,7 @@ class FactorizationError(Metric):
         tensor(0., dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     joint: Tensor
     unit_sums: Tensor
     feature_sums: Tensor
@@ -126,10 +129,9 @@ class FactorizationError(Metric):
 
     def __init__(self, units: int, features: int, **settings: Any) -> None:
         super().__init__(**settings)
-        self.add_state("joint", _zeros(1, units, features, 1), dist_reduce_fx="sum")
-        self.add_state("unit_sums", _zeros(units), dist_reduce_fx="sum")
-        self.add_state("feature_sums", _zeros(features), dist_reduce_fx="sum")
-        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+        self._sums(
+            joint=(1, units, features, 1), unit_sums=(units,), feature_sums=(features,), rows=()
+        )
 
     def update(self, errors: Tensor, inputs: Tensor) -> None:
         """Take rows of D (..., units) and H (..., features), their leading axes alike."""
@@ -146,7 +148,7 @@ class FactorizationError(Metric):
         return factorization_error(self.joint, self.unit_sums, self.feature_sums, rows, rows)
 
 
-class UnitMoments(Metric):
+class UnitMoments(_Statistic):
     """Mean square of every unit's error signal, or of every feature's input.
 
     Args:
@@ -160,15 +162,12 @@ class UnitMoments(Metric):
         (tensor([5., 0.], dtype=torch.float64), 1)
     """
 
-    is_differentiable = False
-    full_state_update = False
     sums: Tensor
     rows: Tensor
 
     def __init__(self, count: int, **settings: Any) -> None:
         super().__init__(**settings)
-        self.add_state("sums", _zeros(count), dist_reduce_fx="sum")
-        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+        self._sums(sums=(count,), rows=())
 
     def update(self, signals: Tensor) -> None:
         """Take rows of D or H, shape (..., count)."""
@@ -185,7 +184,7 @@ class UnitMoments(Metric):
         return dead_units(self.sums)
 
 
-class RowDominance(Metric):
+class RowDominance(_Statistic):
     """r_i = (V V^T)_ii / mean_{j != i} |(V V^T)_ij|: mean of r_avg, least r_min, greatest r_max.
 
     Args:
@@ -198,8 +197,6 @@ class RowDominance(Metric):
         {'r_avg': 1.5, 'r_min': 1.0, 'r_max': 2.0}
     """
 
-    is_differentiable = False
-    full_state_update = False
     total: Tensor
     seen: Tensor
     least: Tensor
@@ -207,10 +204,10 @@ class RowDominance(Metric):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.add_state("total", _zeros(), dist_reduce_fx="sum")
-        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("least", _zeros() + torch.inf, dist_reduce_fx="min")
-        self.add_state("greatest", _zeros() - torch.inf, dist_reduce_fx="max")
+        self._sums(total=(), seen=())
+        infinity = torch.tensor(torch.inf, dtype=torch.float64)
+        self.add_state("least", infinity, dist_reduce_fx="min")
+        self.add_state("greatest", -infinity, dist_reduce_fx="max")
 
     def update(self, matrix: Tensor) -> None:
         """Take a momentum V (m, n); one without two rows that are not zero is passed over."""
@@ -227,7 +224,7 @@ class RowDominance(Metric):
         return {"r_avg": self.total / self.seen, "r_min": self.least, "r_max": self.greatest}
 
 
-class ClippedFraction(Metric):
+class ClippedFraction(_Statistic):
     """Share of factors that stand at a bound.
 
     Args:
@@ -242,8 +239,6 @@ class ClippedFraction(Metric):
         tensor(0.5000, dtype=torch.float64)
     """
 
-    is_differentiable = False
-    full_state_update = False
     clipped: Tensor
     seen: Tensor
 
@@ -251,8 +246,7 @@ class ClippedFraction(Metric):
         super().__init__(**settings)
         self.bounds = low, high
         self.structure = UnitFeatureDiagonal(s_min=low, s_max=high)
-        self.add_state("clipped", _zeros(), dist_reduce_fx="sum")
-        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
+        self._sums(clipped=(), seen=())
 
     def update(self, factors: Tensor) -> None:
         """Take a layer's factors, any shape."""
@@ -264,7 +258,7 @@ class ClippedFraction(Metric):
         return self.clipped / self.seen
 
 
-class SubspaceEnergy(Metric):
+class SubspaceEnergy(_Statistic):
     """||U^T G||^2 / ||G||^2 over all updates: what a low-rank method keeps of the gradients.
 
     Args:
@@ -278,16 +272,13 @@ class SubspaceEnergy(Metric):
         tensor(0.3600, dtype=torch.float64)
     """
 
-    is_differentiable = False
-    full_state_update = False
     kept: Tensor
     total: Tensor
 
     def __init__(self, on_features: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
         self.on_features = on_features
-        self.add_state("kept", _zeros(), dist_reduce_fx="sum")
-        self.add_state("total", _zeros(), dist_reduce_fx="sum")
+        self._sums(kept=(), total=())
 
     def update(self, gradient: Tensor, basis: Tensor) -> None:
         """Take G (m, n) and an orthonormal basis U."""

@@ -80,18 +80,8 @@ class PreconditionerProfiler(ProfilesTraining, TrainerCallback):
         log: Callable[[dict[str, float]], object] | None = None,
         print_table: bool = True,
     ) -> None:
-        super().__init__(
-            "call trainer.train",
-            print_table,
-            every_n_steps=every_n_steps,
-            warmup_steps=warmup_steps,
-            layers=layers,
-            beta=beta,
-            loss_reduction=loss_reduction,
-            output=output,
-            overwrite=overwrite,
-            max_elements=max_elements,
-        )
+        given = dict(locals())
+        super().__init__("call trainer.train", given)
         self.log = log
         self._means: dict[str, float] = {}
 

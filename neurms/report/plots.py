@@ -12,7 +12,7 @@ from neurms.report.advice import HOLDS
 from neurms.report.formats import bytes_text, number
 from neurms.report.rows import LayerRow
 from neurms.report.summary import Summary
-from neurms.report.svg import Axis, Line, bars, boxes, colour, lines, stacked
+from neurms.report.svg import Axis, Line, boxes, colour, lines, stacked
 
 __all__ = ["figures", "fitted_law"]
 
@@ -115,12 +115,13 @@ def _overhead(report: Summary) -> Figure | None:
 
 
 def _time_split(report: Summary) -> Figure:
-    rows = [
-        (row.layer, [getattr(row, f"{part}_us") / 1e3 for part in _PARTS]) for row in report[:SHOWN]
-    ]
+    rows = []
+    for row in report[:SHOWN]:
+        parts = [getattr(row, f"{part}_us") / 1e3 for part in _PARTS]
+        rows.append((row.layer, parts, f"{number(sum(parts))} ms"))
     legend = [Line(p, [], c) for p, c in zip(_PARTS, _PART_COLOURS, strict=True)]
     note = "Milliseconds of a step, medians. " + _left_out(report)
-    return "Where the time goes", stacked(rows, _PART_COLOURS, "ms") + _legend(legend), note
+    return "Where the time goes", stacked(rows, _PART_COLOURS) + _legend(legend), note
 
 
 def _levels(report: Summary, key: str, label: str, what: str) -> Figure | None:
@@ -154,16 +155,17 @@ def _dominance(report: Summary) -> Figure | None:
 
 def _memory(report: Summary) -> Figure | None:
     forecast = report.run.totals.get("memory") or {}
+    found = sorted(forecast.items(), key=lambda entry: entry[1])
     measured = report.state_bytes
-    rows = [(name, float(count), bytes_text(count), "#56b4e9") for name, count in forecast.items()]
-    rows.sort(key=lambda row: row[1])
     if measured is not None:
-        name = f"{report.run.header.get('optimizer', 'this run')}, measured"
-        rows.insert(0, (name, float(measured), bytes_text(measured), "#d55e00"))
-    if not rows:
+        found.insert(0, (f"{report.run.header.get('optimizer', 'this run')}, measured", measured))
+    if not found:
         return None
+    # Two parts, one of which is empty: what was measured has a colour of its own.
+    parts = [(0.0, float(v)) if name in forecast else (float(v), 0.0) for name, v in found]
+    rows = [(name, p, bytes_text(sum(p))) for (name, _), p in zip(found, parts, strict=True)]
     note = "Optimizer state of this model, as predicted for default settings."
-    return "Memory by optimizer", bars(rows), note
+    return "Memory by optimizer", stacked(rows, ("#d55e00", "#56b4e9")), note
 
 
 def _legend(series: Sequence[Line]) -> str:

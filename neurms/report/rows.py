@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,12 @@ Values = Mapping[str, Any]
 
 TIMES = ("forward_us", "backward_us", "reduce_us", "scale_us", "update_us", "bookkeeping_us")
 """The times that make up a layer's step; they do not overlap."""
+
+
+_MEANS = (
+    "rho", "rho_batch", "rho_expected", "rho_gradient", "rho_gradient_expected",
+    "factorization_error", "subspace_energy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,8 @@ def law_share(units: int, features: int, variant: str) -> float:
 
 
 def _row(name: str, static: Values, own: Sequence[Values], steps: tuple[int, int]) -> LayerRow:
-    times = {key: _median(own, key) or 0.0 for key in TIMES}
+    times = {key: _averaged(own, key, statistics.median) or 0.0 for key in TIMES}
+    means: dict[str, Any] = {key: _averaged(own, key) for key in _MEANS}
     total = sum(times.values())
     last = _last(own)
     m, n = static["matrix_shape"]
@@ -180,19 +187,14 @@ def _row(name: str, static: Values, own: Sequence[Values], steps: tuple[int, int
         shape=tuple(static["shape"]),
         rows=int(last("rows") or 0),
         **times,
-        gemm_us=_median(own, "gemm_us"),
+        **means,
+        gemm_us=_averaged(own, "gemm_us", statistics.median),
         overhead=(times["reduce_us"] + times["scale_us"]) / total if total else 0.0,
         predicted_overhead=law_share(m, n, variant) if variant else None,
-        rho=_mean(own, "rho"),
         clipped_units=last("clipped_units"),
         dominance=_dominance(dominance),
         state_bytes=int(last("state_bytes") or 0),
         rule=static["rule"],
-        rho_batch=_mean(own, "rho_batch"),
-        rho_expected=_mean(own, "rho_expected"),
-        rho_gradient=_mean(own, "rho_gradient"),
-        rho_gradient_expected=_mean(own, "rho_gradient_expected"),
-        factorization_error=_mean(own, "factorization_error"),
         unit_levels=_tuple(last("v")),
         feature_levels=_tuple(last("u")),
         units=static["units"],
@@ -200,27 +202,20 @@ def _row(name: str, static: Values, own: Sequence[Values], steps: tuple[int, int
         width=min(m, n),
         dead_units=last("dead_units"),
         dominance_of=last("dominance_of"),
-        subspace_energy=_mean(own, "subspace_energy"),
-        limiter_hits=_mean(own, "limiter_hit"),
+        limiter_hits=_averaged(own, "limiter_hit"),
         predicted_state_bytes=static.get("predicted_state_bytes"),
         samples=len(own),
         steps=steps,
     )
 
 
-def _present(own: Iterable[Values], key: str) -> list[float]:
-    values = [v.get(key) for v in own]
-    return [float(v) for v in values if v is not None and not math.isnan(v)]
-
-
-def _median(own: Sequence[Values], key: str) -> float | None:
-    values = _present(own, key)
-    return statistics.median(values) if values else None
-
-
-def _mean(own: Sequence[Values], key: str) -> float | None:
-    values = _present(own, key)
-    return statistics.fmean(values) if values else None
+def _averaged(
+    own: Iterable[Values],
+    key: str,
+    average: Callable[[Sequence[float]], float] = statistics.fmean,
+) -> float | None:
+    found = [float(v[key]) for v in own if v.get(key) is not None and not math.isnan(v[key])]
+    return average(found) if found else None
 
 
 def _last(own: Sequence[Values]) -> Any:

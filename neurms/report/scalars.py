@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neurms.report.rows import TIMES
@@ -21,6 +21,8 @@ _NAMES = (
     "clipped_units", "dead_units", "subspace_energy", "limiter_hit", "state_bytes",
 )  # fmt: skip
 
+_WHOLE = ("step_ms", "profiler_ms", "rss_bytes", "state_bytes")
+
 
 def layer_scalars(sample: Mapping[str, Any]) -> dict[str, float]:
     """Return ``neurms/<layer>/<what>`` -> number, and over all layers ``neurms/<what>``.
@@ -35,33 +37,25 @@ def layer_scalars(sample: Mapping[str, Any]) -> dict[str, float]:
         >>> layer_scalars({"layers": {"fc": {"rho": 0.5}}})
         {'neurms/fc/rho': 0.5, 'neurms/rho': 0.5}
     """
-    found: dict[str, float] = {}
-    for layer, values in sample["layers"].items():
+    found: dict[str, float | None] = {}
+    rows = sample["layers"]
+    for layer, values in rows.items():
         numbers = {name: values.get(name) for name in _NAMES}
-        if values.get("dominance") is not None:
-            numbers |= dict(zip(("r_avg", "r_min", "r_max"), values["dominance"], strict=False))
-        spent = sum(values.get(name) or 0.0 for name in TIMES)
-        if spent:
-            numbers["overhead"] = (values["reduce_us"] + values["scale_us"]) / spent
-        for name, value in numbers.items():
-            if value is not None and math.isfinite(value):
-                found[f"neurms/{layer}/{name}"] = float(value)
-    return found | _means(sample, found)
+        numbers |= zip(("r_avg", "r_min", "r_max"), values.get("dominance") or (), strict=False)
+        numbers["overhead"] = _overhead([values])
+        found |= {f"neurms/{layer}/{name}": value for name, value in numbers.items()}
+    rho = [found[f"neurms/{layer}/rho"] for layer in rows]
+    seen = [value for value in rho if value is not None and math.isfinite(value)]
+    found |= {f"neurms/{name}": sample.get(name) for name in _WHOLE}
+    found["neurms/rho"] = statistics.fmean(seen) if seen else None
+    found["neurms/overhead"] = _overhead(list(rows.values()))
+    numbers = {name: v for name, v in found.items() if v is not None and math.isfinite(v)}
+    return {name: float(value) for name, value in numbers.items()}
 
 
-def _means(sample: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, float]:
-    means: dict[str, float] = {}
-    rho = [
-        found[f"neurms/{layer}/rho"] for layer in sample["layers"] if f"neurms/{layer}/rho" in found
-    ]
-    if rho:
-        means["neurms/rho"] = statistics.fmean(rho)
-    values = list(sample["layers"].values())
-    spent = sum(v.get(name) or 0.0 for v in values for name in TIMES)
-    if spent:
-        extra = sum(v.get(name) or 0.0 for v in values for name in ("reduce_us", "scale_us"))
-        means["neurms/overhead"] = extra / spent
-    for name in ("step_ms", "profiler_ms", "rss_bytes", "state_bytes"):
-        if sample.get(name) is not None:
-            means[f"neurms/{name}"] = float(sample[name])
-    return means
+def _overhead(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    def spent(*names: str) -> float:
+        return sum(row.get(name) or 0.0 for row in rows for name in names)
+
+    total = spent(*TIMES)
+    return spent("reduce_us", "scale_us") / total if total else None

@@ -25,18 +25,19 @@ class ProfilesTraining:
 
     Args:
         call: What begins a training, for a message.
-        print_table: Whether a table is printed when training ends.
-        **settings: Those of the profiler.
+        given: All arguments of the subclass by name, as ``locals()`` holds them: the profiler's
+            settings, and ``print_table``.
 
     Raises:
         ValueError: A setting is out of its range.
     """
 
-    def __init__(self, call: str, print_table: bool, **settings: Any) -> None:
-        Schedule(settings["every_n_steps"], settings["warmup_steps"])
-        check_fraction("beta", settings["beta"])
-        self.settings = settings
-        self.print_table = print_table
+    def __init__(self, call: str, given: dict[str, Any]) -> None:
+        Schedule(given["every_n_steps"], given["warmup_steps"])
+        check_fraction("beta", given["beta"])
+        own = ("self", "log", "print_table", "__class__")
+        self.settings = {name: value for name, value in given.items() if name not in own}
+        self.print_table: bool = given["print_table"]
         self.profiler: Sampler | None = None
         self._call = call
         self._logged = 0

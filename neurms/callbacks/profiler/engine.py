@@ -183,31 +183,5 @@ def _is_compiled(model: nn.Module) -> bool:
     )
 
 
-def profile(
-    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], **settings: Any
-) -> Profiler:
-    """Profile a plain training loop: ``with neurms.profile(model, optimizer) as profiler:``.
-
-    Args:
-        model: The model.
-        optimizer: Its optimizer, this library's or another's, or several.
-        **settings: As for :class:`Profiler`: ``every_n_steps``, ``warmup_steps``, ``layers``,
-            ``beta``, ``loss_reduction``, ``loss_scale``, ``output``, ``overwrite``,
-            ``first_step``, ``max_elements``.
-
-    Returns:
-        A context manager; ``profiler.report()`` works inside and after it.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(4, 2)
-        >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> with profile(model, optimizer, every_n_steps=1, warmup_steps=0) as profiler:
-        ...     for _ in range(3):
-        ...         optimizer.zero_grad()
-        ...         model(torch.randn(8, 4)).square().mean().backward()
-        ...         optimizer.step()
-        >>> print([row.layer for row in profiler.report()])
-        ['Linear']
-    """
-    return Profiler(model, optimizer, **settings)
+profile = Profiler
+"""The same for plain loops: ``with neurms.profile(model, optimizer) as profiler:``."""

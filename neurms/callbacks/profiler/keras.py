@@ -89,18 +89,9 @@ class PreconditionerProfiler(ProfilesTraining, keras.callbacks.Callback):
         max_elements: int = 2**22,
         print_table: bool = True,
     ) -> None:
+        given = dict(locals())
         keras.callbacks.Callback.__init__(self)
-        super().__init__(
-            "call model.fit",
-            print_table,
-            every_n_steps=every_n_steps,
-            warmup_steps=warmup_steps,
-            layers=layers,
-            beta=beta,
-            output=output,
-            overwrite=overwrite,
-            max_elements=max_elements,
-        )
+        super().__init__("call model.fit", given)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Take the hooks of a fit that ended badly off; Keras has no callback for errors."""

@@ -65,18 +65,8 @@ class PreconditionerProfiler(ProfilesTraining, Callback):
         log: bool = True,
         print_table: bool = True,
     ) -> None:
-        super().__init__(
-            "call trainer.fit",
-            print_table,
-            every_n_steps=every_n_steps,
-            warmup_steps=warmup_steps,
-            layers=layers,
-            beta=beta,
-            loss_reduction=loss_reduction,
-            output=output,
-            overwrite=overwrite,
-            max_elements=max_elements,
-        )
+        given = dict(locals())
+        super().__init__("call trainer.fit", given)
         self.log = log
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -49,13 +49,21 @@ class OptimizerView:
         names += ["NeuRMSCallback"] if self._preconditioner is not None else []
         return " + ".join(dict.fromkeys(names)) or "unknown"
 
-    def optimizer_of(self, parameter: Tensor) -> Optimizer | None:
-        """Return the optimizer that moves a parameter."""
+    def _found(self, parameter: Tensor) -> tuple[Optimizer | None, Mapping[str, Any]]:
+        """Return the optimizer that moves a parameter, and the group that it is in."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 if any(p is parameter for p in group["params"]):
-                    return optimizer
-        return None
+                    return optimizer, group
+        return None, {}
+
+    def optimizer_of(self, parameter: Tensor) -> Optimizer | None:
+        """Return the optimizer that moves a parameter."""
+        return self._found(parameter)[0]
+
+    def group_of(self, parameter: Tensor) -> Mapping[str, Any]:
+        """Return the settings that hold for a parameter."""
+        return self._found(parameter)[1]
 
     def rule_of(self, parameter: Tensor) -> str:
         """Return the name of the rule that moves a parameter."""
@@ -189,15 +197,6 @@ class OptimizerView:
         state: dict[str, Any] = dict(optimizer.state.get(parameter, {})) if optimizer else {}
         extra = getattr(self._preconditioner, "state", {})
         return {**state, **extra.get(parameter, {})}
-
-    def group_of(self, parameter: Tensor) -> Mapping[str, Any]:
-        """Return the settings that hold for a parameter."""
-        optimizer = self.optimizer_of(parameter)
-        groups = optimizer.param_groups if optimizer is not None else []
-        for group in groups:
-            if any(p is parameter for p in group["params"]):
-                return group
-        return {}
 
     def state_bytes(self, parameters: Iterable[Tensor]) -> int:
         """Return the measured bytes of the parameters' state."""
