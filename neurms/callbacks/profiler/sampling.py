@@ -127,14 +127,21 @@ class Sampler:
     def _say_that_it_is_empty(self) -> None:
         trained, schedule = self.step - self.first_step, self.schedule
         due = schedule.due_after(self.first_step) - self.first_step
-        why = "no step of the optimizer was seen; profile the optimizer that the training steps"
-        if trained:
-            why = (
-                f"{trained} steps were trained, and statistics were due after {due} "
-                f"(warmup_steps={schedule.warmup_steps}, every_n_steps={schedule.every_n_steps}); "
-                f"set warmup_steps=0, or train more than {due} steps"
+        if not trained:
+            warnings.warn(
+                "the profile is empty: no step of the optimizer was seen; profile the optimizer "
+                "that the training steps",
+                UserWarning,
+                stacklevel=4,
             )
-        warnings.warn(f"the profile is empty: {why}", UserWarning, stacklevel=4)
+            return
+        warnings.warn(
+            f"the profile is empty: {trained} steps were trained, and statistics were due after "
+            f"{due} (warmup_steps={schedule.warmup_steps}, every_n_steps="
+            f"{schedule.every_n_steps}); set warmup_steps=0, or train more than {due} steps",
+            UserWarning,
+            stacklevel=4,
+        )
 
     @property
     def looking(self) -> bool:
