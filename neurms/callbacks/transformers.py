@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from neurms.callbacks.profiler.callback import ProfilesTraining
 from neurms.core.ground.extras import require
-from neurms.core.unitwise.statistics import LossReduction
+from neurms.core.unitwise.rule import LossReduction
 from neurms.report.scalars import MEANS
 
 require("transformers", extra="transformers")
