@@ -125,7 +125,7 @@ class KerasLayers(UnitwiseLayers):
                 bias, heads = biases.get(id(route.module)), self._heads_of(route)
                 layer = KerasTappedLayer(route, bias, owner, heads)
                 layer.tap = ActivationTap(
-                    route.module, layer, features=features, backend=owner.backend
+                    route.module, route.parameter, layer, features=features, backend=owner.backend
                 )
                 self._layers[route.parameter] = layer
         self._check_heads()
@@ -160,8 +160,11 @@ class TappedEngine(Engine, UnitwiseOptimizer):
         due = [layer for layer in self.layers if layer.weight in moving]
         if due and not any(layer.pending.rows for layer in due):
             raise UnsupportedTrainingError(
-                "no tap was attached when these gradients were computed; train with fit or "
-                "train_on_batch, or put your own loop into `with optimizer.attach(model):`"
+                "no tap was attached when these gradients were computed. Taps attach in fit and "
+                "train_on_batch of a model that holds the optimizer (compiled with it, or as an "
+                "attribute, in a list or in a dict of the model) if it was built before, by "
+                "optimizer.build(variables); put any other loop into "
+                "`with optimizer.attach(model):`"
             )
         lost = [
             layer.name for layer in due if not (layer.pending.rows or self.state_of(layer)["step"])

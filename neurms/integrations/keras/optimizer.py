@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn, Self
 
 import keras
 import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from torch import Tensor
 
 from neurms.core.ground.errors import CheckpointError
@@ -202,10 +203,22 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
 
     # ---------------------------------------------------------------- the step
 
+    # Graphs of jit_compile=True end here: how Ctrl-C is held back is no matter of tensors.
+    @torch.compiler.disable(reason="one step of a neurms optimizer runs as it is")
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Apply gradients, all of them or none though Ctrl-C is pressed; see Keras."""
+        """Apply gradients, all of them or none though Ctrl-C is pressed; see Keras.
+
+        Raises:
+            NotImplementedError: It is called in a ``keras.StatelessScope``.
+        """
+        if in_stateless_scope():
+            self._refuse_stateless()
         with WholeStep():
             super().apply(grads, trainable_variables)
+            self._gradients_applied()
+
+    def _gradients_applied(self) -> None:
+        """Take notice of the end of a call of :meth:`apply`, before Ctrl-C gets through."""
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable; Keras itself hands over all at once."""
@@ -214,7 +227,6 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Leave weight decay to the engine, which knows where a rule wants it."""
 
-    @torch.compiler.disable(reason="one step of a neurms optimizer runs as it is")
     @torch.no_grad()
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
@@ -255,6 +267,10 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
         Raises:
             NotImplementedError: Always.
         """
+        self._refuse_stateless()
+
+    def _refuse_stateless(self) -> NoReturn:
+        # A wrapper's stateless_apply, too, ends in apply, which would write into real variables.
         raise NotImplementedError(
             f"{type(self).__name__} updates variables in place and has no functional form; call "
             "optimizer.apply(grads, trainable_variables)"
@@ -406,7 +422,8 @@ def _frozen_rows(around: Surroundings, variables: Sequence[Any]) -> list[PlanRow
     moving = {id(variable) for variable in variables}
     rows = []
     for variable in around.variables(variables):
-        if id(variable) not in moving:
+        # What is trained but not by this optimizer is in the plan of another one.
+        if id(variable) not in moving and not variable.trainable:
             kind = type(around.owners_of(variable)[0]).__name__
             name = around.name_of(variable)
             rows.append(PlanRow(name, kind, FALLBACK, "frozen", tuple(variable.shape), 0))

@@ -25,7 +25,6 @@ from neurms.callbacks.profiler.window import OPTIMIZER, shared_out
 from neurms.core.ground.errors import check_fraction, check_positive_int
 from neurms.core.ground.extras import require
 from neurms.core.optimizers.plan import tensor_bytes
-from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.signals import ShowsSignals, SignalSink
 from neurms.integrations.keras.forecast import memory_forecast
 from neurms.integrations.keras.layout import kernel_activity, kernel_layout
@@ -218,18 +217,7 @@ class _ActivationSignalTap(ShowsSignals, ActivationTap):
     """Shows D and H of a Keras layer, whose Z passes where it is activated."""
 
     def __init__(self, subject: Subject, sink: SignalSink) -> None:
-        layer: Any = subject.module
-        HookTap.__init__(
-            self,
-            layer.torch_params,
-            subject.weight,
-            sink,
-            activity=subject.activity,
-            features=True,
-        )
-        self._layer = weakref.ref(layer)
-        self._replaced = {}
-        self._inputs = None
+        ActivationTap.__init__(self, subject.module, subject.weight, sink, features=True)
 
 
 def _subjects(model: Any) -> list[Subject]:
