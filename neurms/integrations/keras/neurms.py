@@ -40,6 +40,8 @@ class TappedOptimizer(NeurmsOptimizer):
         self._kept = False
         self._pending_variables: tuple[Any, ...] = ()
         super().build(variables)
+        if self._engine is None:
+            return
         accumulates = bool(self.gradient_accumulation_steps)
         for layer in self.layers:
             assert isinstance(layer, KerasTappedLayer)
@@ -100,7 +102,7 @@ class TappedOptimizer(NeurmsOptimizer):
     def detach(self) -> None:
         """Take all taps off."""
         self._kept = False
-        if self.built:
+        if self._engine is not None:
             self.layers.detach()
 
     @contextmanager
@@ -110,7 +112,7 @@ class TappedOptimizer(NeurmsOptimizer):
         Args:
             scaler: This optimizer, or the LossScaleOptimizer around it.
         """
-        if not self.built or self._kept:
+        if self._engine is None or self._kept:
             yield
             return
         before = [(layer, layer.pending.copy()) for layer in self.layers]

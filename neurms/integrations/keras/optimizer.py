@@ -19,6 +19,7 @@ from neurms.core.optimizers.registry import optimizer_class
 from neurms.core.routing import FALLBACK
 from neurms.integrations.keras.engine import Engine, make_engine
 from neurms.integrations.keras.owners import Surroundings
+from neurms.integrations.keras.rates import base_rate
 from neurms.integrations.keras.routing import (
     VariableRoute,
     lasting,
@@ -26,7 +27,6 @@ from neurms.integrations.keras.routing import (
     route_variables,
 )
 from neurms.integrations.keras.settings import (
-    base_rate,
     check_backend,
     check_settings,
     default_rate,
@@ -67,12 +67,14 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
             expressions with a slash) contains one is not decayed. It survives saving, and so does
             what :meth:`exclude_from_weight_decay` sets.
         base_learning_rate: What ``fallback_lr`` goes with: AdamW's rate is
-            fallback_lr learning_rate / base_learning_rate. None: the learning rate at construction,
-            or a schedule's peak.
+            fallback_lr learning_rate / base_learning_rate, so 0 where the learning rate is. None: a
+            schedule's peak, which :func:`~neurms.integrations.keras.rates.peak_of` finds; else the
+            learning rate at construction, or the rule's default where that is 0.
         **settings: The rule's own settings and the common ones, by the torch optimizer's names.
 
     Raises:
-        ValueError: Keras runs on another backend than torch; a setting is out of its range.
+        ValueError: Keras runs on another backend than torch; a setting is out of its range; a
+            schedule has no peak and ``base_learning_rate`` is None.
         TypeError: The rule has no such setting.
     """
 
@@ -113,7 +115,7 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
             name=name,
         )
         self._settings: Mapping[str, Any] = MappingProxyType(chosen)
-        self._base_rate = base_rate(rate) if base_learning_rate is None else base_learning_rate
+        self._base_rate = base_rate(rate, base_learning_rate, default_rate(self.rule))
         self._anchors: tuple[str, ...] = ()
         self._names: Mapping[int, str] = MappingProxyType({})
         self._engine: Engine | None = None
