@@ -162,6 +162,8 @@ class TappedOptimizer(NeurmsOptimizer):
 
     @torch.no_grad()
     def _store_pending(self) -> None:
+        if not self._pending_variables:
+            return
         for layer, variables in zip(self.layers, self._pending_variables, strict=False):
             pending = layer.pending
             values = [pending.units, pending.features][: len(variables) - 1]
