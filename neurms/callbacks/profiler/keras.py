@@ -22,7 +22,6 @@ from neurms.callbacks.profiler.schedule import Schedule
 from neurms.callbacks.profiler.subjects import Subject, chosen_subjects
 from neurms.callbacks.profiler.window import OPTIMIZER, shared_out
 from neurms.core.optimizers.plan import tensor_bytes
-from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.signals import ShowsSignals, SignalSink
 from neurms.integrations.keras.forecast import memory_forecast
 from neurms.integrations.keras.layout import kernel_activity, kernel_layout
@@ -196,18 +195,7 @@ class _ActivationSignalTap(ShowsSignals, ActivationTap):
     """Shows D and H of a Keras layer, whose Z passes where it is activated."""
 
     def __init__(self, subject: Subject, sink: SignalSink) -> None:
-        layer: Any = subject.module
-        HookTap.__init__(
-            self,
-            layer.torch_params,
-            subject.weight,
-            sink,
-            activity=subject.activity,
-            features=True,
-        )
-        self._layer = weakref.ref(layer)
-        self._replaced = {}
-        self._inputs = None
+        ActivationTap.__init__(self, subject.module, subject.weight, sink, features=True)
 
 
 def _subjects(model: Any) -> list[Subject]:
@@ -250,7 +238,7 @@ class _OurView(OptimizerView):
     """The torch engine inside one of this library's Keras optimizers."""
 
     def __init__(self, optimizer: Any) -> None:
-        super().__init__([optimizer._built_engine()])
+        super().__init__([optimizer._built_engine().optimizer])
         self._keras = optimizer
 
     @property
