@@ -57,9 +57,9 @@ class Alice(PreconditionedOptimizer):
     Reference:
         "Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a
         Low-Rank Extension", Algorithms 3 and 4, Theorem 5.1. Settled here: the first basis is the
-        gradient's; no compensation for a column whose p is below 1e-5 of its energy, and no update
-        for coordinates of rounding noise, because both would blow rounding errors up to full
-        updates; draws are repeated exactly by a resumed run.
+        gradient's; no compensation for a column whose p is rounding (1e-9 of its energy in
+        float32), and no update for coordinates of rounding noise, because both would blow rounding
+        errors up to full updates; draws are repeated exactly by a resumed run.
 
     Example:
         >>> import torch, neurms
@@ -115,10 +115,7 @@ class Alice(PreconditionedOptimizer):
         check_real("alpha", settings["alpha"])
         check_positive_int("seed", settings["seed"], low=0)
         b1, b2, b3 = settings["betas"]
-        # From the axes, a column may lie almost inside the subspace by chance, as one does in the
-        # reference trajectories: there the floor is lowered to what rounding can reach.
-        floor = 1e-5 if settings["first_basis"] == "gradient" else 1e-9
-        residual = OptimalCompensation(settings["compensation"], b1, settings["gamma"], floor)
+        residual = OptimalCompensation(settings["compensation"], b1, settings["gamma"])
         subspace = TrackedSubspace(
             settings["rank"],
             settings["interval"],
