@@ -186,7 +186,8 @@ class TrackedSubspace(Subspace):
         if not drawn:
             return basis
         kept = basis[..., :leading]
-        draws = normal_draws((*basis.shape[:-1], drawn), gradient, context)
+        # In float64, so that a model in another dtype draws the same directions.
+        draws = normal_draws((*basis.shape[:-1], drawn), gradient.double(), context).to(basis.dtype)
         alive = (gradient != 0).any(-1, keepdim=True)
         enough = alive.sum(-2, keepdim=True) >= basis.shape[-1]
         draws = torch.where(alive | ~enough, draws, 0.0)
