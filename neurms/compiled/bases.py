@@ -105,7 +105,7 @@ def subspace_iteration(
 
     Args:
         gradient: G, shape (..., m, n).
-        basis: U, orthonormal columns, shape (..., m, r).
+        basis: U, shape (..., m, r), of any columns.
         tracked: Qr, shape (..., r, r), or None where ``decay`` is 0.
         decay: Weight of the tracked part.
 
@@ -114,7 +114,7 @@ def subspace_iteration(
     """
     image = (1.0 - decay) * (gradient @ (gradient.mT @ basis))
     if tracked is not None:
-        image = image + decay * (basis @ tracked)
+        image = image + decay * (basis @ (tracked @ (basis.mT @ basis)))
     return ritz_basis(torch.linalg.qr(image)[0], gradient, basis, tracked, decay)
 
 

@@ -72,7 +72,7 @@ class OptimalCompensation(Residual):
         ValueError: A setting is out of its range.
 
     Reference:
-        Structured-Fisher paper, Theorem 5.1 and Algorithm 2: s_j = E[colsum(G.^2) - colsum(z.^2)]_j
+        Structured-Fisher paper, Theorem 5.1 and Algorithm 3: s_j = E[colsum(G.^2) - colsum(z.^2)]_j
         / (m - r) is the least-squares fit of s U_c U_c^T to the j-th block of the Fisher matrix
         outside of the subspace. Settled here: the difference of the two sums is taken as the sum of
         squares of G - U z, equal to it for an orthonormal U and free of its cancellation; a column
