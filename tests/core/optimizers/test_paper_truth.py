@@ -100,3 +100,26 @@ def test_shared_basis(shape: tuple[int, int], rank: int, iterations: int, seed: 
     settings = {"rank": k, "momentum": 0.0, "grafting": None, "eps": 1e-6, "iterations": iterations}
     settings["norm_iterations"] = 40
     assert_same("shared_basis", settings, dense, steps)
+
+
+@pytest.mark.parametrize(("decades", "tolerance"), [(0, 1e-4), (2, 0.02), (4, 0.1)])
+def test_eigen_adam_in_float32_is_near_the_truth(decades: int, tolerance: float) -> None:
+    # Rows over many decades: with small rows taken for noise the last was off by half.
+    random = np.random.default_rng(0)
+    scales = np.logspace(0, -decades, 96)[:, None]
+    steps = [(random.standard_normal((96, 128)) * scales).astype(np.float32) for _ in range(12)]
+    dense = DenseEigenAdam((0.9, 0.999, 0.999), 5)
+    weights = [torch.nn.Parameter(torch.zeros(96, 128)) for _ in range(2)]
+    settings = {"interval": 5, "eps": 0.0}
+    plain, scaled = (create("eigen_adam", [w], lr=1.0, **settings) for w in weights)
+    truth = np.zeros((96, 128))
+    for gradient in steps:
+        weights[0].grad = torch.from_numpy(gradient.copy())
+        weights[1].grad = 100 * weights[0].grad
+        plain.step()
+        scaled.step()
+        truth -= dense.update(gradient.astype(np.float64))
+    norm = np.linalg.norm(truth)
+    first, second = (w.detach().double().numpy() for w in weights)
+    assert np.linalg.norm(first - truth) <= tolerance * norm
+    assert np.linalg.norm(first - second) <= 1e-4 * norm
