@@ -127,7 +127,7 @@ def _residual_norm(
 ) -> Tensor:
     """Return ||B R_i B^T + g_i g_i^T - B' R_i' B'^T||_2 (..., m), ``outer`` g_i in the frame."""
     k = blocks.shape[-1]
-    # A unit's matrices enter in units of |g_i|^2 or of ``peak``, or the iteration would leave float32.
+    # A unit's matrices enter in units of |g_i|^2 or ``peak``, or the iteration would leave float32.
     # The vectors that they meet are scaled, of length 1, instead of k^2 numbers of each unit.
     scale = torch.maximum(peak, outer.square().sum(-1, keepdim=True))
     scale = torch.where(scale > 0, scale, 1.0).clamp(min=torch.finfo(scale.dtype).tiny)

@@ -149,11 +149,12 @@ class TrackedSubspace(Subspace):
             range.
 
     Reference:
-        Structured-Fisher paper, Algorithms 2 (switching), 4 and 10 (the iteration). Settled here: the first basis is
-        the gradient's, because the paper's U_0 = 0 makes the first QR return the axes e_1 ... e_r;
-        draws depend on seed and step alone, so that a resumed run repeats them; they keep away from
-        rows that the gradient leaves zero (a dead unit stays where it is) as long as enough rows
-        are left to draw from.
+        Structured-Fisher paper, Algorithms 2 (switching), 4 and 10 (the iteration). Settled here:
+        the first basis is the gradient's, because the paper's U_0 = 0 makes the first QR return the
+        axes e_1 ... e_r; the other directions come from the complement of those kept; draws depend
+        on seed and step alone, so that a resumed run repeats them; they keep away from rows that
+        the gradient leaves zero (a dead unit stays where it is) as long as enough rows are left to
+        draw from.
     """
 
     leading: int = 40
@@ -232,7 +233,7 @@ class TrackedSubspace(Subspace):
 
 
 def _picked(tracked: Tensor, outside: Tensor, total: int, context: Context) -> Tensor:
-    """Return c of ``total`` directions: the c tracked ones (..., m, c) and all outside of the basis.
+    """Return c of ``total`` directions: c tracked ones (..., m, c), and all outside of the basis.
 
     Each of them with the same chance; ``outside`` holds c uniform ones of the latter, or all.
     """

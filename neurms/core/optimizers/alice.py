@@ -58,9 +58,9 @@ class Alice(PreconditionedOptimizer):
         seed: Of the random directions; with a parameter's name and step it determines them.
         rotate_moments: Carry m, v and Qr over to a new U; False is the paper. None is True for
             ``first_basis="gradient"`` with an orthonormal basis, and False for ``"identity"``,
-            which is the paper to the letter. Moments that stay as they are meet the signs that LAPACK gives the new vectors:
-            float32 and float64 were 16 to 31 % apart after 60 steps (six seeds, 64 x 96, a renewal
-            every 10), rotated at most 9e-6. On a small LLaMA of 300 steps the rotated ones had the
+            which is the paper to the letter. Moments that stay as they are meet the signs that
+            LAPACK gives the new vectors: float32 and float64 were 16 to 29 % apart after 60 steps
+            (six seeds, 64 x 96, a renewal every 10), rotated at most 9e-6. On a small LLaMA of 300 steps the rotated ones had the
             lower loss in each of 12 pairs of runs, by .005 to .025 nats.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
 
@@ -73,7 +73,8 @@ class Alice(PreconditionedOptimizer):
         Low-Rank Extension", Algorithms 2 to 4, Theorem 5.1. Settled here: the first basis is the
         gradient's; no compensation for a column whose p is rounding (1e-9 of its energy in
         float32), and no update for coordinates of rounding noise, because both would blow rounding
-        errors up to full updates; draws are repeated exactly by a resumed run.
+        errors up to full updates; moments follow the basis (``rotate_moments``); draws are repeated
+        exactly by a resumed run.
 
     Example:
         >>> import torch, neurms

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neurms.compiled.moments import ema_, moment_factors, move_moments
 from neurms.core.ground.errors import check_choice, check_fraction, check_interval, check_real
-from neurms.core.structures.base import Context, Moments, State, Structure
+from neurms.core.structures.base import Context, State, Structure
 
 __all__ = ["Clip", "UnitFeatureDiagonal"]
 
@@ -50,14 +50,15 @@ class UnitFeatureDiagonal(Structure):
         F. Settled here: bias correction is on by default; relative clipping is an addition.
 
         Theorem 1 does not hold for Algorithm 1 as written, whatever s_min and s_max are. Its proof
-        takes S out of the mean, E[S G] = S E[G], but S is made from a v that has seen the very batch
-        it scales. A unit whose D is 4 in every fourth batch and -1 in the others has a mean
+        takes S out of the mean, E[S G] = S E[G], but S is made from a v that has seen the batch
+        that it scales. A unit whose D is 4 in every fourth batch and -1 in the others has a mean
         gradient of 1/4 (H = 1); with beta = 0 its mean update is 4/4 / 4 - 3/4 = -1/2, uphill. Any
         beta below 1 has such a case, with rarer and larger D. Scaled by the v of earlier batches
         alone, the mean update is s E[G], and the theorem's step holds.
 
     Example:
         >>> import torch
+        >>> from neurms.core.structures.base import Moments
         >>> structure = UnitFeatureDiagonal(beta=0.0, s_min=0.1, s_max=10.0)
         >>> def update(d):
         ...     gradient, moments = torch.tensor([[d]]), Moments(units=torch.tensor([d * d]))

@@ -1,6 +1,6 @@
 """The papers' algorithms in dense numpy and float64, written from their equations, line by line.
 
-Nothing here is fast, and nothing is shared with the package: every M_i, H_i and Q is formed in full.
+Nothing here is fast, and nothing is shared with the package: every M_i, H_i and Q is formed.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""SharedBasis, Alice, Alice-0 and Eigen-Adam over 25 steps, against the papers' dense algorithms."""
+"""SharedBasis, Alice, Alice-0 and Eigen-Adam against the papers' dense algorithms, 25 steps."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class TestScaledFull(TransformContract):
 
 def best_fit(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Theorem D.1 as a problem of rank one: the rows vec(g_j g_j^T) ~ s_j vec(M), by an SVD."""
-    m, n = gradient.shape
+    m = len(gradient)
     rows = torch.stack([torch.outer(g, g).flatten() for g in gradient.T])
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     sign = torch.sign(right[0].reshape(m, m).diagonal().sum())
