@@ -62,7 +62,8 @@ def subspace_cosines(old: Tensor, new: Tensor) -> Tensor:
         (tensor([0., 0.]), tensor([1., 1.]))
     """
     _check_alike(old, new)
-    return torch.linalg.svdvals(old.mT @ new).clamp(max=1.0)
+    cosines: Tensor = torch.linalg.svdvals(old.mT @ new).clamp(max=1.0)
+    return cosines
 
 
 def _check_alike(old: Tensor, new: Tensor) -> None:

@@ -60,8 +60,9 @@ class Alice(PreconditionedOptimizer):
             ``first_basis="gradient"`` with an orthonormal basis, and False for ``"identity"``,
             which is the paper to the letter. Moments that stay as they are meet the signs that
             LAPACK gives the new vectors: float32 and float64 were 16 to 29 % apart after 60 steps
-            (six seeds, 64 x 96, a renewal every 10), rotated at most 9e-6. On a small LLaMA of 300 steps the rotated ones had the
-            lower loss in each of 12 pairs of runs, by .005 to .025 nats.
+            (six seeds, 64 x 96, a renewal every 10), rotated at most 9e-6. On a
+            small LLaMA of 300 steps the rotated ones had the lower loss in each of 12 pairs of
+            runs, by .005 to .025 nats.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
 
     Raises:
