@@ -22,7 +22,7 @@ from neurms.core.ground.spans import gradients_ready
 from neurms.core.optimizers.by_recipe import RecipeMover
 from neurms.core.optimizers.checkpoint import restore, verified
 from neurms.core.optimizers.fallback import FallbackMover, fallback_rate
-from neurms.core.optimizers.gradients import bad_names, is_rehearsal
+from neurms.core.optimizers.gradients import bad_names, hold_nothing, is_rehearsal
 from neurms.core.optimizers.groups import Params, check_parameters, completed, parameters_of
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tensor_bytes
@@ -267,8 +267,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteError: A gradient is bad and ``nonfinite="raise"``.
         """
+        if hold_nothing(views):
+            self._rehearse(views, steps=1)
+            return True
         if not any(self.state.values()) and is_rehearsal(views):
-            self._make_states(views)
+            self._rehearse(views, steps=0)
             return True
         for mover, own in self._shares(views):
             mover.prepare(own)
@@ -312,6 +315,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         for view in views:
             if not view.state:
                 view.state.update(self.state_for(view.parameter, view.route, view.group))
+
+    def _rehearse(self, views: Sequence[View], steps: int) -> None:
+        """Make state and count steps, and move nothing."""
+        self._make_states(views)
+        for view in views:
+            view.state["step"] += steps
 
     def on_nonfinite(self, names: Sequence[str]) -> None:
         """Leave a step out whose gradients or statistics are bad, or raise."""

@@ -49,7 +49,7 @@ class FusedStep(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _scalar(value: float) -> Tensor:
     # Kept, because kernels only read it and making one costs more than a small kernel.
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
