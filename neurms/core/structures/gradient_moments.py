@@ -81,11 +81,11 @@ class GradientMoments(Structure):
         """Observe the gradient (..., m, n) and return it, or its average, scaled by the result."""
         with span("reduce"):
             left, right = self.scales(*self.sums(update), state, context)
-        return self._averaged(update, state) * left[..., :, None] * right[..., None, :]
+        return self.averaged(update, state) * left[..., :, None] * right[..., None, :]
 
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
         """Average the gradient's sums of squares into ``q`` and ``s``, and the gradient into M."""
-        self._averaged(gradient, state)
+        self.averaged(gradient, state)
         rows, columns = self.sums(gradient)
         self._move(rows, state["q"])
         self._move(context.summed(columns), state["s"])
@@ -153,7 +153,8 @@ class GradientMoments(Structure):
             left = left[..., context.shard.slice]
         return left.to(state["q"].dtype), right.to(state["s"].dtype)
 
-    def _averaged(self, gradient: Tensor, state: State) -> Tensor:
+    def averaged(self, gradient: Tensor, state: State) -> Tensor:
+        """Return X (..., m, n): G itself, or with ``momentum`` M after this gradient."""
         if not self.momentum:
             return gradient
         return state["momentum"].lerp_(gradient, 1.0 - self.momentum)
