@@ -20,9 +20,25 @@ float blend(float old, float value, float fresh) {
   return fresh < 0.5f ? old + fresh * step : value - (1.0f - fresh) * step;
 }
 
-// sum_j g_j^2 u_j, and with kMore sum_j g_j^2 v_j; without u the plain sum.
+// sums_r = sum_j g_rj^2 u_j of four rows, whose sums wait for each other less than one; without u the plain sum.
+template <bool kUnit>
+void dot_four(const float* g, int64_t n, const float* u, double* sums) {
+  std::fill(sums, sums + kRows, 0.0);
+  const float *p = g, *q = g + n, *r = q + n, *s = r + n;
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
+    const int64_t end = std::min(n, chunk + kChunk);
+    float a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+    for (int64_t j = chunk; j < end; ++j) {
+      const float unit = kUnit ? u[j] : 1.0f;
+      a += p[j] * p[j] * unit, b += q[j] * q[j] * unit, c += r[j] * r[j] * unit, d += s[j] * s[j] * unit;
+    }
+    sums[0] += a, sums[1] += b, sums[2] += c, sums[3] += d;
+  }
+}
+
 template <bool kUnit, bool kMore>
-void dot_row(const float* g, int64_t n, const float* u, const float* v, double* first, double* second) {
+void dot_one(const float* g, int64_t n, const float* u, const float* v, double* first, double* second) {
   double sum = 0, other = 0;
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t end = std::min(n, chunk + kChunk);
@@ -125,21 +141,24 @@ template <bool kTracked>
 void take_rows(const Matrix& a, Range own, const float* unit, double factor, float fresh, float* raw, double* totals) {
   Columns<true> columns(a.n, totals);
   float weights[kRows], inverses[kRows];
-  const auto know = [&](int64_t i, int64_t r) {
-    double dot;
-    dot_row<kTracked, false>(a.g + (i + r) * a.n, a.n, unit, nullptr, &dot, nullptr);
-    raw[i + r] = static_cast<float>(dot * factor);
-    a.q[i + r] = blend(a.q[i + r], raw[i + r], fresh);
-    weights[r] = kTracked ? raw[i + r] : 1.0f;
-    inverses[r] = inverse(a.q[i + r]);
+  double sums[kRows];
+  const auto know = [&](int64_t i, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) {
+      raw[i + r] = static_cast<float>(sums[r] * factor);
+      a.q[i + r] = blend(a.q[i + r], raw[i + r], fresh);
+      weights[r] = kTracked ? raw[i + r] : 1.0f;
+      inverses[r] = inverse(a.q[i + r]);
+    }
   };
   int64_t i = own.begin;
   for (; i + kRows <= own.end; i += kRows) {
-    for (int64_t r = 0; r < kRows; ++r) know(i, r);
+    dot_four<kTracked>(a.g + i * a.n, a.n, unit, sums);
+    know(i, kRows);
     columns.template add<kRows>(a.g + i * a.n, weights, inverses);
   }
   for (; i < own.end; ++i) {
-    know(i, 0);
+    dot_one<kTracked, false>(a.g + i * a.n, a.n, unit, nullptr, sums, nullptr);
+    know(i, 1);
     columns.template add<1>(a.g + i * a.n, weights, inverses);
   }
   columns.flush();
@@ -202,7 +221,7 @@ double track_columns(const Matrix& a, float fresh, float correction, int threads
 #pragma omp for schedule(static) reduction(+ : energy)
     for (int64_t k = 0; k < a.m; ++k) {
       double dot, more;
-      dot_row<true, true>(a.g + k * a.n, a.n, raw.data(), inverses.data(), &dot, &more);
+      dot_one<true, true>(a.g + k * a.n, a.n, raw.data(), inverses.data(), &dot, &more);
       a.q[k] = blend(a.q[k], static_cast<float>(weight == 0 ? 0.0 : dot / weight), fresh);
       a.left[k] = inverse_root(a.q[k]);
       energy += a.q[k] == 0 ? 0.0 : more / a.q[k];
