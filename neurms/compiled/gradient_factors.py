@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from neurms.compiled.backends import kernel
-from neurms.compiled.native import fits, library
-from neurms.compiled.square_sums import addresses, numbers, vectors
+from neurms.compiled.backends import Kernel, kernel
+from neurms.compiled.lists import list_kernel
+from neurms.compiled.native import addresses, are_plain, library, numbers
+from neurms.compiled.square_sums import vectors
 
-__all__ = ["factors_of_moments", "gradient_factors_", "move_roots_"]
+__all__ = ["factors_of_moments", "gradient_factors", "moved_moments"]
 
 
-def move_roots_(roots: Tensor, squares: Tensor, fresh: float) -> Tensor:
-    """Move ``roots`` (..., k) to those of ``roots^2 + fresh (squares - roots^2)``, in place.
-
-    Returns:
-        The squares of the moved roots, float64.
-    """
-    moved = roots.to(torch.float64).square().lerp_(squares.to(torch.float64), fresh)
-    roots.copy_(moved.sqrt())
-    return roots.to(torch.float64).square()
+def moved_moments(roots: Tensor, squares: Tensor, beta: float) -> Tensor:
+    """Return ``roots^2 + (1 - beta) (squares - roots^2)``, shape (..., k), float64."""
+    return torch.lerp(roots.to(torch.float64).square(), squares.to(torch.float64), 1.0 - beta)
 
 
 def _bounded_inverse_roots(moments: Tensor, kappa: float) -> Tensor:
@@ -37,9 +34,9 @@ def _bounded_inverse_roots(moments: Tensor, kappa: float) -> Tensor:
 
 
 def factors_of_moments(
-    q: Tensor, s: Tensor, correction: float, kappa: float
+    q: Tensor, s: Tensor, correction: Tensor, kappa: float
 ) -> tuple[Tensor, Tensor]:
-    """Return ``sqrt(T correction / q_i)`` and ``1 / sqrt(s_j)``, as :func:`gradient_factors_` does.
+    """Return ``sqrt(T correction / q_i)`` and ``1 / sqrt(s_j)``, as :func:`gradient_factors` does.
 
     Args:
         q: Moments of rows, shape (..., m), float64.
@@ -55,34 +52,53 @@ def factors_of_moments(
     return left, _bounded_inverse_roots(s, kappa)
 
 
-@kernel
-def gradient_factors_(
-    rows: list[Tensor],
-    columns: list[Tensor],
-    q: list[Tensor],
-    s: list[Tensor],
-    corrections: list[float],
-    fresh: float,
+def _factors_of(
+    rows: Tensor,
+    columns: Tensor,
+    q: Tensor,
+    s: Tensor,
+    correction: Tensor,
+    beta: float,
     kappa: float,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Average sums of squares, and make factors of the averages.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new_q, new_s = moved_moments(q, rows, beta), moved_moments(s, columns, beta)
+    left, right = factors_of_moments(new_q, new_s, correction, kappa)
+    return new_q.sqrt().to(q.dtype), new_s.sqrt().to(s.dtype), left.to(q.dtype), right.to(s.dtype)
 
-    ``q_i <- q_i + fresh (R_i - q_i)``, s likewise from C; with ``T = (sum q + sum s) / 2``,
-    ``left_i = sqrt(T correction / q_i)`` and ``right_j = 1 / sqrt(s_j)``. ``1 / sqrt(q_i)`` and
-    ``1 / sqrt(s_j)`` are first bounded to within ``kappa`` of the lower median of their like. Where
-    the average is zero the factor is, and has no part in the median.
+
+# The correction changes from step to step: compiled forms get it as a 0-d tensor.
+_factors: Kernel[..., Any] = kernel(_factors_of)
+
+
+@list_kernel
+def gradient_factors(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+    beta: float,
+    kappa: float,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Say where averages of sums of squares move, and which factors they give there.
+
+    ``q'_i = beta q_i + (1 - beta) R_i``, s' likewise from C; with ``T = (sum q' + sum s') / 2``,
+    ``left_i = sqrt(T correction / q'_i)`` and ``right_j = 1 / sqrt(s'_j)``. ``1 / sqrt(q'_i)`` and
+    ``1 / sqrt(s'_j)`` are first bounded to within ``kappa`` of the lower median of their like.
+    Where the average is zero the factor is, and has no part in the median. Nothing is written.
 
     Args:
         rows: R of every matrix, shape (..., m), float64.
         columns: C of every matrix, shape (..., n), float64.
-        q: *Roots* of the averages of R, shape (..., m), float32 or float64; overwritten.
-        s: Roots of the averages of C, shape (..., n); overwritten.
+        q: *Roots* of the averages of R, shape (..., m), float32 or float64.
+        s: Roots of the averages of C, shape (..., n).
         corrections: ``1 - beta^t`` of every matrix.
-        fresh: ``1 - beta``.
+        beta: Decay, in [0, 1).
         kappa: At least 1.
 
     Returns:
-        left (..., m) and right (..., n) of every matrix, with the dtypes of q and s.
+        The roots of q' and of s', left (..., m) and right (..., n) of every matrix, with the dtypes
+        of q and s. NaN stays NaN.
 
     Reference:
         NeuRMS's variant P; Adafactor's fit. Roots are kept, because squares of small gradients
@@ -92,58 +108,56 @@ def gradient_factors_(
         >>> import torch
         >>> q, s = torch.zeros(2), torch.zeros(1)
         >>> r, c = torch.tensor([1.0, 4.0]).double(), torch.tensor([5.0]).double()
-        >>> left, right = gradient_factors_([r], [c], [q], [s], [1.0], 1.0, 10.0)
-        >>> left[0] * right[0]
+        >>> *_, (left,), (right,) = gradient_factors([r], [c], [q], [s], [1.0], 0.0, 10.0)
+        >>> left * right
         tensor([1.0000, 0.5000])
     """
-    lefts: list[Tensor] = []
-    rights: list[Tensor] = []
-    for i in range(len(rows)):
-        by_row = move_roots_(q[i], rows[i], fresh)
-        by_column = move_roots_(s[i], columns[i], fresh)
-        left, right = factors_of_moments(by_row, by_column, corrections[i], kappa)
-        lefts.append(left.to(q[i].dtype))
-        rights.append(right.to(s[i].dtype))
-    return lefts, rights
+    each = zip(rows, columns, q, s, corrections, strict=True)
+    made = [_factors(*item, beta, kappa) for item in each]
+    new_q, new_s, left, right = ([item[k] for item in made] for k in range(4))
+    return new_q, new_s, left, right
 
 
 def _are_vectors(
-    rows: list[Tensor], columns: list[Tensor], q: list[Tensor], s: list[Tensor], *settings: object
-) -> bool:
-    sums = all(x.dtype is torch.float64 and x.is_cpu and x.is_contiguous() for x in rows + columns)
-    return sums and all(x.dim() == 1 for x in q) and fits(*q, *s)
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+) -> list[bool]:
+    return [
+        a.dim() == 1
+        and are_plain([c, d])
+        and all(x.dtype is torch.float64 and x.is_cpu and x.is_contiguous() for x in (a, b))
+        for a, b, c, d in zip(rows, columns, q, s, strict=True)
+    ]
 
 
-def _are_worth_it(
-    rows: list[Tensor], columns: list[Tensor], q: list[Tensor], s: list[Tensor], *settings: object
-) -> bool:
-    # Twenty eager calls a matrix are dearer than one native call at any size.
-    return sum(x.numel() for x in q) >= 128 and _are_vectors(rows, columns, q, s)
-
-
-@gradient_factors_.native(_are_worth_it, mutates=("q", "s"), fits=_are_vectors)
-def _gradient_factors_(
-    rows: list[Tensor],
-    columns: list[Tensor],
-    q: list[Tensor],
-    s: list[Tensor],
-    corrections: list[float],
-    fresh: float,
+@gradient_factors.native(_are_vectors)
+def _gradient_factors(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+    beta: float,
     kappa: float,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     kernels = library()
     assert kernels is not None
     units, features = [x.numel() for x in q], [x.numel() for x in s]
-    lefts, rights = vectors(q[0], units, torch.float32), vectors(q[0], features, torch.float32)
+    made = vectors(q[0], 2 * (units + features), torch.float32)
+    count = len(q)
+    parts = [made[:count], made[count : 2 * count], made[2 * count : 3 * count], made[3 * count :]]
+    new_q, new_s, left, right = parts
     kernels.neurms_gradient_factors(
-        len(q),
+        count,
         *map(addresses, (rows, columns, q, s)),
         numbers("q", units),
         numbers("q", features),
         numbers("d", corrections),
-        fresh,
+        beta,
         kappa,
-        *map(addresses, (lefts, rights)),
+        *map(addresses, parts),
     )
-    increment_version((*q, *s))
-    return lefts, rights
+    return new_q, new_s, left, right

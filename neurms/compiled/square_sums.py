@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neurms.compiled._tiles import is_tiled, tile_length
-from neurms.compiled.backends import kernel
-from neurms.compiled.native import LEAST_ELEMENTS, fits, is_plain, library, threads
+from neurms.compiled.backends import Kernel, kernel
+from neurms.compiled.lists import list_kernel
+from neurms.compiled.native import addresses, is_plain, library, numbers, threads
 
-__all__ = ["square_sums"]
+__all__ = ["are_stored", "square_sums", "vectors"]
 
 
-def _sums(gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _sums_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
     if gradient.device.type != "cpu":
         # An accelerator widens the numbers while it reduces them; nothing of G's size is made.
         rows = torch.linalg.vector_norm(gradient, 2.0, [-1], dtype=torch.float64)
@@ -33,8 +34,11 @@ def _sums(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(by_rows), total
 
 
-@kernel
-def square_sums(gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+_sums: Kernel[..., Any] = kernel(_sums_of)
+
+
+@list_kernel
+def square_sums(gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Row sums and column sums of the squares of several gradients.
 
     ``R_i = sum_j G_ij^2`` and ``C_j = sum_i G_ij^2``, squared and added up in float64: squares of
@@ -54,30 +58,17 @@ def square_sums(gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         >>> square_sums([torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
         ([tensor([ 5., 25.], dtype=torch.float64)], [tensor([10., 20.], dtype=torch.float64)])
     """
-    rows: list[Tensor] = []
-    columns: list[Tensor] = []
-    for gradient in gradients:
-        by_row, by_column = _sums(gradient)
-        rows.append(by_row)
-        columns.append(by_column)
-    return rows, columns
+    made = [_sums(gradient) for gradient in gradients]
+    return [rows for rows, _ in made], [columns for _, columns in made]
 
 
-def _is_stored(gradient: Tensor) -> bool:
-    return gradient.dim() == 2 and (is_plain(gradient) or is_plain(gradient.mT))
+def are_stored(gradients: Sequence[Tensor]) -> list[bool]:
+    """Return which matrices native kernels read: plain float32, by rows or by columns."""
+    return [g.dim() == 2 and (is_plain(g) or is_plain(g.mT)) for g in gradients]
 
 
-def _are_stored(gradients: list[Tensor]) -> bool:
-    return bool(gradients) and all(map(_is_stored, gradients)) and fits()
-
-
-def _are_large(gradients: list[Tensor]) -> bool:
-    # Together, for they are one call.
-    return sum(g.numel() for g in gradients) >= LEAST_ELEMENTS and _are_stored(gradients)
-
-
-@square_sums.native(_are_large, fits=_are_stored)
-def _square_sums(gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+@square_sums.native(are_stored)
+def _square_sums(gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     kernels = library()
     assert kernels is not None
     # One that is stored by columns is read as its transpose: its rows are the columns.
@@ -104,13 +95,3 @@ def _square_sums(gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def vectors(like: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """Return vectors of the given sizes, parts of one new tensor."""
     return list(like.new_empty(sum(sizes), dtype=dtype).split(list(sizes)))
-
-
-def addresses(tensors: Sequence[Tensor]) -> bytes:
-    """Return where the elements of several tensors begin, as an array of C."""
-    return numbers("Q", [tensor.data_ptr() for tensor in tensors])
-
-
-def numbers(kind: str, values: Sequence[float]) -> bytes:
-    """Return numbers as an array of C; ``kind`` is a code of :mod:`struct`."""
-    return struct.pack(f"{len(values)}{kind}", *values)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from neurms.compiled.backends import kernel
-from neurms.compiled.native import LEAST_ELEMENTS, fits, is_plain, library, threads
-from neurms.compiled.square_sums import addresses, numbers, vectors
+from neurms.compiled.backends import Kernel, kernel
+from neurms.compiled.lists import list_kernel
+from neurms.compiled.native import addresses, are_plain, library, numbers, threads
+from neurms.compiled.square_sums import are_stored, vectors
 
-__all__ = ["fit_once", "tracked_start", "two_sided_once_"]
+__all__ = ["fit_once", "tracked_start", "two_sided_once"]
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -29,7 +32,7 @@ def tracked_start(s: Tensor) -> Tensor:
 
 
 def fit_once(gradient: Tensor, s: Tensor, tracked: bool) -> tuple[Tensor, Tensor]:
-    """Return the fit q' (..., m) and s' (..., n) of :func:`two_sided_once_` for G (..., m, n)."""
+    """Return the fit q' (..., m) and s' (..., n) of :func:`two_sided_once` for G (..., m, n)."""
     squares = gradient.square()
     if not tracked:
         return squares.mean(-1), squares.mean(-2)
@@ -43,108 +46,108 @@ def fit_once(gradient: Tensor, s: Tensor, tracked: bool) -> tuple[Tensor, Tensor
     return q, _matvec(squares.mT, share) / norm
 
 
-@kernel
-def two_sided_once_(
-    gradients: list[Tensor],
-    q: list[Tensor],
-    s: list[Tensor],
-    corrections: list[float],
-    fresh: float,
-    tracked: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Average a rank-one fit of every G.^2, and say how it scales G.
+def _fitted(
+    gradient: Tensor, q: Tensor, s: Tensor, correction: Tensor, beta: float, tracked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    fit_q, fit_s = fit_once(gradient, s, tracked)
+    new_q, new_s = torch.lerp(q, fit_q, 1.0 - beta), torch.lerp(s, fit_s, 1.0 - beta)
+    left = torch.where(new_q > 0, new_q.rsqrt(), torch.zeros_like(q)) * correction
+    if not tracked:
+        left = left * new_s.mean(-1, keepdim=True).sqrt()
+    right = torch.where(new_s > 0, new_s.rsqrt(), torch.zeros_like(s))
+    # Multiplied before they are squared: right^2 overflows where gradients are small.
+    scaled = gradient * left.unsqueeze(-1) * right.unsqueeze(-2)
+    return new_q, new_s, left, right, scaled.square().sum(-1).sum(-1).sqrt()
 
-    ``q <- q + fresh (q' - q)``, s likewise, where q' and s' are the means of G.^2 over columns and
-    over rows, or with ``tracked`` one round of power iteration that starts from the average s:
-    ``q' = (G.^2) u / ||u||^2`` and ``s' = (G.^2)^T q' / ||q'||^2`` with u = s over its mean. Then
-    ``left = correction sqrt(T / q)`` with T the mean of s (1 for ``tracked``) and
-    ``right = 1 / sqrt(s)``, each zero where the average is.
+
+# The correction changes from step to step: compiled forms get it as a 0-d tensor.
+_fit: Kernel[..., Any] = kernel(_fitted)
+
+
+@list_kernel
+def two_sided_once(
+    gradients: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+    beta: float,
+    tracked: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Say where averages of a rank-one fit of G.^2 move, and how they scale G there.
+
+    ``q' = beta q + (1 - beta) q^``, s' likewise, where q^ and s^ are the means of G.^2 over columns
+    and over rows, or with ``tracked`` one round of power iteration that starts from the average s:
+    ``q^ = (G.^2) u / ||u||^2`` and ``s^ = (G.^2)^T q^ / ||q^||^2`` with u = s over its mean. Then
+    ``left = correction sqrt(T / q')`` with T the mean of s' (1 for ``tracked``) and
+    ``right = 1 / sqrt(s')``, each zero where the average is. Nothing is written.
 
     Args:
         gradients: G, shapes (..., m, n), float32 or float64.
-        q: Averages over units, shapes (..., m); overwritten.
-        s: Averages over features, shapes (..., n); overwritten.
+        q: Averages over units, shapes (..., m).
+        s: Averages over features, shapes (..., n).
         corrections: Factors of ``left``.
-        fresh: Weight of these gradients' fits.
+        beta: Decay, in [0, 1).
         tracked: Which fit.
 
     Returns:
-        left (..., m), right (..., n) and ``||left_i G_ij right_j||`` (...) of every matrix.
+        q' (..., m), s' (..., n), left (..., m), right (..., n) and ``||left_i G_ij right_j||``,
+        shape (...), of every matrix. A NaN or an infinity in G shows in the norm.
 
     Reference:
-        RACS without its five rounds. The native form has all of it from one read of G, because q'_i
+        RACS without its five rounds. The native form has all of it from one read of G, because q^_i
         is known while row i is in cache; a ``tracked`` one stored by columns is read twice.
 
     Example:
         >>> import torch
         >>> g, q, s = torch.tensor([[1.0, 2.0], [2.0, 4.0]]), torch.zeros(2), torch.zeros(2)
-        >>> *_, (norm,) = two_sided_once_([g], [q], [s], [1.0], 1.0, False)
+        >>> *_, (norm,) = two_sided_once([g], [q], [s], [1.0], 0.0, False)
         >>> norm
         tensor(2.)
     """
-    lefts: list[Tensor] = []
-    rights: list[Tensor] = []
-    norms: list[Tensor] = []
-    for i in range(len(gradients)):
-        new_q, new_s = fit_once(gradients[i], s[i], tracked)
-        q[i].lerp_(new_q, fresh)
-        s[i].lerp_(new_s, fresh)
-        left = torch.where(q[i] > 0, q[i].rsqrt(), torch.zeros_like(q[i])) * corrections[i]
-        if not tracked:
-            left = left * s[i].mean(-1, keepdim=True).sqrt()
-        right = torch.where(s[i] > 0, s[i].rsqrt(), torch.zeros_like(s[i]))
-        # Multiplied before they are squared: right^2 overflows where gradients are small.
-        scaled = gradients[i] * left.unsqueeze(-1) * right.unsqueeze(-2)
-        lefts.append(left)
-        rights.append(right)
-        norms.append(scaled.square().sum(-1).sum(-1).sqrt())
-    return lefts, rights, norms
+    each = zip(gradients, q, s, corrections, strict=True)
+    made = [_fit(*item, beta, tracked) for item in each]
+    new_q, new_s, left, right, norms = ([item[k] for item in made] for k in range(5))
+    return new_q, new_s, left, right, norms
 
 
-def _is_stored(gradient: Tensor) -> bool:
-    return gradient.dim() == 2 and (is_plain(gradient) or is_plain(gradient.mT))
+def _are_plain(
+    gradients: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+) -> list[bool]:
+    stored = are_stored(gradients)
+    return [good and are_plain([a, b]) for good, a, b in zip(stored, q, s, strict=True)]
 
 
-def _are_stored(
-    gradients: list[Tensor], q: list[Tensor], s: list[Tensor], *settings: object
-) -> bool:
-    return bool(gradients) and all(map(_is_stored, gradients)) and fits(*q, *s)
-
-
-def _are_large(
-    gradients: list[Tensor], q: list[Tensor], s: list[Tensor], *settings: object
-) -> bool:
-    # Together, for they are one call.
-    return sum(g.numel() for g in gradients) >= LEAST_ELEMENTS and _are_stored(gradients, q, s)
-
-
-@two_sided_once_.native(_are_large, mutates=("q", "s"), fits=_are_stored)
-def _two_sided_once_(
-    gradients: list[Tensor],
-    q: list[Tensor],
-    s: list[Tensor],
-    corrections: list[float],
-    fresh: float,
+@two_sided_once.native(_are_plain)
+def _two_sided_once(
+    gradients: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+    beta: float,
     tracked: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     kernels = library()
     assert kernels is not None
     units, features = [x.numel() for x in q], [x.numel() for x in s]
-    lefts = vectors(q[0], units, torch.float32)
-    rights = vectors(q[0], features, torch.float32)
-    norms = q[0].new_empty(len(q), dtype=torch.float64)
+    made = vectors(q[0], 2 * (units + features), torch.float32)
+    count = len(q)
+    parts = [made[:count], made[count : 2 * count], made[2 * count : 3 * count], made[3 * count :]]
+    new_q, new_s, left, right = parts
+    norms = q[0].new_empty(count, dtype=torch.float64)
     kernels.neurms_two_sided_once(
-        len(q),
+        count,
         addresses(gradients),
         numbers("q", units),
         numbers("q", features),
         numbers("q", [not gradient.is_contiguous() for gradient in gradients]),
         numbers("f", corrections),
-        fresh,
+        beta,
         tracked,
-        *map(addresses, (q, s, lefts, rights)),
+        *map(addresses, (q, s, *parts)),
         norms.data_ptr(),
         threads(),
     )
-    increment_version((*q, *s))
-    return lefts, rights, list(norms.float().unbind())
+    return new_q, new_s, left, right, list(norms.float().unbind())

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from neurms.compiled import use_backend
-from neurms.compiled.gradient_factors import gradient_factors_
+from neurms.compiled.backends import PROMPT
+from neurms.compiled.gradient_factors import gradient_factors
 from neurms.compiled.native import compiler
 
 SIZES = [(7, 5), (200, 301), (1, 4), (4, 1), (1024, 33)]
@@ -31,10 +32,11 @@ def test_meaning(backend: str) -> None:
     rows, columns, q, s = operands(7, 5)
     old_q, old_s = q.double(), s.double()
     with use_backend(backend):
-        (left,), (right,) = gradient_factors_([rows], [columns], [q], [s], [0.3], 0.05, 2.0)
+        made = gradient_factors([rows], [columns], [q], [s], [0.3], 0.95, 2.0)
+    new_q, new_s, left, right = (item for (item,) in made)
     moments = [0.95 * old_q**2 + 0.05 * rows, 0.95 * old_s**2 + 0.05 * columns]
-    torch.testing.assert_close(q, moments[0].sqrt().float())
-    torch.testing.assert_close(s, moments[1].sqrt().float())
+    torch.testing.assert_close(new_q, moments[0].sqrt().float())
+    torch.testing.assert_close(new_s, moments[1].sqrt().float())
     total = (moments[0].sum() + moments[1].sum()) / 2
     expected = []
     for moment in moments:
@@ -54,18 +56,20 @@ def test_native_form(scale: float, kappa: float) -> None:
     rows, columns, q, s = map(list, zip(*(operands(*size, scale) for size in SIZES), strict=True))
     wide = [[x.double() for x in xs] for xs in (q, s)]
     corrections = [0.1 * (i + 1) for i in range(len(SIZES))]
-    assert gradient_factors_._suits(rows, columns, q, s), "the native form must be what this tests"
-    found = gradient_factors_(rows, columns, q, s, corrections, 0.05, kappa)
-    truth = gradient_factors_.eager(rows, columns, *wide, corrections, 0.05, kappa)
-    for ones, others in zip((q, s, *found), (*wide, *truth), strict=True):
+    lists = rows, columns, q, s, corrections
+    assert all(gradient_factors._serve(*lists)), "the native form must be what this tests"
+    found = gradient_factors.on(PROMPT)(*lists, 0.95, kappa)
+    truth = gradient_factors.eager(rows, columns, *wide, corrections, 0.95, kappa)
+    for ones, others in zip(found, truth, strict=True):
         for one, other in zip(ones, others, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("size", [7, 200])
-def test_a_bad_number_is_not_hidden(size: int) -> None:
-    rows, columns, q, s = operands(size, 9)
+@pytest.mark.parametrize("backend", ["eager", PROMPT])
+def test_a_bad_number_is_not_hidden(backend: str) -> None:
+    rows, columns, q, s = operands(200, 9)
     rows[3] = float("nan")
-    (left,), (right,) = gradient_factors_([rows], [columns], [q], [s], [1.0], 0.05, 10.0)
+    form = gradient_factors.on(backend)
+    *_, (left,), (right,) = form([rows], [columns], [q], [s], [1.0], 0.95, 10.0)
     assert left.isnan().all()
     assert right.isfinite().all()

@@ -63,7 +63,7 @@ def test_many_small_matrices_in_one_call() -> None:
     shapes = [(64, 65), (5, 3), (128, 128), (1, 1), (300, 70)]
     xs = [matrix(*shape, seed=i) for i, shape in enumerate(shapes)]
     xs[2] = xs[2].mT
-    assert square_sums._suits(xs), "the native form must be what this tests"
+    assert all(square_sums._serve(xs)), "the native form must be what this tests"
     rows, columns = square_sums(xs)
     for x, row, column in zip(xs, rows, columns, strict=True):
         torch.testing.assert_close(row, x.double().square().sum(1), rtol=1e-12, atol=0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from neurms.compiled import use_backend
 from neurms.compiled.native import compiler, suits
-from neurms.compiled.two_sided_once import fit_once, two_sided_once_
+from neurms.compiled.two_sided_once import fit_once, two_sided_once
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
 SHAPES = [(256, 256), (257, 300), (3, 40_000), (40_000, 3), (1, 70_000), (1023, 65)]
@@ -32,7 +32,8 @@ def test_meaning(tracked: bool, backend: str) -> None:
     q, s = averages(gradient)
     squares, old_q, old_s = gradient.square().double(), q.double(), s.double()
     with use_backend(backend):
-        (left,), (right,), (norm,) = two_sided_once_([gradient], [q], [s], [0.7], 0.1, tracked)
+        made = two_sided_once([gradient], [q], [s], [0.7], 0.9, tracked)
+    q, s, left, right, norm = (item for (item,) in made)
     unit = old_s / old_s.mean() if tracked else torch.ones(4).double()
     new_q = squares @ unit / unit.square().sum()
     weights = new_q if tracked else torch.ones(5).double()
@@ -49,7 +50,7 @@ def test_meaning(tracked: bool, backend: str) -> None:
 def test_rank_one_squares_are_fitted_exactly(tracked: bool) -> None:
     gradient = torch.outer(torch.logspace(0, 1, 6), torch.logspace(0, -1, 4)).double()
     q, s = torch.zeros(6).double(), torch.zeros(4).double()
-    (left,), (right,), (norm,) = two_sided_once_([gradient], [q], [s], [1.0], 1.0, tracked)
+    *_, (left,), (right,), (norm,) = two_sided_once([gradient], [q], [s], [1.0], 0.0, tracked)
     torch.testing.assert_close(left[:, None] * gradient * right, torch.ones(6, 4).double())
     torch.testing.assert_close(norm, torch.tensor(24.0).double().sqrt())
 
@@ -69,7 +70,8 @@ def test_features_that_have_rested_are_seen_again() -> None:
     for alive in (0, 2):
         gradient = torch.zeros(4, 3)
         gradient[:, alive] = 1.0
-        (left,), (right,), (norm,) = two_sided_once_([gradient], [q], [s], [1.0], 0.1, True)
+        made = two_sided_once([gradient], [q], [s], [1.0], 0.9, True)
+        q, s, left, right, norm = (item for (item,) in made)
         assert norm > 0
         assert (left[:, None] * gradient * right)[:, alive].all()
 
@@ -85,10 +87,9 @@ def test_native_form(shape: tuple[int, int], scale: float, by_columns: bool, tra
     gradient = gradient.mT if by_columns else gradient
     q, s = averages(gradient)
     wide = [[x.double()] for x in (gradient, q, s)]
-    found = two_sided_once_([gradient], [q], [s], [0.7], 0.1, tracked)
-    truth = two_sided_once_.eager(*wide, [0.7], 0.1, tracked)
-    ones, others = [[q], [s], *found], [*wide[1:], *truth]
-    for (one,), (other,) in zip(ones, others, strict=True):
+    found = two_sided_once([gradient], [q], [s], [0.7], 0.9, tracked)
+    truth = two_sided_once.eager(*wide, [0.7], 0.9, tracked)
+    for (one,), (other,) in zip(found, truth, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=3e-6, atol=0)
 
 
@@ -101,10 +102,11 @@ def test_many_small_matrices_in_one_call(tracked: bool) -> None:
     qs, ss = (list(x) for x in zip(*map(averages, gradients), strict=True))
     corrections = [0.5 + i for i in range(len(shapes))]
     wide = [[x.double() for x in xs] for xs in (gradients, qs, ss)]
-    assert two_sided_once_._suits(gradients, qs, ss), "the native form must be what this tests"
-    found = two_sided_once_(gradients, qs, ss, corrections, 0.1, tracked)
-    truth = two_sided_once_.eager(*wide, corrections, 0.1, tracked)
-    for ones, others in zip((qs, ss, *found), (*wide[1:], *truth), strict=True):
+    lists = gradients, qs, ss, corrections
+    assert all(two_sided_once._serve(*lists)), "the native form must be what this tests"
+    found = two_sided_once(*lists, 0.9, tracked)
+    truth = two_sided_once.eager(*wide, corrections, 0.9, tracked)
+    for ones, others in zip(found, truth, strict=True):
         for one, other in zip(ones, others, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=3e-6, atol=0)
 
@@ -117,7 +119,7 @@ def test_norm_shows_a_bad_element(bad: float, by_columns: bool, tracked: bool) -
     gradient[100, 200] = bad
     gradient = gradient.mT if by_columns else gradient
     q, s = averages(matrix(tuple(gradient.shape)))
-    *_, (norm,) = two_sided_once_([gradient], [q], [s], [1.0], 0.1, tracked)
+    *_, (norm,) = two_sided_once([gradient], [q], [s], [1.0], 0.9, tracked)
     assert not norm.isfinite()
 
 
@@ -129,7 +131,7 @@ def test_zero_rows_and_columns(by_columns: bool, tracked: bool) -> None:
     for sample in (gradient, torch.zeros(300, 256)):
         one = sample.mT if by_columns else sample
         q, s = torch.zeros(one.shape[0]), torch.zeros(one.shape[1])
-        (left,), (right,), (norm,) = two_sided_once_([one], [q], [s], [1.0], 0.1, tracked)
+        *_, (left,), (right,), (norm,) = two_sided_once([one], [q], [s], [1.0], 0.9, tracked)
         assert torch.equal(left == 0, one.abs().sum(1) == 0)
         assert torch.equal(right == 0, one.abs().sum(0) == 0)
         assert norm.isfinite()

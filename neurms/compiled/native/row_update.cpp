@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kChunk = 256;  // elements summed in float32 before they enter a float64 total
 constexpr int64_t kFlush = 32;   // rows summed in float32 before they enter the float64 totals
+constexpr int64_t kAlone = 1 << 14;  // elements below which one thread is faster than two
 
 struct Rule {
   float fresh, a, b, step, decay, floor;
@@ -97,30 +98,9 @@ void advance_columns(const Rule& rule, float* m, const float* g, int64_t n, int6
   }
 }
 
-}  // namespace
-
-extern "C" {
-
-void neurms_row_normalized_update(float* w, float* momentum, const float* g, int64_t m, int64_t n, float mu,
-                                  int nesterov, float step, float decay, float floor, int threads) {
-  const Rule rule(mu, nesterov, step, decay, floor);
-#pragma omp parallel num_threads(threads)
-  {
-    const Range rows = share(m, omp_get_thread_num(), omp_get_num_threads(), 1);
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      float *wi = w + i * n, *mi = momentum + i * n;
-      const float* gi = g + i * n;
-      const double squares = advance_row(rule, wi, mi, gi, n);
-      move_row(rule, rule.scale(squares, mi, gi, n, 1), wi, mi, gi, n, i + 1 < rows.end ? n : 0);
-    }
-  }
-}
-
-// The same for matrices that are stored by columns, n x m in memory. Two walks: a strip of columns that would fit a
-// cache touches a page for every few elements, and lines at strides of a power of two drive each other out.
-void neurms_row_normalized_update_transposed(float* w, float* momentum, const float* g, int64_t n, int64_t m, float mu,
-                                             int nesterov, float step, float decay, float floor, int threads) {
-  const Rule rule(mu, nesterov, step, decay, floor);
+// For matrices that are stored by columns, n x m in memory. Two walks: a strip of columns that would fit a cache touches a
+// page for every few elements, and lines at strides of a power of two drive each other out.
+void update_columns(const Rule& rule, float* w, float* momentum, const float* g, int64_t n, int64_t m, int threads) {
   std::vector<double> totals(static_cast<size_t>(m) * threads, 0.0);
   std::vector<float> scales(m);
 #pragma omp parallel num_threads(threads)
@@ -143,6 +123,40 @@ void neurms_row_normalized_update_transposed(float* w, float* momentum, const fl
 #pragma omp simd
       for (int64_t j = 0; j < m; ++j) wi[j] = rule.decay * wi[j] - scale[j] * (rule.a * gi[j] + rule.b * mi[j]);
     }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The step of several m x n matrices with a rate, decay and sizes each, which the threads take without waiting in
+// between, but for those that are stored by columns (`turned`).
+void neurms_row_normalized_updates(int64_t count, float* const* w, float* const* momentum, const float* const* g,
+                                   const int64_t* m, const int64_t* n, const int64_t* turned, const float* steps,
+                                   const float* decays, float mu, int nesterov, float floor, int threads) {
+  int64_t elements = 0;
+  for (int64_t k = 0; k < count; ++k) elements += m[k] * n[k];
+  const int size = elements < kAlone ? 1 : threads;
+#pragma omp parallel num_threads(size)
+  {
+    const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+    for (int64_t k = 0; k < count; ++k) {
+      if (turned[k]) continue;
+      const Rule rule(mu, nesterov, steps[k], decays[k], floor);
+      const Range rows = share(m[k], part, parts, 1);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        float *wi = w[k] + i * n[k], *mi = momentum[k] + i * n[k];
+        const float* gi = g[k] + i * n[k];
+        const double squares = advance_row(rule, wi, mi, gi, n[k]);
+        move_row(rule, rule.scale(squares, mi, gi, n[k], 1), wi, mi, gi, n[k], i + 1 < rows.end ? n[k] : 0);
+      }
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    if (!turned[k]) continue;
+    const Rule rule(mu, nesterov, steps[k], decays[k], floor);
+    update_columns(rule, w[k], momentum[k], g[k], n[k], m[k], size);
   }
 }
 

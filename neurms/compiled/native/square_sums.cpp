@@ -39,15 +39,15 @@ void take_rows(const float* g, Range own, int64_t n, double* rows, double* colum
   for (; i < own.end; ++i) take_one(g + i * n, n, rows + i, columns);
 }
 
-// root <- sqrt of the average of root^2 and the fresh squares; returns the sum of the averages.
-double move_roots(const double* squares, double fresh, int64_t count, float* roots) {
+// moved = sqrt of the average of root^2 and the squares; returns the sum of the averages.
+double move_roots(const float* roots, const double* squares, double beta, int64_t count, float* moved) {
   double total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < count; ++i) {
     const double old = static_cast<double>(roots[i]) * roots[i];
-    const double moved = old + fresh * (squares[i] - old);
-    roots[i] = static_cast<float>(std::sqrt(moved));
-    total += moved;
+    const double average = old + (1.0 - beta) * (squares[i] - old);
+    moved[i] = static_cast<float>(std::sqrt(average));
+    total += average;
   }
   return total;
 }
@@ -104,13 +104,15 @@ void neurms_square_sums(int64_t count, const float* const* g, const int64_t* m, 
 }
 
 // The roots q (m) and s (n) of several matrices' averages moved towards the sums, and the factors that they then give.
-void neurms_gradient_factors(int64_t count, const double* const* rows, const double* const* columns, float* const* q,
-                             float* const* s, const int64_t* m, const int64_t* n, const double* corrections,
-                             double fresh, double kappa, float* const* left, float* const* right) {
+void neurms_gradient_factors(int64_t count, const double* const* rows, const double* const* columns,
+                             const float* const* q, const float* const* s, const int64_t* m, const int64_t* n,
+                             const double* corrections, double beta, double kappa, float* const* new_q,
+                             float* const* new_s, float* const* left, float* const* right) {
   for (int64_t k = 0; k < count; ++k) {
-    const double total = move_roots(rows[k], fresh, m[k], q[k]) + move_roots(columns[k], fresh, n[k], s[k]);
-    bounded_inverses(q[k], m[k], kappa, std::sqrt(total / 2 * corrections[k]), left[k]);
-    bounded_inverses(s[k], n[k], kappa, 1.0, right[k]);
+    const double total =
+        move_roots(q[k], rows[k], beta, m[k], new_q[k]) + move_roots(s[k], columns[k], beta, n[k], new_s[k]);
+    bounded_inverses(new_q[k], m[k], kappa, std::sqrt(total / 2 * corrections[k]), left[k]);
+    bounded_inverses(new_s[k], n[k], kappa, 1.0, right[k]);
   }
 }
 

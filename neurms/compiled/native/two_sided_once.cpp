@@ -110,10 +110,12 @@ class Columns {
   std::vector<float> sums_;
 };
 
-// A matrix by rows, m x n, with the averages over its rows (q) and columns (s); a `turned` one has features for rows.
+// A matrix by rows, m x n, with the averages over its rows (q) and columns (s), old and new; a `turned` one has features
+// for rows.
 struct Matrix {
   const float* g;
   int64_t m, n;
+  const float *old_q, *old_s;
   float *q, *s, *left, *right;
   bool turned;
 };
@@ -145,7 +147,7 @@ void take_rows(const Matrix& a, Range own, const float* unit, double factor, flo
   const auto know = [&](int64_t i, int64_t count) {
     for (int64_t r = 0; r < count; ++r) {
       raw[i + r] = static_cast<float>(sums[r] * factor);
-      a.q[i + r] = blend(a.q[i + r], raw[i + r], fresh);
+      a.q[i + r] = blend(a.old_q[i + r], raw[i + r], fresh);
       weights[r] = kTracked ? raw[i + r] : 1.0f;
       inverses[r] = inverse(a.q[i + r]);
     }
@@ -173,7 +175,7 @@ double finish(const Matrix& a, bool tracked, float fresh, float correction, cons
   for (int64_t j = 0; j < a.n; ++j) {
     double sum = 0, other = 0;
     for (int t = 0; t < parts; ++t) sum += totals[t * stride + j], other += totals[t * stride + a.n + j];
-    a.s[j] = blend(a.s[j], static_cast<float>(weight == 0 ? 0.0 : sum / weight), fresh);
+    a.s[j] = blend(a.old_s[j], static_cast<float>(weight == 0 ? 0.0 : sum / weight), fresh);
     energy += a.s[j] == 0 ? 0.0 : other / a.s[j];
   }
   const double total = tracked ? 1.0 : a.turned ? mean(a.q, a.m) : mean(a.s, a.n);
@@ -188,7 +190,7 @@ double finish(const Matrix& a, bool tracked, float fresh, float correction, cons
 double track_columns(const Matrix& a, float fresh, float correction, int threads) {
   double square, energy = 0, weight = 0;
   float peak = 0;
-  const std::vector<float> unit = start(a.q, a.m, &square);
+  const std::vector<float> unit = start(a.old_q, a.m, &square);
   std::vector<double> totals(static_cast<size_t>(a.n) * threads, 0.0);
   std::vector<float> raw(a.n), inverses(a.n);
 #pragma omp parallel num_threads(threads)
@@ -208,7 +210,7 @@ double track_columns(const Matrix& a, float fresh, float correction, int threads
         for (int t = 0; t < parts; ++t) sum += totals[static_cast<size_t>(a.n) * t + j];
         raw[j] = static_cast<float>(sum / square);
         peak = raw[j] > peak ? raw[j] : peak;
-        a.s[j] = blend(a.s[j], raw[j], fresh);
+        a.s[j] = blend(a.old_s[j], raw[j], fresh);
         a.right[j] = correction * inverse_root(a.s[j]);
         inverses[j] = inverse(a.s[j]);
       }
@@ -222,7 +224,7 @@ double track_columns(const Matrix& a, float fresh, float correction, int threads
     for (int64_t k = 0; k < a.m; ++k) {
       double dot, more;
       dot_one<true, true>(a.g + k * a.n, a.n, raw.data(), inverses.data(), &dot, &more);
-      a.q[k] = blend(a.q[k], static_cast<float>(weight == 0 ? 0.0 : dot / weight), fresh);
+      a.q[k] = blend(a.old_q[k], static_cast<float>(weight == 0 ? 0.0 : dot / weight), fresh);
       a.left[k] = inverse_root(a.q[k]);
       energy += a.q[k] == 0 ? 0.0 : more / a.q[k];
     }
@@ -240,7 +242,7 @@ void take_all(const std::vector<Matrix>& all, const std::vector<int64_t>& places
   std::vector<std::vector<float>> starts;
   for (const Matrix& a : all) {
     double square = static_cast<double>(a.n);
-    starts.push_back(kTracked ? start(a.s, a.n, &square) : std::vector<float>());
+    starts.push_back(kTracked ? start(a.old_s, a.n, &square) : std::vector<float>());
     factors.push_back(1.0 / square);
   }
 #pragma omp parallel num_threads(threads)
@@ -266,22 +268,25 @@ extern "C" {
 // Averages q (units) and s (features) of several m x n matrices moved towards the fit of one read, the factors left and
 // right that they give, and the norms of left_i g_ij right_j. A `turned` one is stored by columns.
 void neurms_two_sided_once(int64_t count, const float* const* g, const int64_t* m, const int64_t* n,
-                           const int64_t* turned, const float* corrections, float fresh, int tracked, float* const* q,
-                           float* const* s, float* const* left, float* const* right, double* norms, int threads) {
+                           const int64_t* turned, const float* corrections, double beta, int tracked,
+                           const float* const* q, const float* const* s, float* const* new_q, float* const* new_s,
+                           float* const* left, float* const* right, double* norms, int threads) {
   std::vector<Matrix> all;
   std::vector<int64_t> places;
   int64_t elements = 0;
   for (int64_t k = 0; k < count; ++k) elements += m[k] * n[k];
   const int size = elements < kAlone ? 1 : threads;
+  const float fresh = static_cast<float>(1.0 - beta);
   for (int64_t k = 0; k < count; ++k) {
-    const Matrix stored = turned[k] ? Matrix{g[k], n[k], m[k], s[k], q[k], right[k], left[k], true}
-                                    : Matrix{g[k], m[k], n[k], q[k], s[k], left[k], right[k], false};
+    const Matrix stored = turned[k] ? Matrix{g[k], n[k], m[k], s[k], q[k], new_s[k], new_q[k], right[k], left[k], true}
+                                    : Matrix{g[k], m[k], n[k], q[k], s[k], new_q[k], new_s[k], left[k], right[k], false};
     if (turned[k] && tracked) {
       norms[k] = track_columns(stored, fresh, corrections[k], size);
     } else {
       all.push_back(stored), places.push_back(k);
     }
   }
+  if (all.empty()) return;
   if (tracked) take_all<true>(all, places, fresh, corrections, norms, size);
   else take_all<false>(all, places, fresh, corrections, norms, size);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from neurms.compiled.two_sided import two_sided_update_
+from neurms.compiled.update import apply_updates_
 from neurms.core.ground.spans import span
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.structures.gradient_moments import GradientMoments
@@ -33,6 +33,13 @@ def _fused_step(structure: GradientMoments, call: FusedStep) -> None:
     with span("reduce"):
         sums = structure.sums(call.gradient)
         left, right = structure.scales(*sums, call.state, call.context)
-    moved = structure.averaged(call.gradient, call.state)
-    rates = call.scalar(call.lr), call.scalar(call.decay)
-    two_sided_update_(call.weight, moved, left, right, *rates)
+    apply_updates_(
+        [call.weight],
+        [call.gradient],
+        [call.state.get("momentum")],
+        *([left], [right], [call.lr], [call.decay]),
+        momentum=structure.momentum,
+        fresh=1.0 - structure.momentum,
+        scale_gradient=False,
+        scale_velocity=True,
+    )

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neurms.compiled.backends import PROMPT, current_backend, scalar
 from neurms.compiled.gradient_factors import (
     factors_of_moments,
-    gradient_factors_,
-    move_roots_,
+    gradient_factors,
+    moved_moments,
 )
+from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.square_sums import square_sums
 from neurms.core.ground.errors import check_fraction, check_real
 from neurms.core.ground.spans import span
@@ -123,7 +125,14 @@ class GradientMoments(Structure):
         """
         if context.shard is None:
             averages = [rows], [columns], [state["q"]], [state["s"]], [self._correction(context)]
-            (left,), (right,) = gradient_factors_(*averages, 1.0 - self.beta, self.kappa)
+            # Vectors of a large matrix: not their own size is what a native call must be worth.
+            large = rows.dim() == 1 and rows.numel() * columns.numel() >= LEAST_ELEMENTS
+            prompt = large and current_backend() == "auto"
+            form = gradient_factors.on(PROMPT) if prompt else gradient_factors
+            made = form(*averages, self.beta, self.kappa)
+            q, s, left, right = (item for (item,) in made)
+            state["q"].copy_(q)
+            state["s"].copy_(s)
             return left, right
         # One exchange instead of two: the rows of all ranks travel with the column sums.
         own = _placed(self._move(rows, state["q"]), context)
@@ -139,7 +148,9 @@ class GradientMoments(Structure):
         return self._factors(q, s, state, context)
 
     def _move(self, squares: Tensor, roots: Tensor) -> Tensor:
-        return move_roots_(roots, squares, 1.0 - self.beta)
+        moved = moved_moments(roots, squares, self.beta)
+        roots.copy_(moved.sqrt())
+        return moved
 
     def _correction(self, context: Context) -> float:
         return 1.0 - self.beta**context.step
@@ -148,7 +159,7 @@ class GradientMoments(Structure):
         self, q: Tensor, s: Tensor, state: State, context: Context
     ) -> tuple[Tensor, Tensor]:
         """Return the factors of the rows that are here, from q of all rows and s."""
-        left, right = factors_of_moments(q, s, self._correction(context), self.kappa)
+        left, right = factors_of_moments(q, s, scalar(self._correction(context)), self.kappa)
         if context.shard is not None:
             left = left[..., context.shard.slice]
         return left.to(state["q"].dtype), right.to(state["s"].dtype)

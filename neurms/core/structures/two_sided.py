@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales_
-from neurms.compiled.two_sided_once import fit_once, tracked_start, two_sided_once_
+from neurms.compiled.two_sided_once import fit_once, tracked_start, two_sided_once
 from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
 from neurms.core.structures.base import Context, State, Structure
 
@@ -107,9 +108,11 @@ class TwoSidedDiagonal(Structure):
                 gradient, state["q"], state["s"], self.iterations, fresh, correction
             )
         if context.shard is None:
-            tracked = self.fit == "tracked"
             lists = [gradient], [state["q"]], [state["s"]], [correction]
-            (left,), (right,), (norm,) = two_sided_once_(*lists, fresh, tracked)
+            made = two_sided_once(*lists, self.beta, self.fit == "tracked")
+            q, s, left, right, norm = (item for (item,) in made)
+            state["q"].copy_(q)
+            state["s"].copy_(s)
             return left, right, norm
         self.observe(gradient, state, context)
         left, right = self.factors(state, context.step)
@@ -119,7 +122,8 @@ class TwoSidedDiagonal(Structure):
         if not self.bias_correction:
             return 1.0
         # With the averages over c, sqrt((T / c) / ((q_i / c) (s_j / c))) for "sums".
-        return (1.0 - self.beta**step) ** (0.5 if self.fit == "sums" else 1.0)
+        whole = 1.0 - self.beta**step
+        return math.sqrt(whole) if self.fit == "sums" else whole
 
 
 def _fit_over_ranks(gradient: Tensor, iterations: int, context: Context) -> tuple[Tensor, Tensor]:
