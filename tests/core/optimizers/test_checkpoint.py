@@ -126,7 +126,7 @@ def test_one_optimizer_loads_more_than_once() -> None:
 
 
 def test_what_an_earlier_release_did_not_know_is_what_held_then() -> None:
-    model, optimizer = trained("racs")
+    _, optimizer = trained("racs")
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
         del group["fit"], group["maximize"]
