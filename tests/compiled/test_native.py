@@ -263,3 +263,14 @@ def test_gradients_are_checked_whatever_the_backend(backend: str) -> None:
     with use_backend(backend):
         assert within([torch.ones(3), torch.ones(LEAST_ELEMENTS)], [GREATEST] * 2)
         assert not within([torch.tensor([float("nan")])], [GREATEST])
+
+
+def test_compiler_obeys_cxx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = tmp_path / "my-cxx"
+    mine.write_text("#!/bin/sh\n")
+    mine.chmod(0o755)
+    monkeypatch.setenv("CXX", str(mine))
+    assert compiler() == str(mine)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX")
+    assert compiler() is None
