@@ -321,8 +321,6 @@ class Engine:
                     "it has"
                 )
         self.synchronize(layers)
-        self._warn_of_changes(layers)
-        self._warn_of_still(layers, moving)
 
     def _warn_of_changes(self, layers: Iterable[TappedLayer]) -> None:
         for layer in layers:
@@ -336,7 +334,9 @@ class Engine:
                 "that of something else; build the optimizer anew, or name the layer in exclude"
             )
 
-    def _warn_of_still(self, layers: Iterable[TappedLayer], moving: Collection[Tensor]) -> None:
+    def warn_of_still(self, layers: Iterable[TappedLayer], moving: Collection[Tensor]) -> None:
+        """Warn, once for each layer, of statistics that stand still while training goes on."""
+        self._warn_of_changes(layers)
         for layer in layers:
             if layer.weight not in moving or not layer.stands_still or not layer.state.get("step"):
                 continue

@@ -32,6 +32,11 @@ from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["NeuRMS"]
 
+_NO_ASCENT = (
+    'maximize=True cannot go with update="backward", which writes descent steps; negate the loss, '
+    'or use update="step"'
+)
+
 
 class NeuRMS(PreconditionedOptimizer):
     """Unitwise RMS preconditioning: a layer's gradient scaled by the RMS of its units and features.
@@ -167,6 +172,8 @@ class NeuRMS(PreconditionedOptimizer):
             "kappa": kappa,
         }
         check_modes(loss_reduction, update, gemm, loss_scale, agc)
+        if update == "backward" and common.get("maximize"):
+            raise UnsupportedTrainingError(_NO_ASCENT)
         self.update_mode = update
         self.layers = Engine(
             self,
@@ -278,6 +285,8 @@ class NeuRMS(PreconditionedOptimizer):
     def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
         """Write W -= lr (D S)^T H C into the weight, or into its velocity first."""
         view, rule = self._view(layer.weight), layer.rule
+        if view.group["maximize"]:
+            raise UnsupportedTrainingError(_NO_ASCENT)
         view.state = self.state[layer.weight]
         velocity = view.state["momentum"] if rule.momentum else None
         target, rate = view.target(), float(view.group["lr"])
