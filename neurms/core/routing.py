@@ -187,9 +187,9 @@ def movable(route: Route, units: int, features: int) -> Route:
     m, n = route.layout.matrix_shape
     if route.is_fallback or (m >= units and n >= features) or not m * n:
         return route
-    short = f"{n} feature" if n < features else f"{m} unit"
-    least = features if n < features else units
-    reason = f"{short}, and {route.rule} moves matrices of at least {least}"
+    count, least, what = (n, features, "feature") if n < features else (m, units, "unit")
+    plural = "" if count == 1 else "s"
+    reason = f"{count} {what}{plural}, and {route.rule} moves matrices of at least {least}"
     return replace(route, rule=FALLBACK, reason=reason)
 
 

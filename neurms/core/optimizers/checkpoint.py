@@ -25,7 +25,6 @@ Group = dict[str, Any]
 _LATER: Group = {
     "maximize": False,
     "fit": "power",
-    "first_basis": "gradient",
     "switching": "complement",
     "residual": "optimal",
     "oversampling": 0,

@@ -145,7 +145,7 @@ class BackwardUpdateTap:
         if module is not None and _TAPS.get(module) is self:
             del _TAPS[module]
             # A parametrization puts a class of its own on top of this one.
-            if type(module) is _TappedLinear:
+            if is_tapped_linear(module):
                 module.__class__ = nn.Linear
 
     def rearm(self) -> None:

@@ -47,7 +47,8 @@ class _WithoutTaps:
     def __deepcopy__(self, memo: dict[int, Any]) -> _WithoutTaps:
         # Whoever copies a module's dictionary by himself gets one that serves the copy.
         module = self._module()
-        return _WithoutTaps(memo.get(id(module), module))
+        copied: Any = memo.get(id(module), module)
+        return _WithoutTaps(copied)
 
 
 def is_private(hook: object) -> bool:

@@ -217,7 +217,8 @@ class HookTap:
         # The first thing that it wants to know of a hook, and no other sign tells that it is there.
         if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.jit"):
             raise UnsupportedTrainingError(_NO_SCRIPT)
-        return type(self).__name__
+        name: str = HookTap.__qualname__
+        return name
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -334,7 +335,7 @@ class HookTap:
 
     def _weight_in_use(self, module: nn.Module) -> Tensor | None:
         """Return what the module multiplies with if its gradient is the tapped weight's."""
-        current = module._parameters.get(self._name)
+        current: Tensor | None = module._parameters.get(self._name)
         if current is None:
             current = self._moved_weight(module)
         if current is self.weight:
