@@ -21,7 +21,7 @@ from tools.peers.outcome import Verdict, judge
 
 __all__ = ["PARTS", "main", "verdict_of"]
 
-PARTS = {"keras": "tools.peers.keras_suite"}
+PARTS = {"keras": "tools.peers.keras_suite", "torch": "tools.peers.torch_suite"}
 """Name -> the module that runs it; imported when it is asked for."""
 
 

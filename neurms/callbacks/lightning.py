@@ -91,6 +91,7 @@ class NeuRMSCallback(Callback):
         exclude: Name patterns of parameters or modules to leave to the module's optimizer.
         head: What the last linear layer gets: "rule" (also for None) or "fallback".
         backend: How kernels run: "auto", "eager", "inductor" or "torchscript".
+        process_group: The ranks that train the model together; None finds them.
         nonfinite: What a NaN or infinity does without a GradScaler: "raise", or "skip" the step.
         log: Log a few scalars under "neurms/" at the Trainer's logging interval.
         gemm: What update="backward" multiplies D and H in: "float32", or "bfloat16".
@@ -145,6 +146,7 @@ class NeuRMSCallback(Callback):
         head: Head | None = None,
         backend: str = "auto",
         nonfinite: NonFinite = "raise",
+        process_group: Any = None,
         log: bool = True,
         gemm: Gemm = "float32",
     ) -> None:

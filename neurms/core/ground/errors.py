@@ -14,8 +14,10 @@ from torch import Tensor
 
 __all__ = [
     "CheckpointError",
+    "MissingParametersError",
     "NeurmsError",
     "NonFiniteError",
+    "SparseGradientError",
     "UnsupportedTrainingError",
     "check_betas",
     "check_choice",

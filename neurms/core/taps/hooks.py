@@ -371,6 +371,21 @@ def _break_graph(
     tap(module, args, kwargs, output)
 
 
+def _never_compile_alone(function: Any) -> None:
+    """Have Dynamo take a function into graphs of its callers, but make no graph of it by itself.
+
+    Behind a graph break it would compile the hook of each layer anew, up to its limit.
+    """
+    frames = torch._C._dynamo.eval_frame
+    # Private to torch, and not in all its releases; without it only compilation takes longer.
+    if action := getattr(frames, "_FrameAction", None):
+        strategy = frames._FrameExecStrategy(action.SKIP, action.SKIP)
+        frames.set_code_exec_strategy(function.__code__, strategy)
+
+
+_never_compile_alone(HookTap.__call__)
+
+
 def forget_compiled_graphs() -> None:
     """Make torch.compile trace anew: graphs recorded before a hook was attached ignore the hook.
 

@@ -52,7 +52,7 @@ def test_reals(value: Any) -> None:
         (lambda: check_real("lr", True), TypeError, "not bool"),
         (lambda: check_real("lr", None), TypeError, "not NoneType"),
         (lambda: check_real("lr", [1.0]), TypeError, "not list"),
-        (lambda: check_real("lr", torch.ones(2)), TypeError, "not Tensor"),
+        (lambda: check_real("lr", torch.ones(2)), ValueError, "lr holds 2 numbers"),
         (
             lambda: check_real("a", 0.5, low=1.0, cure="raise it"),
             ValueError,

@@ -28,6 +28,7 @@ def test_equals_adamw_bit_for_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*applies to 0 of 1 parameters")
 def test_bfloat16_keeps_float32_moments() -> None:
     parameter = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     wide = nn.Parameter(torch.ones(8))
@@ -45,6 +46,7 @@ def test_bfloat16_keeps_float32_moments() -> None:
     assert state["exp_avg_sq"].dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.*applies to 0 of 1 parameters")
 def test_weight_decay_of_the_rule_is_not_the_fallbacks() -> None:
     bias = nn.Parameter(torch.ones(3))
     optimizer = RMNP([bias], weight_decay=0.9)

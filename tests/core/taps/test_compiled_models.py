@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+import neurms
 from neurms.core.taps import forget_compiled_graphs
+from neurms.core.taps.hooks import HookTap
 from tests.core.taps.recording import Recorder, close, tap
 
 # torch hides this warning of its own at graph breaks, which does not survive warnings as errors.
@@ -83,3 +85,25 @@ def test_taps_attached_after_the_first_compiled_call() -> None:
     run(X).sum().backward()
     assert len(recorder.received) == 1
     assert hook_tap.fired
+
+
+def test_taps_behind_a_graph_break_are_not_compiled_by_themselves() -> None:
+    """Dynamo would compile the hook of each layer anew, and give up at its eighth."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Linear(4, 2))
+    seen: list[int] = []
+    for layer in (model[0], model[2], model[3]):
+        layer.register_forward_hook(lambda *_: seen.append(1))
+    # A hook of somebody else's beside a tap that rescales breaks the graph there.
+    compiled = torch.compile(model, backend="eager")
+    optimizer = neurms.NeuRMS(compiled, variant="B")
+    for _ in range(2):
+        optimizer.zero_grad()
+        compiled(torch.randn(6, 3)).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            compiled(torch.randn(6, 3))
+    assert not _debug_get_cache_entry_list(HookTap.__call__.__code__)
+    assert {state["step"] for state in optimizer.state.values()} == {2}
