@@ -82,7 +82,7 @@ class TestAGradScaler:
         model, optimizer = trained("neurms", steps=0)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         scaler.scale(model(torch.randn(2, 3, 5)).sum()).backward()
-        with pytest.raises(UnsupportedTrainingError, match="loss_scale=scaler.get_scale"):
+        with pytest.raises(UnsupportedTrainingError, match=r"loss_scale=scaler\.get_scale"):
             scaler.step(optimizer)
 
     def test_that_is_off_is_no_scaler(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -20,10 +21,10 @@ from torch.testing._internal.common_optimizers import (
     get_error_inputs_for_all_optims,
 )
 
-from tools.peers import torch_problems as torch_problems
+from tools.peers.torch_problems import PROBLEMS
 from tools.peers.torch_subject import CASES, Subject, case, same
 
-__all__ = ["CASES", "Subject"]
+__all__ = ["CASES", "PROBLEMS", "Subject"]
 
 
 def _error_case(position: int) -> None:
@@ -60,22 +61,28 @@ def test_global_cliquey_flags(subject: Subject) -> None:
 
 @case()
 def test_forloop_goes_right_direction(subject: Subject) -> None:
-    plain = subject.description != "default"
-    for inputs in (None, *(() if plain else subject.info.scheduler_inputs)):
-        model = subject.model()
-        optimizer = subject.optimizer(model)
-        schedulers = [] if inputs is None else [make(optimizer) for make in inputs]
-        first = float(subject.loss(model, optimizer))
-        for _ in range(20):
-            loss = float(optimizer.step(lambda: subject.loss(model, optimizer)))
-            for scheduler in schedulers:
-                needs = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-                scheduler.step(*([loss] if needs else []))
-        last = float(subject.loss(model, optimizer))
-        if subject.settings.get("maximize"):
-            assert last > first, f"{last} is not above {first}"
-        else:
-            assert last < first, f"{last} is not below {first}"
+    schedules = subject.info.scheduler_inputs if subject.description == "default" else ()
+    for makers in ((), *schedules):
+        first, last = _ends_of_a_loop(subject, makers)
+        good = last > first if subject.settings.get("maximize") else last < first
+        assert good, f"{first} became {last}"
+
+
+def _ends_of_a_loop(
+    subject: Subject, makers: Sequence[Callable[[Any], Any]]
+) -> tuple[float, float]:
+    """Return the loss before and after twenty steps under schedules."""
+    model = subject.model()
+    optimizer = subject.optimizer(model)
+    schedulers = [make(optimizer) for make in makers]
+    first = float(subject.loss(model, optimizer).detach())
+    for _ in range(20):
+        loss = subject.loss(model, optimizer).detach()
+        optimizer.step()
+        for scheduler in schedulers:
+            on_loss = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            scheduler.step(*([loss] if on_loss else []))
+    return first, float(subject.loss(model, optimizer).detach())
 
 
 @case()
@@ -205,7 +212,7 @@ def test_deepcopy_copies_all_public_attrs(subject: Subject) -> None:
 @case()
 def test_pickle(subject: Subject) -> None:
     _, optimizer = subject.trained()
-    again = pickle.loads(pickle.dumps(optimizer))  # noqa: S301
+    again = pickle.loads(pickle.dumps(optimizer))
     assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
