@@ -1,6 +1,7 @@
 """Native CPU kernels: C++ where torch's loops cannot reach the memory's speed.
 
-They are never required: each is the ``auto`` form of a kernel whose eager definition is the
+They come with the wheel, or are built where a compiler is (``load.py``). They are never required:
+each is the ``auto`` form of a kernel whose eager definition is the
 specification, and serves contiguous float32 CPU tensors of at least :data:`LEAST_ELEMENTS`. The
 choice depends on shapes alone, never on timing, so that a resumed run computes what an
 uninterrupted one would.
@@ -15,7 +16,9 @@ import os
 import torch
 from torch import Tensor
 
-from neurms.compiled.native.build import CACHE_VARIABLE, compiler, library, warm_up
+from neurms.compiled.native.build import CACHE_VARIABLE
+from neurms.compiled.native.load import library, origin, warm_up
+from neurms.compiled.native.toolchain import compiler
 
 __all__ = [
     "CACHE_VARIABLE",
@@ -25,6 +28,7 @@ __all__ = [
     "fits",
     "is_plain",
     "library",
+    "origin",
     "pointer",
     "reads",
     "suits",

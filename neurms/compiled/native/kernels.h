@@ -1,0 +1,69 @@
+// Every function that Python calls, and the one table of how it is called: signatures.py reads it, the compiler holds
+// the definitions to it, and nothing else is visible in the library. Their meanings stand beside the definitions.
+//
+// One declaration after the other, of plain types only: void, int, int64_t, float, double, and pointers.
+
+#pragma once
+
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// processor.cpp
+int neurms_level();
+
+// unitwise.cpp
+int neurms_all_within(const void* x, int rounded, int64_t count, float bound, int threads);
+void neurms_column_square_sum(const void* x, int rounded, int64_t rows, int64_t columns, float* squares, int threads);
+void neurms_scaled_signal(const void* x, int rounded, int64_t rows, int64_t columns, const float* v, double weight,
+                          double beta, double correction, double eps, double v_min, double low, double high,
+                          float* out, float* sums, float* scaled, int threads);
+void neurms_moment_factors(float* v, const float* squares, int64_t count, double weight, double beta,
+                           double correction, double eps, double v_min, double low, double high, float* s);
+void neurms_scaled_step(float* w, const float* g, int64_t m, int64_t n, const float* left, const float* right,
+                        float step, float decay, int threads);
+void neurms_scaled_momentum_step(float* w, float* velocity, const float* g, int64_t m, int64_t n, const float* left,
+                                 const float* right, float step, float momentum, float decay, int coupled,
+                                 int threads);
+void neurms_moment_factors_each(int64_t count, float* const* v, const float* const* squares, const int64_t* sizes,
+                                const double* weights, const double* corrections, double beta, double eps,
+                                double v_min, double low, double high, float* const* s);
+void neurms_scaled_steps_each(int64_t count, float* const* w, const float* const* g, float* const* velocity,
+                              const int64_t* m, const int64_t* n, const float* const* left, const float* const* right,
+                              const float* decay, float step, float momentum, int coupled, int threads);
+int neurms_all_within_each(int64_t count, const float* const* x, const int64_t* sizes, const float* bounds,
+                           int threads);
+
+// update_gemm.cpp
+int neurms_bf16_engine();
+int neurms_update_gemm(float* w, float* velocity, int64_t m, int64_t n, const void* errors, const void* activations,
+                       int64_t rows, int rounded, const float* s, const float* c, float step, float decay,
+                       float momentum, int coupled, int engine, int threads);
+
+// row_update.cpp
+void neurms_row_normalized_update(float* w, float* momentum, const float* g, int64_t m, int64_t n, float mu,
+                                  int nesterov, float step, float decay, float floor, int threads);
+void neurms_row_normalized_update_transposed(float* w, float* momentum, const float* g, int64_t n, int64_t m, float mu,
+                                             int nesterov, float step, float decay, float floor, int threads);
+
+// two_sided.cpp
+int neurms_two_sided_fit(const float* g, int64_t m, int64_t n, int iterations, float tolerance, float* q, float* s,
+                         int threads);
+int neurms_two_sided_fit_transposed(const float* a, int64_t n, int64_t m, int iterations, float tolerance, float* q,
+                                    float* s, int threads);
+double neurms_two_sided_scales(const float* g, int64_t m, int64_t n, int transposed, int iterations, float tolerance,
+                               float fresh, float correction, float* q, float* s, float* left, float* right,
+                               int threads);
+double neurms_scaled_square_sum(const float* g, int64_t m, int64_t n, const float* left, const float* right,
+                                int threads);
+void neurms_scaled_update(float* w, const float* g, int64_t m, int64_t n, const float* left, const float* right,
+                          float step, float decay, int threads);
+
+// unit_blocks.cpp
+int64_t neurms_move_unit_blocks(float* blocks, float* rho, const float* to_old, const float* coordinates,
+                                const float* further, const float* beyond, int64_t m, int64_t k, int64_t d,
+                                int iterations, double eps, float* inside, float* factors, int threads);
+
+}  // extern "C"
+#pragma GCC visibility pop
