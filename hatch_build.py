@@ -66,7 +66,8 @@ def _toolchain(root: Path) -> ModuleType:
     """Return the package's module of that name, without the package, which needs torch."""
     path = root / "neurms" / "compiled" / "native" / "toolchain.py"
     spec = importlib.util.spec_from_file_location("neurms_toolchain", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"{path} cannot be read; build from a complete checkout or sdist")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -85,7 +86,9 @@ def _inventory(folder: Path, version: str, compiler: str) -> str:
             "type": "library",
             "name": path.name,
             "version": version,
-            "hashes": [{"alg": "SHA-256", "content": hashlib.sha256(path.read_bytes()).hexdigest()}],
+            "hashes": [
+                {"alg": "SHA-256", "content": hashlib.sha256(path.read_bytes()).hexdigest()}
+            ],
             "licenses": [{"license": {"id": "Apache-2.0"}}],
             "description": "compiled from the C++ sources beside it",
         }

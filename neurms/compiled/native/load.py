@@ -100,7 +100,9 @@ def _asked() -> str | None:
     names = [level.name for level in toolchain.levels()]
     if name and name not in names:
         choices = ", ".join(names) or "none on this machine"
-        raise ValueError(f"{ISA_VARIABLE}={name!r} is unknown; choose one of {choices}, or unset it")
+        raise ValueError(
+            f"{ISA_VARIABLE}={name!r} is unknown; choose one of {choices}, or unset it"
+        )
     return name
 
 
@@ -131,7 +133,7 @@ def _built(cxx: str, asked: str | None) -> _Loaded | None:
 def _reached(asked: str | None, kernels: ctypes.CDLL) -> str:
     """Return the level asked for, else the highest one of this processor."""
     names = [level.name for level in toolchain.levels()]
-    highest = kernels.neurms_level()
+    highest = int(kernels.neurms_level())
     if asked is None:
         return names[highest]
     if names.index(asked) > highest:

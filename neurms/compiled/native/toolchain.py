@@ -19,7 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["LEVELS", "NATIVE", "Level", "compile_library", "compiler", "inputs", "levels", "version"]
+__all__ = [
+    "LEVELS",
+    "NATIVE",
+    "Level",
+    "compile_library",
+    "compiler",
+    "inputs",
+    "levels",
+    "version",
+]
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(sorted(FOLDER.glob("*.cpp")))
@@ -111,7 +120,9 @@ def compile_library(cxx: str, target: Path, flags: Sequence[str], strip: bool = 
             list(pool.map(compile_one, SOURCES, objects))
         made = Path(folder, target.name)
         names = [str(path) for path in objects]
-        _run([cxx, *_LINKING, *linking, *flags, *(["-s"] if strip else []), *names, "-o", str(made)])
+        _run(
+            [cxx, *_LINKING, *linking, *flags, *(["-s"] if strip else []), *names, "-o", str(made)]
+        )
         # Another process may be doing the same: the last rename wins, and both files are alike.
         made.replace(target)
 
