@@ -14,26 +14,20 @@ extern "C" {
 int neurms_level();
 
 // unitwise.cpp
-int neurms_all_within(const void* x, int rounded, int64_t count, float bound, int threads);
-void neurms_column_square_sum(const void* x, int rounded, int64_t rows, int64_t columns, float* squares, int threads);
+int neurms_within(int64_t count, const void* const* x, const int* rounded, const int64_t* sizes, const float* bounds,
+                  int threads);
+void neurms_column_square_sum(const void* x, int rounded, int64_t rows, int64_t columns, float* squares,
+                              int threads);
 void neurms_scaled_signal(const void* x, int rounded, int64_t rows, int64_t columns, const float* v, double weight,
                           double beta, double correction, double eps, double v_min, double low, double high,
                           float* out, float* sums, float* scaled, int threads);
-void neurms_moment_factors(float* v, const float* squares, int64_t count, double weight, double beta,
-                           double correction, double eps, double v_min, double low, double high, float* s);
-void neurms_scaled_step(float* w, const float* g, int64_t m, int64_t n, const float* left, const float* right,
-                        float step, float decay, int threads);
-void neurms_scaled_momentum_step(float* w, float* velocity, const float* g, int64_t m, int64_t n, const float* left,
-                                 const float* right, float step, float momentum, float decay, int coupled,
-                                 int threads);
-void neurms_moment_factors_each(int64_t count, float* const* v, const float* const* squares, const int64_t* sizes,
-                                const double* weights, const double* corrections, double beta, double eps,
-                                double v_min, double low, double high, float* const* s);
-void neurms_scaled_steps_each(int64_t count, float* const* w, const float* const* g, float* const* velocity,
-                              const int64_t* m, const int64_t* n, const float* const* left, const float* const* right,
-                              const float* decay, float step, float momentum, int coupled, int threads);
-int neurms_all_within_each(int64_t count, const float* const* x, const int64_t* sizes, const float* bounds,
-                           int threads);
+void neurms_move_moments(int64_t count, const float* const* v, const float* const* squares, const int64_t* sizes,
+                         const double* weights, const double* corrections, double beta, double eps, double v_min,
+                         double low, double high, double kappa, float* const* moved, float* const* made);
+void neurms_apply_updates(int64_t count, float* const* w, const float* const* g, float* const* velocity,
+                          const int64_t* m, const int64_t* n, const float* const* left, const float* const* right,
+                          const float* rate, const float* decay, float momentum, float fresh, int scale_gradient,
+                          int scale_velocity, double* measured, int threads);
 
 // update_gemm.cpp
 int neurms_bf16_engine();
@@ -57,8 +51,6 @@ double neurms_two_sided_scales(const float* g, int64_t m, int64_t n, int transpo
                                int threads);
 double neurms_scaled_square_sum(const float* g, int64_t m, int64_t n, const float* left, const float* right,
                                 int threads);
-void neurms_scaled_update(float* w, const float* g, int64_t m, int64_t n, const float* left, const float* right,
-                          float step, float decay, int threads);
 
 // unit_blocks.cpp
 int64_t neurms_move_unit_blocks(float* blocks, float* rho, const float* to_old, const float* coordinates,
