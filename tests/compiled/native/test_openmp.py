@@ -33,11 +33,11 @@ def run(code: str, repository: Path, **environment: str) -> str:
 
 RUNTIMES = """
     import torch, neurms
-    from neurms.compiled.finite import all_finite
+    from neurms.compiled.finite import within
     from neurms.compiled.native.openmp import runtimes
     before = runtimes()
     torch.set_num_threads(2)
-    assert neurms.warm_up() and all_finite(torch.zeros(1 << 18))
+    assert neurms.warm_up() and within([torch.zeros(1 << 18)], [1.0])
     assert before and runtimes() == before, (before, runtimes())
     print(len(before))
 """
@@ -69,10 +69,10 @@ def test_a_hidden_runtime_is_made_visible() -> None:
 
 COUNT = """
     import os, torch, neurms
-    from neurms.compiled.finite import all_finite
+    from neurms.compiled.finite import within
     from neurms.compiled.native import threads
     {change}
-    all_finite(torch.zeros(1 << 22))
+    within([torch.zeros(1 << 22)], [1.0])
     workers = len(os.listdir("/proc/self/task"))
     print(threads(), torch.get_num_threads(), workers)
 """
