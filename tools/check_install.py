@@ -75,6 +75,8 @@ def try_out(wheel: Path, python: str) -> list[str]:
             print("\n".join(lines))
             if done.returncode or " ".join(wanted.split()) not in " ".join(done.stdout.split()):
                 problems.append(f"{python}: {done.stdout}{done.stderr}")
+        if any(home.iterdir()):
+            problems.append(f"{python}: something was written into the home folder")
         return problems
 
 
