@@ -260,3 +260,14 @@ def test_gradients_are_checked_whatever_the_backend(backend: str) -> None:
     with use_backend(backend):
         assert are_finite([torch.ones(3), torch.ones(LEAST_ELEMENTS)])
         assert not are_finite([torch.tensor([float("nan")])])
+
+
+def test_compiler_obeys_cxx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = tmp_path / "my-cxx"
+    mine.write_text("#!/bin/sh\n")
+    mine.chmod(0o755)
+    monkeypatch.setenv("CXX", str(mine))
+    assert compiler() == str(mine)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX")
+    assert compiler() is None
