@@ -36,10 +36,9 @@ int neurms_update_gemm(float* w, float* velocity, int64_t m, int64_t n, const vo
                        float momentum, int coupled, int engine, int threads);
 
 // row_update.cpp
-void neurms_row_normalized_update(float* w, float* momentum, const float* g, int64_t m, int64_t n, float mu,
-                                  int nesterov, float step, float decay, float floor, int threads);
-void neurms_row_normalized_update_transposed(float* w, float* momentum, const float* g, int64_t n, int64_t m, float mu,
-                                             int nesterov, float step, float decay, float floor, int threads);
+void neurms_row_normalized_updates(int64_t count, float* const* w, float* const* momentum, const float* const* g,
+                                   const int64_t* m, const int64_t* n, const int64_t* turned, const float* steps,
+                                   const float* decays, float mu, int nesterov, float floor, int threads);
 
 // two_sided.cpp
 int neurms_two_sided_fit(const float* g, int64_t m, int64_t n, int iterations, float tolerance, float* q, float* s,
@@ -51,6 +50,20 @@ double neurms_two_sided_scales(const float* g, int64_t m, int64_t n, int transpo
                                int threads);
 double neurms_scaled_square_sum(const float* g, int64_t m, int64_t n, const float* left, const float* right,
                                 int threads);
+
+// square_sums.cpp
+void neurms_square_sums(int64_t count, const float* const* g, const int64_t* m, const int64_t* n, double* const* rows,
+                        double* const* columns, int threads);
+void neurms_gradient_factors(int64_t count, const double* const* rows, const double* const* columns,
+                             const float* const* q, const float* const* s, const int64_t* m, const int64_t* n,
+                             const double* corrections, double beta, double kappa, float* const* new_q,
+                             float* const* new_s, float* const* left, float* const* right);
+
+// two_sided_once.cpp
+void neurms_two_sided_once(int64_t count, const float* const* g, const int64_t* m, const int64_t* n,
+                           const int64_t* turned, const float* corrections, double beta, int tracked,
+                           const float* const* q, const float* const* s, float* const* new_q, float* const* new_s,
+                           float* const* left, float* const* right, double* norms, int threads);
 
 // unit_blocks.cpp
 int64_t neurms_move_unit_blocks(float* blocks, float* rho, const float* to_old, const float* coordinates,
