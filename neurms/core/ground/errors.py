@@ -12,8 +12,10 @@ from typing import Any
 
 __all__ = [
     "CheckpointError",
+    "MissingParametersError",
     "NeurmsError",
     "NonFiniteError",
+    "SparseGradientError",
     "UnsupportedTrainingError",
     "check_betas",
     "check_choice",
