@@ -33,8 +33,11 @@ class CommonSettings(TypedDict, total=False):
     maximize: Ascend instead of descend (False).
     process_group: The ranks that train one model together, over which statistics of layers are
         summed; None finds them: those of the model's DDP or FSDP2, else all.
-    foreach, fused, capturable, differentiable: torch's own optimizers have these; here they may be
-        None or False, since the form of each step is chosen by what it works on.
+    foreach: One of torch's own flags; here it may be None or False, as may the three below, since
+        the form of each step is chosen by what it works on.
+    fused: As ``foreach``.
+    capturable: As ``foreach``.
+    differentiable: As ``foreach``.
     """
 
     weight_decay: float
@@ -98,6 +101,10 @@ def check_common(rule: str, common: Mapping[str, Any], own: Iterable[str] = ()) 
         rule: Whose settings they are, for messages.
         common: What was given.
         own: Names of the rule's own settings, for messages.
+
+    Raises:
+        TypeError: A setting is unknown, or of the wrong kind.
+        ValueError: A setting is out of its range.
     """
     unknown = sorted(set(common) - set(COMMON_DEFAULTS))
     if unknown:

@@ -316,6 +316,9 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
             var_list: Variables.
             var_names: Regular expressions searched for in variable names, or in paths if they hold
                 a slash.
+
+        Raises:
+            TypeError: ``var_names`` is one text.
         """
         if isinstance(var_names, str):
             raise TypeError(f"var_names={var_names!r} must be a sequence; write ({var_names!r},)")

@@ -67,9 +67,10 @@ def peak_of(schedule: Any) -> float:
     best = _climbed(max(grid, key=rate), rate)
     peak, early = rates[best], max(rate(step) for step in grid if step <= _HORIZON // 2)
     if not 0.0 < peak < math.inf:
-        raise _unknown(schedule, f"found no rate above 0 (its rate at step 0 is {rate(0)!r})")
+        why = f"found no rate above 0 (its rate at step 0 is {rate(0)!r})"
+        raise ValueError(_unknown(schedule, why))
     if best > _HORIZON // 2 and peak > (1.0 + _RISE) * early:
-        raise _unknown(schedule, f"which still rises after {_HORIZON // 2} steps")
+        raise ValueError(_unknown(schedule, f"which still rises after {_HORIZON // 2} steps"))
     return peak
 
 
@@ -123,8 +124,8 @@ def _climbed(step: int, rate: Callable[[int], float]) -> int:
     return step
 
 
-def _unknown(schedule: Any, why: str) -> ValueError:
-    return ValueError(
+def _unknown(schedule: Any, why: str) -> str:
+    return (
         f"learning_rate={type(schedule).__name__}, {why}, has no peak for fallback_lr to go with; "
         "pass base_learning_rate=RATE, at which AdamW's parameters get fallback_lr"
     )
