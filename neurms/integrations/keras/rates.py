@@ -55,7 +55,7 @@ def peak_of(schedule: Any) -> float:
     Example:
         >>> peak_of(keras.optimizers.schedules.CosineDecay(0.0, 90, 0.0, None, 0.5, 10))
         0.5
-    """
+    """  # noqa: DOC501  (a ValueError, made below)
     rates: dict[int, float] = {}
 
     def rate(step: int) -> float:
@@ -67,10 +67,9 @@ def peak_of(schedule: Any) -> float:
     best = _climbed(max(grid, key=rate), rate)
     peak, early = rates[best], max(rate(step) for step in grid if step <= _HORIZON // 2)
     if not 0.0 < peak < math.inf:
-        why = f"found no rate above 0 (its rate at step 0 is {rate(0)!r})"
-        raise ValueError(_unknown(schedule, why))
+        raise _unknown(schedule, f"found no rate above 0 (its rate at step 0 is {rate(0)!r})")
     if best > _HORIZON // 2 and peak > (1.0 + _RISE) * early:
-        raise ValueError(_unknown(schedule, f"which still rises after {_HORIZON // 2} steps"))
+        raise _unknown(schedule, f"which still rises after {_HORIZON // 2} steps")
     return peak
 
 
@@ -124,8 +123,8 @@ def _climbed(step: int, rate: Callable[[int], float]) -> int:
     return step
 
 
-def _unknown(schedule: Any, why: str) -> str:
-    return (
+def _unknown(schedule: Any, why: str) -> ValueError:
+    return ValueError(
         f"learning_rate={type(schedule).__name__}, {why}, has no peak for fallback_lr to go with; "
         "pass base_learning_rate=RATE, at which AdamW's parameters get fallback_lr"
     )
