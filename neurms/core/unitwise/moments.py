@@ -114,7 +114,9 @@ def _moved_features(
         if not count:
             state = {"v": last[index], "u": last[index]}
             u[index] = last[index]
-            _, c[index] = structure.factors(state, steps[index])
+            scale = structure.factors(state, steps[index])[1]
+            assert scale is not None
+            c[index] = scale
     return u, c
 
 
