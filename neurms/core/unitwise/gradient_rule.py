@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from neurms.core.ground.errors import check_positive_int
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.routing import Head, Route, RoutedModel, route_model
 from neurms.core.structures.gradient_moments import GradientMoments
@@ -44,6 +45,8 @@ def gradient_recipe(settings: Mapping[str, Any], defaults: Mapping[str, Any]) ->
         ValueError: One is out of its range, or has no meaning for this variant.
     """
     check_probed(settings, defaults, _FOREIGN)
+    check_positive_int("probes", settings["probes"])
+    check_positive_int("seed", settings["seed"], low=0)
     structure = GradientMoments(beta_of(settings), settings["kappa"], settings["momentum"])
     return Recipe((structure,), batched=False)
 

@@ -27,6 +27,8 @@ from neurms.core.unitwise.mover import (
     to_fallback,
     velocity_like,
 )
+from neurms.core.unitwise.probed import ProbedLayers
+from neurms.core.unitwise.probed_mover import ProbedMover
 from neurms.core.unitwise.products import Product, write_product_
 from neurms.core.unitwise.rule import Gemm, LossReduction, Rules, UnitwiseRule, Variant, check_modes
 from neurms.core.unitwise.tapped import TappedLayer
@@ -60,11 +62,11 @@ class NeuRMS(PreconditionedOptimizer):
 
     Under U, B and F linear layers and convolutions (the head and all their biases included) get
     this rule; embeddings, norms, tied and parametrized weights, ``nn.MultiheadAttention`` and
-    weights whose layer is never called get AdamW: see :meth:`plan`. Statistics are those of backward passes that
-    add to ``.grad``: k micro-batches with the loss divided by k count as one big batch, and so do
-    the batches of several ranks. For B, which needs its scale while errors travel, each micro-batch
-    is scaled by what has been seen so far, which is not one big batch; its ranks exchange m numbers
-    in the backward of each layer, so every rank must use every layer.
+    weights whose layer is never called get AdamW: see :meth:`plan`. Statistics are those of
+    backward passes that add to ``.grad``: k micro-batches with the loss divided by k count as one
+    big batch, and so do the batches of several ranks. For B, which needs its scale while errors
+    travel, each micro-batch is scaled by what has been seen so far, which is not one big batch; its
+    ranks exchange m numbers in the backward of each layer, so every rank must use every layer.
 
     Args:
         model: The model whose layers are tapped; parameters alone will do for P only.
@@ -188,6 +190,8 @@ class NeuRMS(PreconditionedOptimizer):
         if self.probed:
             own = {"loss_scale": loss_scale, "heads": heads}
             check_probed(own, self.default_settings(), tuple(own))
+        writes = self.probed and update == "backward"
+        self.probed_layers = ProbedLayers(self, gemm) if writes else None
         self.update_mode = update
         self.layers = Engine(
             self,
@@ -200,9 +204,12 @@ class NeuRMS(PreconditionedOptimizer):
         )
         self._rules = Rules()
         super().__init__(model, settings, common)
-        if self.probed:
+        if self.probed and self.probed_layers is None:
             return
         assert isinstance(model, nn.Module)
+        if self.probed_layers is not None:
+            self.probed_layers.attach(model, self.routes.values(), waits=momentum > 0)
+            return
         self.layers.attach(
             [route for route in self.routes.values() if route.rule == self.rule],
             in_backward=update == "backward",
@@ -226,6 +233,8 @@ class NeuRMS(PreconditionedOptimizer):
     def detach(self) -> None:
         """Remove all taps from the model; layers go on with the statistics they have."""
         self.layers.detach()
+        if self.probed_layers is not None:
+            self.probed_layers.detach()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold; taps would be on no model.
@@ -246,6 +255,7 @@ class NeuRMS(PreconditionedOptimizer):
         super().__setstate__(state)
         if "layers" not in self.__dict__:
             self.probed, self.update_mode, self._rules = True, "step", Rules()
+            self.probed_layers = None
             self.layers = Engine(
                 self,
                 loss_reduction="mean",
@@ -298,8 +308,12 @@ class NeuRMS(PreconditionedOptimizer):
     def replaced(self, old: Route, new: Route) -> None:
         """Have taps follow a weight to the parameter in its place."""
         self.layers.follow(old, new)
+        if self.probed_layers is not None:
+            self.probed_layers.follow(old, new)
 
     def _made_mover(self, kind: str) -> Mover:
+        if kind == self.rule and self.probed_layers is not None:
+            return ProbedMover(weakref.proxy(self), self.probed_layers)
         if kind == self.rule and self.probed:
             return GradientMover(weakref.proxy(self))
         if kind == self.rule:
@@ -355,6 +369,8 @@ class NeuRMS(PreconditionedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients, and with them the statistics that no step has taken."""
         self.layers.forget()
+        if self.probed_layers is not None:
+            self.probed_layers.forget()
         self.work()
         super().zero_grad(set_to_none)
 
@@ -364,16 +380,29 @@ class NeuRMS(PreconditionedOptimizer):
         self.layers.synchronize(list(self.layers))
         self.layers.clear()
 
+    def _shares(self, views: Sequence[View]) -> list[tuple[Mover, list[View]]]:
+        """Return the views of each mover; the rule's own has work where no parameter has views."""
+        shares, own = super()._shares(views), self.mover_of(self.rule)
+        if self.update_mode == "backward" and all(mover is not own for mover, _ in shares):
+            shares.append((own, []))
+        return shares
+
     def move(self, shares: Sequence[tuple[Mover, Sequence[View]]]) -> None:
         """Take the step; what it has seen is used up then."""
         super().move(shares)
+        self._clear()
+
+    def _clear(self) -> None:
         self.layers.clear()
+        if self.probed_layers is not None:
+            self.probed_layers.clear()
 
     def on_nonfinite(self, names: Sequence[str]) -> None:
         """Leave a step out whose gradients or statistics are bad, or raise."""
-        updated = self.layers.updated
+        probed = self.probed_layers
+        updated = self.layers.updated if probed is None else probed.updated
         if self.update_mode == "backward":
-            self.layers.clear()
+            self._clear()
         if updated and self.nonfinite == "raise":
             raise NonFiniteError(
                 f"the gradient of {', '.join(map(repr, names[:5]))} is NaN or infinite and was not "
@@ -420,7 +449,7 @@ class NeuRMS(PreconditionedOptimizer):
     def restore(self, state_dict: dict[str, Any]) -> None:
         """Take a verified state dict over; layers that had gone to the fallback go there again."""
         super().restore(state_dict)
-        self.layers.clear()
+        self._clear()
         for layer in list(self.layers):
             kept = {p: self.state.get(p, {}) for p in (layer.weight, layer.bias) if p is not None}
             if "exp_avg" in kept[layer.weight]:

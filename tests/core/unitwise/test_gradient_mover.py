@@ -298,3 +298,33 @@ class TestRefusals:
     def test_plain_parameters_of_other_variants(self) -> None:
         with pytest.raises(TypeError, match=r"must be an nn\.Module"):
             NeuRMS([torch.ones(2, 2)], variant="U")
+
+
+def test_a_compiled_model_stays_whole_over_schedules_and_evaluations() -> None:
+    model = mlp().double()
+    compiles: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiles.append(1)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    optimizer = NeuRMS(compiled, variant="P", lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+    plain = mlp().double()
+    for step in range(200):
+        backward(compiled, vectors())
+        optimizer.step()
+        schedule.step()
+        if step == 50:
+            with torch.no_grad():
+                compiled(vectors()[0].double())
+    # One graph with gradients and one without.
+    assert len(compiles) == 2
+    other = NeuRMS(plain, variant="P", lr=0.05)
+    again = torch.optim.lr_scheduler.CosineAnnealingLR(other, 200)
+    for _ in range(200):
+        backward(plain, vectors())
+        other.step()
+        again.step()
+    assert_equal(plain, model)
