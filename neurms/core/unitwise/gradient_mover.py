@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from neurms.core.structures.gradient_moments import GradientMoments, with_bias
 from neurms.core.unitwise.gradient_rule import bias_of
 from neurms.core.unitwise.mover import velocity_like
 
-__all__ = ["GradientMover", "Layer", "structure_of"]
+__all__ = ["Factors", "GradientMover", "Holder", "Layer", "Target", "scales", "structure_of"]
 
 State = dict[str, Any]
 Factors = tuple[Tensor, Tensor]
@@ -178,15 +178,22 @@ class GradientMover(RecipeMover):
         momentum = layers[0].structure.momentum
         moves = [
             move
-            for layer, (left, right) in zip(layers, factors, strict=True)
-            for move in _moves_of(layer, left, right, bool(momentum))
+            for layer, own in zip(layers, factors, strict=True)
+            for move in _moves_of(layer, *own, self._target, bool(momentum))
         ]
         with span("update", [move.view.parameter for move in moves]):
             _apply_([move for move in moves if not move.formed], momentum, backend)
             for move in moves:
                 if move.formed:
                     _apply_formed_(move, momentum)
-                move.view.written(move.target)
+                self._written(move.view, move.target)
+
+    def _written(self, view: View, target: Tensor) -> None:
+        view.written(target)
+
+    def _target(self, view: View, decay: float) -> Target:
+        """Return what a parameter's scaled gradient enters."""
+        return Target(view.target(), float(view.group["lr"]), decay)
 
     # ---------------------------------------------------------------- state
 
@@ -308,6 +315,14 @@ def scales(
 # -------------------------------------------------------------------- moves
 
 
+class Target(NamedTuple):
+    """What a scaled gradient enters: T <- decay T - rate U."""
+
+    tensor: Tensor
+    rate: float
+    decay: float
+
+
 @dataclass(slots=True, eq=False)
 class _Move:
     """One tensor's part: T <- decay T - rate left X right, X the gradient or its average.
@@ -329,22 +344,30 @@ class _Move:
     formed: bool
 
 
-def _moves_of(layer: Layer, left: Tensor, right: Tensor, averages: bool) -> list[_Move]:
+def _moves_of(
+    layer: Layer,
+    left: Tensor,
+    right: Tensor,
+    target_of: Callable[[View, float], Target],
+    averages: bool,
+) -> list[_Move]:
     weight, bias = layer.weight, layer.bias
     rows = weight.shard is not None
     moves = []
     if layer.moves:
-        moves.append(_move_of(weight, rows, left, right[: layer.columns], weight.decay, averages))
+        target = target_of(weight, weight.decay)
+        moves.append(_move_of(weight, target, rows, left, right[: layer.columns], averages))
     if bias is not None:
         # Weight decay is for weights.
-        moves.append(_move_of(bias, rows, left * right[-1], None, 1.0, averages))
+        target = target_of(bias, 1.0)
+        moves.append(_move_of(bias, target, rows, left * right[-1], None, averages))
     return moves
 
 
 def _move_of(
-    view: View, rows: bool, left: Tensor, right: Tensor | None, decay: float, averages: bool
+    view: View, into: Target, rows: bool, left: Tensor, right: Tensor | None, averages: bool
 ) -> _Move:
-    target, rate = view.target(), float(view.group["lr"])
+    target, rate, decay = into
     velocity = local(view.state["momentum"]) if averages else None
     if view.sharded and not rows:
         return _Move(

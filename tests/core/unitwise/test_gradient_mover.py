@@ -300,6 +300,7 @@ class TestRefusals:
             NeuRMS([torch.ones(2, 2)], variant="U")
 
 
+@pytest.mark.slow
 def test_a_compiled_model_stays_whole_over_schedules_and_evaluations() -> None:
     model = mlp().double()
     compiles: list[int] = []
