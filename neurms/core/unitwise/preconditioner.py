@@ -22,8 +22,15 @@ from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.optimizers.view import View
 from neurms.core.routing import FALLBACK, Route
-from neurms.core.unitwise.checks import backward_problem, checked_settings, verified_state
+from neurms.core.unitwise.checks import (
+    backward_problem,
+    checked_settings,
+    default_settings,
+    verified_state,
+)
 from neurms.core.unitwise.engine import Engine
+from neurms.core.unitwise.gradient_rule import gradient_routes
+from neurms.core.unitwise.gradient_scaler import GradientScaler
 from neurms.core.unitwise.layers import neurms_routes
 from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.mover import velocity_like
@@ -51,6 +58,11 @@ class GradientPreconditioner:
     then row-clipped with ``agc``. SGD(lr, momentum) beside it moves as NeuRMS(lr, momentum) does.
     An optimizer that divides by its own running RMS (Adam) undoes most of a slowly varying scale.
     Other parameters' gradients are left as they are.
+
+    ``variant="P"`` needs no taps. Beside SGD(lr) without momentum it moves as NeuRMS(lr,
+    variant="P") does, with lr on AdamW's scale. SGD's own momentum then sums updates whose RMS is
+    1, so that steps become up to 1 / (1 - momentum) times as long: ``momentum`` here averages
+    gradients instead.
 
     ``update="backward"`` writes linear weights during backward with the lr and the momentum of the
     plain SGD that holds them, which finds no gradient for them and does the rest.
@@ -106,19 +118,27 @@ class GradientPreconditioner:
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.skipped_steps = 0
         self._rule = UnitwiseRule.of(self.settings)
+        self._moments: GradientScaler | None = None
         self._optimizers = list(optimizers)
         self._groups: dict[Tensor, dict[str, Any]] = {}
         left = {id(parameter) for parameter in leave}
         head = self.settings["head"] or NeuRMS.default_head
+        of = gradient_routes if self.settings["variant"] == "P" else neurms_routes
         self.routes = [
             replace(route, rule=FALLBACK, reason="left to another optimizer")
             if id(route.parameter) in left
             else route
-            for route in neurms_routes(model, NeuRMS.rule, head, self.settings["exclude"])
+            for route in of(model, NeuRMS.rule, head, self.settings["exclude"])
         ]
         self._names = {r.parameter: r.name.replace(_COMPILED, "") for r in self.routes}
         names = ("loss_reduction", "gemm", "loss_scale", "heads", "backend", "process_group")
         self.layers = Engine(self, **{name: self.settings[name] for name in names})
+        if self.settings["variant"] == "P":
+            self._moments = GradientScaler(
+                self.routes, self.settings, default_settings(), self.state
+            )
+            self._attached = True
+            return
         self._check_backward_optimizers()
         self.layers.attach(
             [route for route in self.routes if not route.is_fallback],
@@ -135,6 +155,13 @@ class GradientPreconditioner:
     def __iter__(self) -> Iterator[TappedLayer]:
         """Iterate over the tapped layers."""
         return iter(self.layers)
+
+    @property
+    def taken(self) -> list[Tensor]:
+        """The parameters whose gradients are scaled."""
+        if self._moments is not None:
+            return [route.parameter for route in self.routes if not route.is_fallback]
+        return [p for x in self for p in (x.weight, x.bias) if p is not None]
 
     # ---------------------------------------------------------------- taps
 
@@ -254,6 +281,10 @@ class GradientPreconditioner:
         if bad := nonfinite_names(self._views(moving)) or self._bad_statistics(layers):
             return self._refused(bad)
         self.layers.warn_of_still(layers, {p for p in moving if p.grad is not None})
+        if self._moments is not None:
+            with use_backend(self.backend), WholeStep():
+                self._decay_weights(self._moments.scale(moving), moving)
+            return True
         with use_backend(self.backend), WholeStep():
             self.layers.commit(layer for layer in layers if layer.observed.rows)
             moves = [move for layer in layers for move in self._moves_of(layer, moving)]
@@ -329,6 +360,12 @@ class GradientPreconditioner:
             if weight in moving and weight.grad is not None and layer.state.get("step"):
                 weight.mul_(1.0 - float(moving[weight]["lr"]) * decay)
 
+    def _decay_weights(self, scaled: Iterable[Tensor], moving: Mapping[Tensor, Any]) -> None:
+        decay = self.settings["weight_decay"]
+        for weight in scaled if decay else ():
+            if weight.ndim >= 2:
+                weight.mul_(1.0 - float(moving[weight]["lr"]) * decay)
+
     def _move_of(self, parameter: Tensor, layer: TappedLayer, factors: Factors) -> Move | None:
         """Return what overwrites a gradient by S G C, or by the velocity that S G C enters."""
         layout = layer.route.layout if parameter is layer.weight else default_layout(parameter)
@@ -358,6 +395,8 @@ class GradientPreconditioner:
 
     def _new_state(self, parameter: Tensor, like: Tensor) -> dict[str, Any]:
         """Return fresh state on the device of ``like``: step, v and u of a weight; its velocity."""
+        if self._moments is not None:
+            return self._moments.new_state(parameter, like)
         layer = self.layers.of(parameter)
         state = {} if layer is None else layer.new_state(like)
         if self._momentum_of(parameter):
@@ -366,10 +405,9 @@ class GradientPreconditioner:
 
     def plan(self) -> Plan:
         """Return the table of what is preconditioned, with the bytes of state kept here."""
-        biases = {layer.bias for layer in self if layer.bias is not None}
-        rows = []
+        taken, rows = set(self.taken), []
         for route in self.routes:
-            ours = self.layers.of(route.parameter) is not None or route.parameter in biases
+            ours = route.parameter in taken
             state = self._new_state(route.parameter, meta_like(route.parameter)) if ours else {}
             rows.append(
                 PlanRow(
@@ -402,14 +440,15 @@ class GradientPreconditioner:
         Raises:
             CheckpointError: It belongs to another model or other settings; nothing was changed.
         """
-        parameters = {self._names[x.weight]: x.weight for x in self}
-        parameters |= {self._names[x.bias]: x.bias for x in self if x.bias is not None}
+        parameters = {self._names[parameter]: parameter for parameter in self.taken}
         self.state = verified_state(
             state_dict,
             parameters,
             self.settings["variant"],
             lambda p: self._new_state(p, meta_like(p)),
         )
+        if self._moments is not None:
+            self._moments.state = self.state
         self.skipped_steps = state_dict["skipped_steps"]
         self.clear()
 

@@ -14,7 +14,7 @@ from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.rule import Gemm, UnitwiseRule
 from neurms.core.unitwise.statistics import scalar
 
-__all__ = ["Product", "write_product_"]
+__all__ = ["Product", "add_product_", "write_product_"]
 
 
 class Product(NamedTuple):
@@ -63,7 +63,7 @@ def write_product_(
     """
     applied: tuple[Tensor | None, Tensor | None] = (None, None) if rule.upstream else factors
     if velocity is None:
-        _write_(target, product, applied, rate, decay)
+        add_product_(target, product, applied, rate, decay)
         return
     # B's factors are in D already, and would be missing where the velocity is scaled again.
     if product.in_bfloat16 and not (rule.coupled and rule.upstream):
@@ -71,12 +71,12 @@ def write_product_(
         signals = product.errors, product.activations
         move(target, *signals, *applied, *rates, velocity, scalar(rule.momentum), rule.coupled)
         return
-    _write_(velocity, product, applied, -1.0, rule.momentum)
+    add_product_(velocity, product, applied, -1.0, rule.momentum)
     left, right = factors if rule.coupled else (None, None)
     apply_updates_([target], [velocity], [None], [left], [right], [rate], [decay])
 
 
-def _write_(
+def add_product_(
     target: Tensor,
     product: Product,
     factors: tuple[Tensor | None, Tensor | None],

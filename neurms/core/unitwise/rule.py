@@ -9,15 +9,23 @@ from typing import Any, Literal
 from neurms.core.ground.errors import check_choice, check_fraction, check_real
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 
-__all__ = ["Gemm", "LossReduction", "Rules", "UnitwiseRule", "Variant", "check_gemm", "check_modes"]
+__all__ = [
+    "Gemm",
+    "LossReduction",
+    "Rules",
+    "UnitwiseRule",
+    "Variant",
+    "beta_of",
+    "check_gemm",
+    "check_modes",
+]
 
-Variant = Literal["U", "B", "F"]
+Variant = Literal["U", "B", "F", "P"]
 LossReduction = Literal["mean", "sum"]
 Gemm = Literal["float32", "bfloat16"]
 """What D and H are multiplied in where no gradient is formed."""
 
 _STRUCTURE = (
-    "beta",
     "eps",
     "v_min",
     "s_min",
@@ -55,7 +63,7 @@ class UnitwiseRule:
         Raises:
             ValueError: A setting is out of its range.
         """
-        check_choice("variant", settings["variant"], ("U", "B", "F"))
+        check_choice("variant", settings["variant"], ("U", "B", "F", "P"))
         check_fraction("momentum", settings["momentum"])
         check_choice(
             "momentum_coupling", settings["momentum_coupling"], ("gradient", "gradient+velocity")
@@ -63,7 +71,9 @@ class UnitwiseRule:
         if settings["agc"] is not None:
             check_real("agc", settings["agc"], strict=True, cure="None switches it off")
         structure = UnitFeatureDiagonal(
-            **{name: settings[name] for name in _STRUCTURE}, factored=settings["variant"] == "F"
+            beta_of(settings),
+            **{name: settings[name] for name in _STRUCTURE},
+            factored=settings["variant"] == "F",
         )
         return cls(
             structure,
@@ -77,6 +87,14 @@ class UnitwiseRule:
     def variant(self) -> Variant:
         """The variant's letter."""
         return "B" if self.upstream else "F" if self.structure.factored else "U"
+
+
+def beta_of(settings: Mapping[str, Any]) -> float:
+    """Return the decay of second moments: where it is None, what the variant wants."""
+    beta: float | None = settings["beta"]
+    if beta is None:
+        return 0.95 if settings["variant"] == "P" else 0.99
+    return beta
 
 
 class Rules:
