@@ -19,7 +19,7 @@ from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.checks import checked_settings
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
-from neurms.core.unitwise.rule import Gemm, LossReduction, Variant
+from neurms.core.unitwise.rule import Gemm, LossReduction, Normalize, Variant
 from neurms.core.unitwise.scale_summary import scale_summary
 from neurms.core.unitwise.tapped import TappedLayer
 from neurms.integrations.trainer_checks import (
@@ -94,6 +94,7 @@ class NeuRMSCallback(Callback):
         nonfinite: What a NaN or infinity does without a GradScaler: "raise", or "skip" the step.
         log: Log a few scalars under "neurms/" at the Trainer's logging interval.
         gemm: What update="backward" multiplies D and H in: "float32", or "bfloat16".
+        normalize: "rms" to divide what reaches the optimizer by the average of its RMS, or None.
 
     Raises:
         TypeError: A setting is of the wrong type.
@@ -147,6 +148,7 @@ class NeuRMSCallback(Callback):
         nonfinite: NonFinite = "raise",
         log: bool = True,
         gemm: Gemm = "float32",
+        normalize: Normalize | None = None,
     ) -> None:
         given = dict(locals())
         names = given.keys() - {"self", "log", "__class__"}

@@ -18,6 +18,7 @@ from neurms.core.routing import Head, Route
 from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.engine import Engine
 from neurms.core.unitwise.layers import neurms_routes
+from neurms.core.unitwise.lengths import length_like
 from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.mover import (
     UnitwiseMover,
@@ -25,8 +26,16 @@ from neurms.core.unitwise.mover import (
     to_fallback,
     velocity_like,
 )
-from neurms.core.unitwise.products import Product, write_product_
-from neurms.core.unitwise.rule import Gemm, LossReduction, Rules, UnitwiseRule, Variant, check_modes
+from neurms.core.unitwise.products import Product, length_of, write_product_
+from neurms.core.unitwise.rule import (
+    Gemm,
+    LossReduction,
+    Normalize,
+    Rules,
+    UnitwiseRule,
+    Variant,
+    check_modes,
+)
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["NeuRMS"]
@@ -46,6 +55,19 @@ class NeuRMS(PreconditionedOptimizer):
     alone. **B** sends D S upstream and uses it for the update, too. Biases move by -lr S (D^T 1).
     State per layer: m numbers, m + n for F; no moment for each parameter unless ``momentum`` is
     set.
+
+    ``normalize="rms"`` divides what moves a tensor, but for lr, by the average of its own RMS, so
+    that the rate is on AdamW's scale: a step of about lr in every entry, and never more than 10 lr
+    in RMS. With U_t = S G C, or V with ``momentum``:
+
+        l_t = (.9 (1 - .9^(t-1)) l_(t-1) + .1 RMS(U_t)) / (1 - .9^t)
+        W <- W - lr U_t / l_t
+
+    One number of state more for each weight and each bias. A bias has a length of its own: its
+    gradient does not carry the scale of the layer's inputs, as the weight's in U and B does, so
+    that the weight's length would make its steps 1 / RMS(H) times as long. Nothing depends on the
+    loss's scale then, but for ``eps``, ``v_min`` and absolute bounds. Momentum adds one more read
+    of V and of its update to the cost of one more read of G.
 
     Linear layers and convolutions (the head and all their biases included) get this rule;
     embeddings, norms, tied and parametrized weights, ``nn.MultiheadAttention`` and weights whose
@@ -88,6 +110,10 @@ class NeuRMS(PreconditionedOptimizer):
             takes a fraction of the time where the processor has AMX or AMD's AVX512-BF16, and more
             elsewhere: ``neurms doctor`` tells. Inputs that autocast has made bfloat16 are
             multiplied as such in any case.
+        normalize: ``"rms"``: updates divided by the average of their RMS, before ``agc``; None is
+            the draft. ``update="backward"`` without momentum never forms the update: the square of
+            its norm is estimated without bias from 4 probes z of random signs, ||S D^T (H C z)||^2,
+            the same in a resumed run.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`; ``weight_decay`` acts on
             weights, not on biases.
 
@@ -99,7 +125,7 @@ class NeuRMS(PreconditionedOptimizer):
         "Unitwise RMS preconditioning via buffer scaling", draft, 2025: Algorithm 1 (B, U), section
         5 (F). Settled here: D is the per-row error, so that scales are the same in every layer,
         whatever the batch; micro-batches and ranks are summed before one commit at the step; bias
-        correction is on.
+        correction is on. ``normalize`` is an addition.
 
     Example:
         >>> import torch, neurms
@@ -140,6 +166,7 @@ class NeuRMS(PreconditionedOptimizer):
         loss_scale: Callable[[], Tensor | float] | None = None,
         heads: Mapping[str, int] | None = None,
         gemm: Gemm = "float32",
+        normalize: Normalize | None = None,
         **common: Unpack[CommonSettings],
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -164,6 +191,7 @@ class NeuRMS(PreconditionedOptimizer):
             "agc": agc,
             "clip": clip,
             "kappa": kappa,
+            "normalize": normalize,
         }
         check_modes(loss_reduction, update, gemm, loss_scale, agc)
         self.update_mode = update
@@ -272,6 +300,8 @@ class NeuRMS(PreconditionedOptimizer):
             state.update(self.state_for(parameter, view.route, view.group))
         if view.group["momentum"] and "momentum" not in state:
             state["momentum"] = velocity_like(parameter)
+        if view.group["normalize"] and "length" not in state:
+            state["length"] = length_like(parameter)
         return state
 
     def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
@@ -280,7 +310,8 @@ class NeuRMS(PreconditionedOptimizer):
         view.state = self.state[layer.weight]
         velocity = view.state["momentum"] if rule.momentum else None
         target, rate = view.target(), float(view.group["lr"])
-        write_product_(target, product, factors, rule, velocity, rate, view.decay)
+        length = length_of(layer) if rule.normalize else None
+        write_product_(target, product, factors, rule, velocity, rate, view.decay, length)
         view.written(target)
 
     # ---------------------------------------------------------------- the step
