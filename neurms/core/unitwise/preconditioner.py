@@ -52,8 +52,8 @@ class GradientPreconditioner:
 
     divided by its average RMS with ``normalize="rms"`` (the optimizer's own momentum comes after
     that), then row-clipped with ``agc``. SGD(lr, momentum) beside it moves as NeuRMS(lr, momentum)
-    does. An optimizer that divides by its own running RMS (Adam) undoes most of a slowly varying scale.
-    Other parameters' gradients are left as they are.
+    does, but for ``normalize``. An optimizer that divides by its own running RMS (Adam) undoes most
+    of a slowly varying scale. Other parameters' gradients are left as they are.
 
     ``update="backward"`` writes linear weights during backward with the lr and the momentum of the
     plain SGD that holds them, which finds no gradient for them and does the rest.
