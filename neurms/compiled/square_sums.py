@@ -1,93 +1,97 @@
-"""Sums of squares of scaled matrices: how long an update is, before it is made."""
+"""Row and column sums of a gradient's squares in one read of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neurms.compiled._tiles import accumulator, along_features, along_units
+from neurms.compiled._tiles import is_tiled, tile_length
+from neurms.compiled.backends import Kernel, kernel
 from neurms.compiled.lists import list_kernel
-from neurms.compiled.native import addresses, library, numbers, threads
-from neurms.compiled.update import as_rows, have_rows
+from neurms.compiled.native import addresses, is_plain, library, numbers, threads
 
-__all__ = ["square_sums"]
+__all__ = ["are_stored", "square_sums", "vectors"]
+
+
+def _sums_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    if gradient.device.type != "cpu":
+        # An accelerator widens the numbers while it reduces them; nothing of G's size is made.
+        rows = torch.linalg.vector_norm(gradient, 2.0, [-1], dtype=torch.float64)
+        columns = torch.linalg.vector_norm(gradient, 2.0, [-2], dtype=torch.float64)
+        return rows.square(), columns.square()
+    if gradient.dim() != 2 or not is_tiled(gradient):
+        squares = gradient.to(torch.float64).square()
+        return squares.sum(-1), squares.sum(-2)
+    total = torch.zeros(gradient.size(1), dtype=torch.float64)
+    by_rows: list[Tensor] = []
+    for tile in gradient.split(tile_length(gradient, 0)):
+        squares = tile.to(torch.float64).square()
+        by_rows.append(squares.sum(-1))
+        total += squares.sum(-2)
+    return torch.cat(by_rows), total
+
+
+_sums: Kernel[..., Any] = kernel(_sums_of)
 
 
 @list_kernel
-def square_sums(
-    matrices: Sequence[Tensor], lefts: Sequence[Tensor | None], rights: Sequence[Tensor | None]
-) -> Tensor:
-    """Return ``sum_ij (left_i X_ij right_j)^2`` of several tensors, in one read of each.
+def square_sums(gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Row sums and column sums of the squares of several gradients.
+
+    ``R_i = sum_j G_ij^2`` and ``C_j = sum_i G_ij^2``, squared and added up in float64: squares of
+    float32 numbers neither underflow nor overflow there, so that no gradient is too small or large.
 
     Args:
-        matrices: X, shapes (m,), (m, n) or (groups, units, features, taps); only read.
-        lefts: Unit scales, shape (m,), or None for 1.
-        rights: Feature scales, shape (n,), or None for 1; None for (m,) tensors.
+        gradients: Matrices G, each of shape (..., m, n), float32 or float64, any strides.
 
     Returns:
-        Shape (count,), float64, on the device of the first.
-
-    Raises:
-        ValueError: If shapes do not fit.
+        R of every matrix, shape (..., m), and C of every matrix, shape (..., n), float64.
 
     Reference:
-        What ``apply_updates_(..., measure=True)`` returns, without moving anything.
+        The statistic of Adafactor, and of NeuRMS's variant P.
 
     Example:
         >>> import torch
-        >>> square_sums([torch.ones(2, 2)], [torch.tensor([1.0, 2.0])], [None])
-        tensor([10.], dtype=torch.float64)
+        >>> square_sums([torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
+        ([tensor([ 5., 25.], dtype=torch.float64)], [tensor([10., 20.], dtype=torch.float64)])
     """
-    items = zip(matrices, lefts, rights, strict=True)
-    sums = [_square_sum(x, left, right) for x, left, right in items]
-    if not sums:
-        return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([total.to(sums[0].device) for total in sums])
+    made = [_sums(gradient) for gradient in gradients]
+    return [rows for rows, _ in made], [columns for _, columns in made]
 
 
-def _square_sum(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    wide = accumulator(x.dtype)
-    scaled = x.to(wide)
-    # As the move has it: the feature scale first.
-    if right is not None:
-        scaled = scaled * along_features(right, x).to(wide)
-    if left is not None:
-        scaled = scaled * along_units(left, x).to(wide)
-    norm: Tensor = torch.linalg.vector_norm(scaled, dtype=torch.float64)
-    return norm.square()
+def are_stored(gradients: Sequence[Tensor]) -> list[bool]:
+    """Return which matrices native kernels read: plain float32, by rows or by columns."""
+    return [g.dim() == 2 and (is_plain(g) or is_plain(g.mT)) for g in gradients]
 
 
-def _have_rows(*columns: Sequence[Tensor | None]) -> list[bool]:
-    matrices, lefts, rights = columns
-    return have_rows(matrices, matrices, [None] * len(matrices), lefts, rights)
-
-
-@square_sums.native(_have_rows)
-def _square_sums(
-    matrices: Sequence[Tensor], lefts: Sequence[Tensor | None], rights: Sequence[Tensor | None]
-) -> Tensor:
+@square_sums.native(are_stored)
+def _square_sums(gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     kernels = library()
     assert kernels is not None
-    x, left, right = [], [], []
-    for item in zip(matrices, matrices, [None] * len(matrices), lefts, rights, strict=True):
-        rows = as_rows(item)
-        assert rows is not None
-        own = rows[0]
-        x.append(own)
-        # A vector is one row, whose elements have factors of their own.
-        left.append(rows[3] if own.ndim == 2 else None)
-        right.append(rows[4] if own.ndim == 2 else rows[3])
-    sums = torch.empty(len(x), dtype=torch.float64)
+    # One that is stored by columns is read as its transpose: its rows are the columns.
+    turned = [not gradient.is_contiguous() for gradient in gradients]
+    sizes = [g.shape[::-1] if turn else g.shape for g, turn in zip(gradients, turned, strict=True)]
+    units, features = [m for m, _ in sizes], [n for _, n in sizes]
+    rows = vectors(gradients[0], units, torch.float64)
+    columns = vectors(gradients[0], features, torch.float64)
     kernels.neurms_square_sums(
-        len(x),
-        addresses(x),
-        numbers("q", [own.shape[0] if own.ndim == 2 else 1 for own in x]),
-        numbers("q", [own.shape[-1] for own in x]),
-        addresses(left),
-        addresses(right),
-        sums.data_ptr(),
+        len(gradients),
+        addresses(gradients),
+        numbers("q", units),
+        numbers("q", features),
+        addresses(rows),
+        addresses(columns),
         threads(),
     )
-    return sums
+    for i, turn in enumerate(turned):
+        if turn:
+            rows[i], columns[i] = columns[i], rows[i]
+    return rows, columns
+
+
+def vectors(like: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Return vectors of the given sizes, parts of one new tensor."""
+    return list(like.new_empty(sum(sizes), dtype=dtype).split(list(sizes)))

@@ -1,84 +1,70 @@
-"""Sums of squares of L X R, against float64."""
+"""Row and column sums of squares against float64, in every form, storage order and magnitude."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from neurms.compiled.backends import PROMPT
+from neurms.compiled import use_backend
+from neurms.compiled.native import compiler, suits
 from neurms.compiled.square_sums import square_sums
 
-SHAPES = {
-    "bias": (300,),
-    "matrix": (37, 1500),
-    "tall": (1500, 3),
-    "blocks": (1, 9, 4, 25),
-    "groups": (2, 3, 4, 5),
-    "empty": (0, 4),
-}
-BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1e-6}
+
+def matrix(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def factors(shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None, Any]:
-    """Return left (m,), right (n,), and their product as it broadcasts, float64."""
-    if len(shape) == 1:
-        left = torch.rand(shape[0]) + 0.1
-        return left, None, left.double()
-    if len(shape) == 2:
-        left, right = torch.rand(shape[0]) + 0.1, torch.rand(shape[1]) + 0.1
-        return left, right, left.double()[:, None] * right.double()
-    groups, units, features, _ = shape
-    left, right = torch.rand(groups * units) + 0.1, torch.rand(groups * features) + 0.1
-    own = left.double().view(groups, units, 1, 1), right.double().view(groups, 1, features, 1)
-    return left, right, own[0] * own[1]
+def test_meaning(backend: str) -> None:
+    x, y = matrix(3, 4), matrix(5, 2, seed=1)
+    with use_backend(backend):
+        rows, columns = square_sums([x, y])
+    for one, row, column in zip((x, y), rows, columns, strict=True):
+        wide = one.double()
+        torch.testing.assert_close(row, torch.einsum("ij,ij->i", wide, wide))
+        torch.testing.assert_close(column, torch.einsum("ij,ij->j", wide, wide))
 
 
-@pytest.mark.parametrize("form", ["eager", PROMPT])
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("sides", ["none", "left", "both"])
-def test_against_float64_in_mixed_company(form: str, dtype: torch.dtype, sides: str) -> None:
-    torch.manual_seed(0)
-    items: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-    truth = []
-    for shape in SHAPES.values():
-        x = torch.randn(shape).to(dtype)
-        left, right, both = factors(shape)
-        if sides == "none":
-            items.append((x, None, None))
-            both = torch.ones(())
-        elif sides == "left":
-            items.append((x, left.to(dtype), None))
-            both = left.to(dtype).double().view(-1, *[1] * (len(shape) - 1))
-            if len(shape) == 4:
-                both = both.view(shape[0], shape[1], 1, 1)
-        else:
-            own = None if right is None else right.to(dtype)
-            items.append((x, left.to(dtype), own))
-            if dtype is torch.bfloat16:
-                return
-        truth.append((x.double() * both.double()).square().sum())
-    columns = [list(column) for column in zip(*items, strict=True)]
-    sums = square_sums.on(form)(*columns)
-    assert sums.dtype is torch.float64
-    torch.testing.assert_close(sums, torch.stack(truth), rtol=BOUNDS[dtype], atol=0)
+def test_batches_and_no_matrices() -> None:
+    x = matrix(2, 3, 4)
+    (rows,), (columns,) = square_sums([x])
+    for i in range(2):
+        (row,), (column,) = square_sums([x[i]])
+        torch.testing.assert_close(rows[i], row)
+        torch.testing.assert_close(columns[i], column)
+    assert square_sums([]) == ([], [])
 
 
-@pytest.mark.parametrize("form", ["eager", PROMPT])
-def test_matrices_stored_by_columns(form: str) -> None:
-    x, left, right = torch.randn(40, 900).t(), torch.rand(900), torch.rand(40)
-    (found,) = square_sums.on(form)([x], [left], [right])
-    truth = (left.double()[:, None] * x.double() * right.double()).square().sum()
-    assert abs(found / truth - 1) < 1e-6
+def test_tiles_add_up(small_tiles: None) -> None:
+    x = matrix(40, 7)
+    (rows,), (columns,) = square_sums([x])
+    torch.testing.assert_close(rows, x.double().square().sum(1))
+    torch.testing.assert_close(columns, x.double().square().sum(0))
 
 
-def test_nothing_is_no_sums() -> None:
-    assert square_sums([], [], []).shape == (0,)
+SHAPES = [(256, 256), (257, 300), (3, 40_000), (40_000, 3), (1, 70_000), (1023, 65)]
 
 
-@pytest.mark.parametrize("form", ["eager", PROMPT])
-def test_shapes_that_do_not_fit(form: str) -> None:
-    with pytest.raises(ValueError, match="factor for every unit"):
-        square_sums.on(form)([torch.ones(3, 4)], [torch.ones(4)], [None])
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_native_form(shape: tuple[int, int], scale: float, by_columns: bool) -> None:
+    x = matrix(*shape, scale=scale)
+    assert suits(x), "the native form must be what this tests"
+    x = x.mT if by_columns else x
+    (rows,), (columns,) = square_sums([x])
+    torch.testing.assert_close(rows, x.double().square().sum(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(columns, x.double().square().sum(0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+def test_many_small_matrices_in_one_call() -> None:
+    shapes = [(64, 65), (5, 3), (128, 128), (1, 1), (300, 70)]
+    xs = [matrix(*shape, seed=i) for i, shape in enumerate(shapes)]
+    xs[2] = xs[2].mT
+    assert all(square_sums._serve(xs)), "the native form must be what this tests"
+    rows, columns = square_sums(xs)
+    for x, row, column in zip(xs, rows, columns, strict=True):
+        torch.testing.assert_close(row, x.double().square().sum(1), rtol=1e-12, atol=0)
+        torch.testing.assert_close(column, x.double().square().sum(0), rtol=1e-12, atol=0)

@@ -352,7 +352,7 @@ void neurms_apply_updates(int64_t count, float* const* w, const float* const* g,
 }
 
 // For several matrices (m x n) the sums of squares of L X R; null factors are 1.
-void neurms_square_sums(int64_t count, const float* const* x, const int64_t* m, const int64_t* n,
+void neurms_move_square_sums(int64_t count, const float* const* x, const int64_t* m, const int64_t* n,
                         const float* const* left, const float* const* right, double* sums, int threads) {
   int64_t total = 0;
   for (int64_t k = 0; k < count; ++k) total += m[k] * n[k];

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neurms.compiled.square_sums import square_sums
+from neurms.compiled.move_square_sums import move_square_sums
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import RowShard
 from neurms.core.unitwise.moves import Move, apply_, seen
@@ -93,7 +93,7 @@ def normalized(
     own = _without_velocity(moves, rule, backend)
     shown = [seen(move) for move in own]
     there = [move for move in shown if move.target.numel()]
-    found = square_sums.on(backend)(
+    found = move_square_sums.on(backend)(
         [move.gradient for move in there],
         [move.factors[0] for move in there],
         [move.factors[1] for move in there],

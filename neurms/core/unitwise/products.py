@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
-from neurms.compiled.square_sums import square_sums
+from neurms.compiled.move_square_sums import move_square_sums
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.spans import span
@@ -139,7 +139,7 @@ def write_product_(
     _write_(velocity, product, applied, -1.0, rule.momentum)
     left, right = factors if rule.coupled else (None, None)
     if length is not None:
-        rate *= _gain_(length, square_sums([velocity], [left], [right]))
+        rate *= _gain_(length, move_square_sums([velocity], [left], [right]))
     apply_updates_([target], [velocity], [None], [left], [right], [rate], [decay])
 
 
