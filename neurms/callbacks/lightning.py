@@ -19,7 +19,7 @@ from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.checks import checked_settings
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
-from neurms.core.unitwise.rule import Gemm, LossReduction, Variant
+from neurms.core.unitwise.rule import Gemm, LossReduction, Normalize, Variant
 from neurms.core.unitwise.scale_summary import scale_summary
 from neurms.core.unitwise.tapped import TappedLayer
 from neurms.integrations.trainer_checks import (
@@ -100,6 +100,7 @@ class NeuRMSCallback(Callback):
         gemm: What update="backward" multiplies D and H in: "float32", or "bfloat16".
         probes: Of variant P with update="backward", which no callback can ask for.
         seed: Of those probes.
+        normalize: "rms" to divide what reaches the optimizer by the average of its RMS, or None.
 
     Raises:
         TypeError: A setting is of the wrong type.
@@ -155,6 +156,7 @@ class NeuRMSCallback(Callback):
         gemm: Gemm = "float32",
         probes: int = 4,
         seed: int = 0,
+        normalize: Normalize | None = None,
     ) -> None:
         given = dict(locals())
         names = given.keys() - {"self", "log", "__class__"}

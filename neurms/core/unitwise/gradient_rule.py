@@ -17,6 +17,7 @@ from neurms.core.unitwise.rule import beta_of
 __all__ = ["bias_of", "check_probed", "gradient_recipe", "gradient_routes"]
 
 _FOREIGN = (
+    "normalize",
     "eps",
     "v_min",
     "s_min",
