@@ -25,6 +25,9 @@ Group = dict[str, Any]
 _LATER: Group = {
     "maximize": False,
     "fit": "power",
+    "probes": 4,
+    "seed": 0,
+    "normalize": None,
     "switching": "complement",
     "residual": "optimal",
     "oversampling": 0,
