@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from neurms.callbacks import metrics as metrics
     from neurms.callbacks.profiler import profile as profile
     from neurms.compiled.backends import use_backend as use_backend
-    from neurms.compiled.native.build import warm_up as warm_up
+    from neurms.compiled.native.load import warm_up as warm_up
     from neurms.core.distributed.joining import JoinableOptimizer as JoinableOptimizer
     from neurms.core.ground.errors import CheckpointError as CheckpointError
     from neurms.core.ground.errors import MissingParametersError as MissingParametersError
@@ -76,7 +76,7 @@ _EXPORTS = {
     "Structure": "neurms.core.structures.base",
     "Context": "neurms.core.structures.base",
     "GradientPreconditioner": "neurms.core.unitwise.preconditioner",
-    "warm_up": "neurms.compiled.native.build",
+    "warm_up": "neurms.compiled.native.load",
     "NeurmsError": "neurms.core.ground.errors",
     "MissingParametersError": "neurms.core.ground.errors",
     "NonFiniteError": "neurms.core.ground.errors",
@@ -93,16 +93,18 @@ _MODULES = {"metrics": "neurms.callbacks.metrics"}
 __all__ = ["__version__", *_EXPORTS]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name from its home module at first use (PEP 562)."""
-    if name in _MODULES:
-        value = import_module(_MODULES[name])
-    elif name in _EXPORTS:
-        value = getattr(import_module(_EXPORTS[name]), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else every name would be there
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name from its home module at first use (PEP 562)."""
+        if name in _MODULES:
+            value = import_module(_MODULES[name])
+        elif name in _EXPORTS:
+            value = getattr(import_module(_EXPORTS[name]), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
