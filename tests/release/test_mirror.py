@@ -46,7 +46,7 @@ ELSEWHERE = {
         "compiled/_tiles",
     ],
     "compiled/test_operators.py": ["compiled/_forms"],
-    "compiled/test_native.py": ["compiled/native/build"],
+    "compiled/test_native.py": ["compiled/native/build", "compiled/native/toolchain"],
     # Without code of their own to test: protocols, base classes, a table, a re-export.
     "core/optimizers/test_rules.py": ["core/catalog"],
     "core/optimizers/test_by_recipe.py": ["core/optimizers/mover", "core/optimizers/view"],
