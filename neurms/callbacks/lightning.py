@@ -19,7 +19,7 @@ from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.checks import checked_settings
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
-from neurms.core.unitwise.rule import Gemm, LossReduction, Variant
+from neurms.core.unitwise.rule import Gemm, LossReduction, Normalize, Variant
 from neurms.core.unitwise.scale_summary import scale_summary
 from neurms.core.unitwise.tapped import TappedLayer
 from neurms.integrations.trainer_checks import (
@@ -48,6 +48,9 @@ class NeuRMSCallback(Callback):
     convolutions, and of their biases, to S G C (:class:`~neurms.core.unitwise.neurms.NeuRMS`):
     SGD(lr, momentum) with this callback moves as neurms.NeuRMS(lr, momentum) does. Beside Adam or
     RMSprop, which divide by an RMS of their own, much of a slowly varying scale cancels.
+    ``variant="P"`` makes gradients of an RMS of about 1: SGD's lr is on AdamW's scale then, and SGD
+    had better have no momentum, which would sum such updates and lengthen them up to 1 / (1 -
+    momentum) times; ``momentum`` here averages gradients instead.
     Embeddings, norms, tied weights and whatever else the rule cannot take keep the module's own
     optimizer as it was; :meth:`plan` lists them, and a summary is logged at the start.
 
@@ -69,8 +72,9 @@ class NeuRMSCallback(Callback):
 
     Args:
         variant: Where the factors act: "U" on the update, "B" on the error sent upstream, too, "F"
-            on the update with feature factors beside the unit factors.
-        beta: Decay of the second moments.
+            on the update with feature factors beside the unit factors; "P" scales gradients by
+            their own moments, without taps.
+        beta: Decay of the second moments; None is .95 for "P", .99 for the others.
         eps: Added to a second moment before its root.
         v_min: Floor of a second moment.
         s_min: Least unit factor.
@@ -94,6 +98,9 @@ class NeuRMSCallback(Callback):
         nonfinite: What a NaN or infinity does without a GradScaler: "raise", or "skip" the step.
         log: Log a few scalars under "neurms/" at the Trainer's logging interval.
         gemm: What update="backward" multiplies D and H in: "float32", or "bfloat16".
+        probes: Of variant P with update="backward", which no callback can ask for.
+        seed: Of those probes.
+        normalize: "rms" to divide what reaches the optimizer by the average of its RMS, or None.
 
     Raises:
         TypeError: A setting is of the wrong type.
@@ -123,7 +130,7 @@ class NeuRMSCallback(Callback):
     def __init__(
         self,
         variant: Variant = "U",
-        beta: float = 0.99,
+        beta: float | None = None,
         eps: float = 1e-8,
         v_min: float = 1e-12,
         s_min: float = 0.0,
@@ -147,6 +154,9 @@ class NeuRMSCallback(Callback):
         nonfinite: NonFinite = "raise",
         log: bool = True,
         gemm: Gemm = "float32",
+        probes: int = 4,
+        seed: int = 0,
+        normalize: Normalize | None = None,
     ) -> None:
         given = dict(locals())
         names = given.keys() - {"self", "log", "__class__"}
@@ -191,14 +201,15 @@ class NeuRMSCallback(Callback):
         if self._scaler is not None:
             # A scaler meets overflows all the time, and skips those steps itself.
             settings["nonfinite"] = "skip"
-            settings["loss_scale"] = settings["loss_scale"] or _CurrentScale(self._scaler)
+            if settings["variant"] != "P":
+                settings["loss_scale"] = settings["loss_scale"] or _CurrentScale(self._scaler)
         leave = [p for optimizer in own for g in optimizer.param_groups for p in g["params"]]
         try:
             made = GradientPreconditioner(pl_module, leave=leave, optimizers=others, **settings)
         except UnsupportedTrainingError as error:
             raise MisconfigurationException(str(error)) from error
         try:
-            check_layers_are_optimized(made, others)
+            check_layers_are_optimized(made.taken, others)
             if self._loaded:
                 made.load_state_dict(self._loaded)
         except Exception:

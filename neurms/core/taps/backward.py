@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ class BackwardUpdateTap:
         module: The layer, of class ``nn.Linear`` exactly.
         sink: Receives D and H, already flattened to rows; whoever makes the tap keeps it.
         name: The layer's name for error messages.
+        writes: Whether the sink changes the weight. One that only gathers what the weight will move
+            by at the step may be handed D and H any number of times, so that uses and backwards
+            are not counted.
 
     Raises:
         TypeError: ``module`` is not exactly an ``nn.Linear`` or ``sink`` no
@@ -94,7 +97,9 @@ class BackwardUpdateTap:
         >>> tap.detach()
     """
 
-    def __init__(self, module: nn.Linear, sink: UpdateSink, *, name: str = "") -> None:
+    def __init__(
+        self, module: nn.Linear, sink: UpdateSink, *, name: str = "", writes: bool = True
+    ) -> None:
         if type(module) not in (nn.Linear, _TappedLinear):
             raise TypeError(
                 f"module={name or type(module).__name__!r} must be exactly an nn.Linear, not a "
@@ -105,6 +110,7 @@ class BackwardUpdateTap:
         self.name = name or f"Linear({module.in_features}, {module.out_features})"
         self.fired = False
         self.spent = False
+        self._writes = writes
         self.weight = module.weight
         self._module = weakref.ref(module)
         self._sink = weakref.ref(sink)
@@ -144,7 +150,9 @@ class BackwardUpdateTap:
         module = self._module()
         if module is not None and _TAPS.get(module) is self:
             del _TAPS[module]
-            module.__class__ = nn.Linear
+            # A parametrization puts a class of its own on top of this one.
+            if is_tapped_linear(module):
+                module.__class__ = nn.Linear
 
     def rearm(self) -> None:
         """Allow the next backward; the optimizer calls it at a step's end and in zero_grad.
@@ -164,11 +172,16 @@ class BackwardUpdateTap:
 
     def forward(self, module: nn.Linear, inputs: Tensor) -> Tensor:
         """Return ``inputs W^T + b``, recorded so that backward updates W if a gradient is due."""
-        weight = module._parameters["weight"]
+        weight = module._parameters.get("weight")
         if self._sink() is None:
             self.detach()
             return F.linear(inputs, module.weight, module.bias)
-        if weight is not self.weight or not _is_trained(inputs, weight):
+        if weight is None and torch.is_grad_enabled() and self.weight.requires_grad:
+            raise self._refused(
+                "was pruned or parametrized after its optimizer was built, and multiplies with "
+                "another tensor than its weight"
+            )
+        if weight is None or weight is not self.weight or not _is_trained(inputs, weight):
             return F.linear(inputs, module.weight, module.bias)
         use = self._record()
         dtype = None
@@ -187,6 +200,8 @@ class BackwardUpdateTap:
     def _record(self) -> _Use:
         self._refuse_ranks()
         task = graph_task()
+        if not self._writes:
+            return _Use(task)
         if self.spent and task != OUTSIDE_BACKWARD:
             raise self._refused("is recomputed by a checkpoint after its weight was updated")
         waiting = self._waiting() if self._waiting is not None else None
@@ -229,7 +244,7 @@ class BackwardUpdateTap:
             raise self._refused("has its weight's gradient asked for by torch.autograd.grad")
         if goes == "nowhere":
             return False
-        if self.spent:
+        if self.spent and self._writes:
             raise self._refused(
                 "is reached by a second backward before optimizer.step() (gradient accumulation "
                 "or a retained graph)"
@@ -263,6 +278,12 @@ class _TappedLinear(nn.Linear):
 
     def _get_name(self) -> str:
         return "Linear"
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise UnsupportedTrainingError(
+            "torch.jit.script cannot compile a layer that NeuRMS updates in backward; script a "
+            "copy (copy.deepcopy(model)), which is a plain one, or call optimizer.detach() first"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Protocol 1's form for every protocol: later ones insist on the object's own class.
