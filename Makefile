@@ -24,7 +24,7 @@ define install
 	     exit 1; } >&2
 endef
 
-.PHONY: help install demo test test-all lint format docs pages dist check-dist bench-quick clean distclean
+.PHONY: help install demo test coverage test-all lint format docs pages dist check-dist bench-quick clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ demo: $(INSTALLED)  ## train a few optimizers on handwritten digits and compare 
 
 test: $(INSTALLED)  ## the fast tests, doctests and documentation examples
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -q
+
+coverage: $(INSTALLED)  ## the same tests, with the share of lines that they run; fails below a threshold
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -q --cov --cov-report=term
 
 test-all: $(INSTALLED)  ## every test, the slow ones too
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q

@@ -93,16 +93,18 @@ _MODULES = {"metrics": "neurms.callbacks.metrics"}
 __all__ = ["__version__", *_EXPORTS]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name from its home module at first use (PEP 562)."""
-    if name in _MODULES:
-        value = import_module(_MODULES[name])
-    elif name in _EXPORTS:
-        value = getattr(import_module(_EXPORTS[name]), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else every name would be there
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name from its home module at first use (PEP 562)."""
+        if name in _MODULES:
+            value = import_module(_MODULES[name])
+        elif name in _EXPORTS:
+            value = getattr(import_module(_EXPORTS[name]), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -36,6 +36,7 @@ FOREIGN = {
         "_global_optimizer_post_hooks",
         "_global_optimizer_pre_hooks",
         "_is_profiler_enabled",
+        "_modules",
         "_optimizer_step_pre_hooks",
         "_orig_mod",
         "_parameters",

@@ -46,7 +46,7 @@ ELSEWHERE = {
         "compiled/_tiles",
     ],
     "compiled/test_operators.py": ["compiled/_forms"],
-    "compiled/test_native.py": ["compiled/native/build"],
+    "compiled/test_native.py": ["compiled/native/build", "compiled/native/toolchain"],
     # Without code of their own to test: protocols, base classes, a table, a re-export.
     "core/optimizers/test_rules.py": ["core/catalog"],
     "core/optimizers/test_by_recipe.py": ["core/optimizers/mover", "core/optimizers/view"],
@@ -60,6 +60,9 @@ ELSEWHERE = {
         *("core/ground/warn", "core/unitwise/layers", "core/unitwise/mover"),
     ],
     "core/unitwise/test_neurms_errors.py": ["core/unitwise/checks", "core/unitwise/rule"],
+    "core/unitwise/test_gradient_mover.py": ["core/unitwise/gradient_rule"],
+    "core/unitwise/test_probed.py": ["core/unitwise/probed_mover"],
+    "faults/test_changed_layers.py": ["core/taps/copies", "core/taps/weights"],
     "core/unitwise/test_moves.py": ["core/unitwise/products"],
     "core/unitwise/test_tapped.py": ["core/unitwise/moments"],
     "core/distributed/test_trainings.py": ["core/ground/wrappers"],

@@ -31,6 +31,12 @@ SMALL: dict[str, dict[str, Any]] = {
 SCALE_FREE = ["alice", "lars", "muon", "nora", "racs", "rmnp", "swan"]
 """Rules without an eps that the gradient's size could be compared with."""
 
+WITH_EPS = {
+    *("adapprox", "apollo", "block_adam", "eigen_adam", "fira", "galore", "lamb"),
+    *("low_rank_soap", "shampoo", "shared_basis", "sketchy", "soap"),
+}
+"""Rules that the unit of the gradient matters to, if only a little."""
+
 DRAWS = {"apollo", "low_rank_soap"}
 """Rules whose random projection knows the order of units and features."""
 
@@ -106,6 +112,10 @@ def test_zero_gradients_move_nothing(name: str) -> None:
 def test_the_same_twice(name: str, shape: tuple[int, int], seed: int) -> None:
     steps = sample(shape, seed).float()
     assert torch.equal(moved(name, steps), moved(name, steps))
+
+
+def test_every_rule_is_free_of_scale_or_has_an_eps() -> None:
+    assert sorted([*SCALE_FREE, *WITH_EPS]) == sorted(GRADIENT_RULES), "which set is yours in?"
 
 
 @pytest.mark.parametrize("name", SCALE_FREE)
