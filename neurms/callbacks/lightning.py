@@ -19,7 +19,7 @@ from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.checks import checked_settings
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
-from neurms.core.unitwise.rule import Gemm, LossReduction, Variant
+from neurms.core.unitwise.rule import Gemm, LossReduction, Normalize, Variant
 from neurms.core.unitwise.scale_summary import scale_summary
 from neurms.core.unitwise.tapped import TappedLayer
 from neurms.integrations.trainer_checks import (
@@ -100,6 +100,7 @@ class NeuRMSCallback(Callback):
         gemm: What update="backward" multiplies D and H in: "float32", or "bfloat16".
         probes: Of variant P with update="backward", which no callback can ask for.
         seed: Of those probes.
+        normalize: "rms" to divide what reaches the optimizer by the average of its RMS, or None.
 
     Raises:
         TypeError: A setting is of the wrong type.
@@ -155,13 +156,14 @@ class NeuRMSCallback(Callback):
         gemm: Gemm = "float32",
         probes: int = 4,
         seed: int = 0,
+        normalize: Normalize | None = None,
     ) -> None:
         given = dict(locals())
         names = given.keys() - {"self", "log", "__class__"}
         self.settings = checked_settings({name: given[name] for name in names})
         # Not ``log``: Lightning puts the module's own method of that name here.
         self.log_scalars = log
-        self._preconditioner: GradientPreconditioner | None = None
+        self.preconditioner: GradientPreconditioner | None = None
         self._own: list[NeuRMS] = []
         self._scaled: list[NeuRMS] = []
         self._scaler: Any = None
@@ -188,7 +190,7 @@ class NeuRMSCallback(Callback):
         if not others:
             for optimizer in own:
                 check_agreement(optimizer, self.settings)
-        self._preconditioner = self._made_for(pl_module, own, others) if others else None
+        self.preconditioner = self._made_for(pl_module, own, others) if others else None
         self._adopt()
         self._announce(others)
 
@@ -228,8 +230,8 @@ class NeuRMSCallback(Callback):
 
     def _release(self) -> None:
         """Take every tap off; statistics stay, for checkpoints written after the fit."""
-        if self._preconditioner is not None:
-            self._preconditioner.detach()
+        if self.preconditioner is not None:
+            self.preconditioner.detach()
         for optimizer in self._own:
             optimizer.detach()
         for optimizer in self._scaled:
@@ -253,9 +255,9 @@ class NeuRMSCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Commit the statistics and scale the gradients of this optimizer's parameters."""
-        if self._preconditioner is not None and not isinstance(optimizer, NeuRMS):
+        if self.preconditioner is not None and not isinstance(optimizer, NeuRMS):
             with trainer.profiler.profile("[NeuRMS]precondition"):  # type: ignore[attr-defined]
-                applied = self._preconditioner.precondition_(optimizer)
+                applied = self.preconditioner.precondition_(optimizer)
             if not applied and self._scaler is None:
                 # Nobody else will skip this step; without gradients it moves nothing.
                 for group in optimizer.param_groups:
@@ -269,11 +271,11 @@ class NeuRMSCallback(Callback):
             self._log_scalars(pl_module)
 
     def _log_scalars(self, pl_module: LightningModule) -> None:
-        layers = [*(self._preconditioner or ()), *self._own_layers()]
+        layers = [*(self.preconditioner or ()), *self._own_layers()]
         for name, value in scale_summary(layers).items():
             pl_module.log(f"neurms/{name}", value, on_step=True, on_epoch=False)
-        if self._preconditioner is not None:
-            skipped = float(self._preconditioner.skipped_steps)
+        if self.preconditioner is not None:
+            skipped = float(self.preconditioner.skipped_steps)
             pl_module.log("neurms/skipped_steps", skipped, on_step=True, on_epoch=False)
 
     def _own_layers(self) -> Iterator[TappedLayer]:
@@ -288,8 +290,8 @@ class NeuRMSCallback(Callback):
         Raises:
             RuntimeError: No fit has started yet.
         """
-        if self._preconditioner is not None:
-            return self._preconditioner.plan()
+        if self.preconditioner is not None:
+            return self.preconditioner.plan()
         if self._own:
             return Plan([row for optimizer in self._own for row in optimizer.plan()])
         raise RuntimeError("NeuRMSCallback has no plan before trainer.fit has made the optimizers")
@@ -310,7 +312,7 @@ class NeuRMSCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics by parameter name, and the velocities where momentum is set."""
-        return self._loaded if self._preconditioner is None else self._preconditioner.state_dict()
+        return self._loaded if self.preconditioner is None else self.preconditioner.state_dict()
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -328,8 +330,8 @@ class NeuRMSCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's statistics until the fit starts, or take them in a running fit."""
-        if self._preconditioner is not None and self._preconditioner.attached and state_dict:
-            self._preconditioner.load_state_dict(state_dict)
+        if self.preconditioner is not None and self.preconditioner.attached and state_dict:
+            self.preconditioner.load_state_dict(state_dict)
         else:
             self._loaded = state_dict
 

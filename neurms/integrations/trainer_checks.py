@@ -82,11 +82,12 @@ def check_scaler(
     optimizers: Iterable[torch.optim.Optimizer], scaler: Any, settings: Mapping[str, Any]
 ) -> None:
     """Raise where gradients are still multiplied by the loss scale when the callback sees them."""
-    if scaler is None or not (settings["momentum"] or settings["agc"] is not None):
+    needing = [name for name in ("momentum", "agc", "normalize") if settings[name] not in (0, None)]
+    if scaler is None or not needing:
         return
     for optimizer in optimizers:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            name = "momentum" if settings["momentum"] else "agc"
+            name = needing[0]
             raise MisconfigurationException(
                 f"{name}={settings[name]!r} needs unscaled gradients, but a fused "
                 f"{type(optimizer).__name__} divides the loss scale out only in its step; build it "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neurms.core.ground.precision import compute_dtype
-from neurms.core.ground.shards import RowShard, mesh_of, placement_of
+from neurms.core.ground.shards import RowShard, mesh_of, placement_of, row_shard
 from neurms.core.optimizers.by_recipe import batches, is_fused
 from neurms.core.optimizers.plan import meta_like
 from neurms.core.optimizers.recipe import Recipe
@@ -74,7 +74,7 @@ def step_exchanges(optimizer: PreconditionedOptimizer) -> list[Exchange]:
     own.sort(key=lambda view: not _moves_rows(view))
     for recipe, batch in batches(own):
         found += _of_batch(recipe, batch)
-    return found
+    return found + list(_lengths(views))
 
 
 def _moves_rows(view: View) -> bool:
@@ -113,6 +113,19 @@ def _moments(optimizer: NeuRMS, views: list[View]) -> Iterator[Exchange]:
         for own in gathered if view.group["momentum"] else ():
             size = _gathered_numbers(own.parameter) * compute_dtype(own.parameter).itemsize
             yield Exchange("all-gather", size, f"momentum of {own.route.name}")
+
+
+def _lengths(views: list[View]) -> Iterator[Exchange]:
+    """Yield the sums over rows that ``normalize`` takes: a float64 for each tensor of a group."""
+    counts: dict[tuple[int, Any], int] = {}
+    for view in views:
+        if view.rule == NeuRMS.rule and view.sharded and view.group["normalize"]:
+            shard = row_shard(view.parameter, view.route.layout)
+            assert shard is not None, "other cuts are refused when layers are attached"
+            key = id(view.group), shard.group
+            counts[key] = counts.get(key, 0) + 1
+    for count in counts.values():
+        yield Exchange("all-reduce", 8 * count, "lengths of the updates of a group")
 
 
 def _verdicts(views: list[View]) -> Iterator[Exchange]:

@@ -18,6 +18,7 @@ from neurms.core.unitwise.rule import beta_of
 __all__ = ["bias_of", "check_probed", "gradient_recipe", "gradient_routes", "weight_of"]
 
 _FOREIGN = (
+    "normalize",
     "eps",
     "v_min",
     "s_min",

@@ -20,6 +20,7 @@ from neurms.core.unitwise.engine import Engine
 from neurms.core.unitwise.gradient_mover import GradientMover
 from neurms.core.unitwise.gradient_rule import check_probed, gradient_recipe, gradient_routes
 from neurms.core.unitwise.layers import neurms_routes
+from neurms.core.unitwise.lengths import length_like
 from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.mover import (
     UnitwiseMover,
@@ -29,8 +30,16 @@ from neurms.core.unitwise.mover import (
 )
 from neurms.core.unitwise.probed import ProbedLayers
 from neurms.core.unitwise.probed_mover import ProbedMover
-from neurms.core.unitwise.products import Product, write_product_
-from neurms.core.unitwise.rule import Gemm, LossReduction, Rules, UnitwiseRule, Variant, check_modes
+from neurms.core.unitwise.products import Product, length_of, write_product_
+from neurms.core.unitwise.rule import (
+    Gemm,
+    LossReduction,
+    Normalize,
+    Rules,
+    UnitwiseRule,
+    Variant,
+    check_modes,
+)
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["NeuRMS"]
@@ -59,6 +68,19 @@ class NeuRMS(PreconditionedOptimizer):
     models stay whole, and accumulation, GradScaler, DDP and FSDP2 need nothing. It takes what every
     rule takes: ``nn.MultiheadAttention`` too. ``momentum`` averages G before the factors. Of the
     settings below it has ``beta``, ``momentum`` and ``kappa``.
+
+    ``normalize="rms"`` divides what moves a tensor, but for lr, by the average of its own RMS, so
+    that the rate is on AdamW's scale: a step of about lr in every entry, and never more than 10 lr
+    in RMS. With U_t = S G C, or V with ``momentum``:
+
+        l_t = (.9 (1 - .9^(t-1)) l_(t-1) + .1 RMS(U_t)) / (1 - .9^t)
+        W <- W - lr U_t / l_t
+
+    One number of state more for each weight and each bias. A bias has a length of its own: its
+    gradient does not carry the scale of the layer's inputs, as the weight's in U and B does, so
+    that the weight's length would make its steps 1 / RMS(H) times as long. Nothing depends on the
+    loss's scale then, but for ``eps``, ``v_min`` and absolute bounds. Momentum adds one more read
+    of V and of its update to the cost of one more read of G.
 
     Under U, B and F linear layers and convolutions (the head and all their biases included) get
     this rule; embeddings, norms, tied and parametrized weights, ``nn.MultiheadAttention`` and
@@ -104,6 +126,10 @@ class NeuRMS(PreconditionedOptimizer):
             multiplied as such in any case.
         probes: Pairs of probes a step from which P estimates moments with ``update="backward"``.
         seed: Of the probes; with a layer's name and the step it determines them.
+        normalize: ``"rms"``: updates divided by the average of their RMS, before ``agc``; None is
+            the draft. ``update="backward"`` without momentum never forms the update: the square of
+            its norm is estimated without bias from 4 probes z of random signs, ||S D^T (H C z)||^2,
+            the same in a resumed run.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`; ``weight_decay`` acts on
             weights, not on biases.
 
@@ -115,7 +141,7 @@ class NeuRMS(PreconditionedOptimizer):
         "Unitwise RMS preconditioning via buffer scaling", draft, 2025: Algorithm 1 (B, U), section
         5 (F). Settled here: D is the per-row error, so that scales are the same in every layer,
         whatever the batch; micro-batches and ranks are summed before one commit at the step; bias
-        correction is on. P is an addition: Adafactor's fit of the second moment.
+        correction is on. ``normalize`` and P are additions; P is Adafactor's fit of G^2.
 
     Example:
         >>> import torch, neurms
@@ -158,6 +184,7 @@ class NeuRMS(PreconditionedOptimizer):
         gemm: Gemm = "float32",
         probes: int = 4,
         seed: int = 0,
+        normalize: Normalize | None = None,
         **common: Unpack[CommonSettings],
     ) -> None:
         if not isinstance(model, nn.Module) and (variant != "P" or update != "step"):
@@ -184,6 +211,7 @@ class NeuRMS(PreconditionedOptimizer):
             "kappa": kappa,
             "probes": probes,
             "seed": seed,
+            "normalize": normalize,
         }
         check_modes(loss_reduction, update, gemm, loss_scale, agc)
         self.probed = variant == "P"
@@ -353,6 +381,8 @@ class NeuRMS(PreconditionedOptimizer):
             state.update(self.state_for(parameter, view.route, view.group))
         if view.group["momentum"] and "momentum" not in state:
             state["momentum"] = velocity_like(parameter)
+        if view.group["normalize"] and "length" not in state:
+            state["length"] = length_like(parameter)
         return state
 
     def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
@@ -361,7 +391,8 @@ class NeuRMS(PreconditionedOptimizer):
         view.state = self.state[layer.weight]
         velocity = view.state["momentum"] if rule.momentum else None
         target, rate = view.target(), float(view.group["lr"])
-        write_product_(target, product, factors, rule, velocity, rate, view.decay)
+        length = length_of(layer) if rule.normalize else None
+        write_product_(target, product, factors, rule, velocity, rate, view.decay, length)
         view.written(target)
 
     # ---------------------------------------------------------------- the step

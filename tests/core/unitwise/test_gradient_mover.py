@@ -267,7 +267,12 @@ def test_groups_have_rates_and_widths_of_their_own() -> None:
 
 class TestRefusals:
     def test_settings_of_other_variants(self) -> None:
-        for name, value in {"agc": 0.1, "s_max": 3.0, "clip": "relative", "eps": 0.1}.items():
+        for name, value in {
+            "agc": 0.1,
+            "s_max": 3.0,
+            "clip": "relative",
+            "normalize": "rms",
+        }.items():
             with pytest.raises(ValueError, match=f'{name}=.* has no part in variant="P"'):
                 NeuRMS(mlp(), variant="P", **{name: value})
         with pytest.raises(ValueError, match="heads="):
