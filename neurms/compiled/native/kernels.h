@@ -28,6 +28,8 @@ void neurms_apply_updates(int64_t count, float* const* w, const float* const* g,
                           const int64_t* m, const int64_t* n, const float* const* left, const float* const* right,
                           const float* rate, const float* decay, float momentum, float fresh, int scale_gradient,
                           int scale_velocity, double* measured, int threads);
+void neurms_move_square_sums(int64_t count, const float* const* x, const int64_t* m, const int64_t* n,
+                             const float* const* left, const float* const* right, double* sums, int threads);
 
 // update_gemm.cpp
 int neurms_bf16_engine();
