@@ -23,7 +23,7 @@ from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import Route
 from neurms.core.structures.gradient_moments import GradientMoments, with_bias
-from neurms.core.unitwise.gradient_rule import bias_of
+from neurms.core.unitwise.gradient_rule import bias_of, weight_of
 from neurms.core.unitwise.mover import velocity_like
 
 __all__ = ["Factors", "GradientMover", "Holder", "Layer", "Target", "scales", "structure_of"]
@@ -121,14 +121,11 @@ class GradientMover(RecipeMover):
 
     def _weight_of(self, view: View) -> View:
         """Return the view of the matrix that a parameter is, or is a column of."""
-        if view.parameter.ndim >= 2 or view.route.module is None:
+        if view.parameter.ndim >= 2:
             return view
-        for route in map(self._optimizer.routes.get, view.route.module._parameters.values()):  # type: ignore[arg-type]
-            if route is not None and route.parameter.ndim >= 2:
-                bias = bias_of(route, self._optimizer.routes)
-                if bias is not None and bias.parameter is view.parameter:
-                    return self._optimizer.view_of(route.parameter)
-        return view
+        route = weight_of(view.route, self._optimizer.routes)
+        assert route is not None, "the rule takes no vector but a bias"
+        return self._optimizer.view_of(route.parameter)
 
     def _layer(self, weight: View, bias: View | None, moves: bool) -> Layer:
         for view in (weight, bias):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from neurms.core.routing import Head, Route, RoutedModel, route_model
 from neurms.core.structures.gradient_moments import GradientMoments
 from neurms.core.unitwise.rule import beta_of
 
-__all__ = ["bias_of", "check_probed", "gradient_recipe", "gradient_routes"]
+__all__ = ["bias_of", "check_probed", "gradient_recipe", "gradient_routes", "weight_of"]
 
 _FOREIGN = (
     "normalize",
@@ -97,11 +98,51 @@ def _is_free(route: Route) -> bool:
 
 def bias_of(route: Route, routes: Mapping[Tensor, Route]) -> Route | None:
     """Return the route of the bias that is a column of a matrix, None where there is none."""
-    name, module = route.name.rpartition(".")[2], route.module
+    module = route.module
     if module is None:
         return None
+    if not _holds(module, route.parameter):
+        return _foreign(route, routes)
+    name = route.name.rpartition(".")[2]
     for bias, weight in _WEIGHTS.items():
         found = routes.get(module._parameters.get(bias)) if weight == name else None  # type: ignore[arg-type]
         if found is not None and found.rule == route.rule:
             return found
     return None
+
+
+def weight_of(route: Route, routes: Mapping[Tensor, Route]) -> Route | None:
+    """Return the route of the matrix that a bias is a column of, None for anything else."""
+    module = route.module
+    if module is None:
+        return None
+    if not _holds(module, route.parameter):
+        return _foreign(route, routes)
+    weight = _WEIGHTS.get(route.name.rpartition(".")[2], "")
+    found = routes.get(module._parameters.get(weight))  # type: ignore[arg-type]
+    return found if found is not None and found.rule == route.rule else None
+
+
+def _holds(module: nn.Module, parameter: Tensor) -> bool:
+    """Return whether a module has a parameter under a name of its own, as torch's layers do."""
+    return any(own is parameter for own in module._parameters.values())
+
+
+# Held weakly on both sides: a pair in here would keep itself, and its parameters, alive.
+_PARTNERS: weakref.WeakKeyDictionary[Route, weakref.ref[Route] | None]
+_PARTNERS = weakref.WeakKeyDictionary()
+
+
+def _foreign(route: Route, routes: Mapping[Tensor, Route]) -> Route | None:
+    """Return a matrix's bias, or a bias's matrix, in a layer of another framework.
+
+    Of several kernels the last has the bias: it is the one that makes the outputs.
+    """
+    if route not in _PARTNERS:
+        alike = [r for r in routes.values() if r.module is route.module and r.rule == route.rule]
+        kernels = [r for r in alike if r.parameter.ndim >= 2]
+        pair = kernels[-1:] + [r for r in alike if r.parameter.ndim < 2]
+        paired = len(pair) == 2 and kernels and route in pair
+        _PARTNERS[route] = weakref.ref(pair[pair[0] is route]) if paired else None
+    partner = _PARTNERS[route]
+    return None if partner is None else partner()

@@ -64,8 +64,8 @@ def keras_neurms(learning_rate: Any = 1e-2, variant: str = "U", **settings: Any)
 
     Args:
         learning_rate: A float, a schedule or a callable.
-        variant: ``"U"``, ``"B"`` or ``"F"``.
-        **settings: ``beta=.99, eps=1e-8, s_max=100., momentum=0., agc=None, clip="absolute",
+        variant: ``"U"``, ``"B"``, ``"F"``, or ``"P"``, which has no taps.
+        **settings: ``beta=None, eps=1e-8, s_max=100., momentum=0., agc=None, clip="absolute",
             normalize=None, loss_reduction="mean"``, ... as in :class:`neurms.NeuRMS` (but for
             ``update``, ``gemm`` and ``loss_scale``, which Keras settles), the common settings and
             Keras's own arguments.

@@ -167,7 +167,8 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
             self.rule,
             head=self._settings["head"] or optimizer_class(self.rule).default_head,
             exclude=self._settings["exclude"],
-            taps=needs_taps(self.rule),
+            taps=needs_taps(self.rule, self._settings),
+            biases=needs_taps(self.rule),
         )
 
     def _made_engine(self, entries: Sequence[VariableRoute]) -> Engine:

@@ -41,6 +41,7 @@ def route_variables(
     head: Head,
     exclude: Sequence[str] = (),
     taps: bool = False,
+    biases: bool = False,
 ) -> list[VariableRoute]:
     """Route the variables that a Keras optimizer is built on.
 
@@ -51,7 +52,8 @@ def route_variables(
         head: What the output head (the last Dense or EinsumDense outside of attention) gets.
         exclude: Patterns (``fnmatch``) of variable paths, or of their last parts; a layer's name
             covers all its variables.
-        taps: Whether the rule needs D and H, and takes the biases of the layers that show them.
+        taps: Whether the rule needs D and H.
+        biases: Whether it takes the biases of its layers.
 
     Returns:
         One route for each variable, in order.
@@ -69,7 +71,7 @@ def route_variables(
     if taps:
         routes = [_tappable(entry) for entry in routes]
     routes = _excluded(routes, exclude)
-    if taps:
+    if biases:
         routes = _excluded(_with_biases(routes, rule), exclude)
     return routes
 

@@ -74,9 +74,9 @@ def check_settings(
     return settings
 
 
-def needs_taps(rule: str) -> bool:
-    """Return whether a rule reads the layers' inputs and error signals."""
-    return optimizer_class(rule).needs_modules
+def needs_taps(rule: str, settings: Mapping[str, Any] | None = None) -> bool:
+    """Return whether a rule, with these settings, reads the layers' inputs and error signals."""
+    return optimizer_class(rule).needs_modules and (settings or {}).get("variant") != "P"
 
 
 def _tupled(value: Any) -> Any:

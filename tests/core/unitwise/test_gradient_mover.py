@@ -88,9 +88,13 @@ def test_steps_are_the_formulas(case: str, how: str) -> None:
     assert not [row for row in optimizer.plan() if row.rule != "neurms" and "bias" not in row.name]
     start = copy.deepcopy(model)
     for _ in range(STEPS):
-        backward(model, batch())
         backward(truth.model, batch())
-        _leave(optimizer, model)
+        # The same gradients: how a sum is rounded depends on where memory begins, and training
+        # makes a thousand times as much of that.
+        for p, q in zip(model.parameters(), truth.model.parameters(), strict=True):
+            assert q.grad is not None
+            p.grad = q.grad.clone()
+        _leave(optimizer)
         optimizer.step()
         truth.step()
     assert_equal(model, truth.model)
@@ -98,11 +102,9 @@ def test_steps_are_the_formulas(case: str, how: str) -> None:
     assert all(moved)
 
 
-def _leave(optimizer: NeuRMS, model: nn.Module) -> None:
+def _leave(optimizer: NeuRMS) -> None:
     """See that nothing is left to the fallback, of which the formulas know nothing."""
-    left = [r.name for r in optimizer.routes.values() if r.is_fallback]
-    # kdim != embed_dim: three matrices share one bias, which is none's column; it has none here.
-    assert not left
+    assert not [route.name for route in optimizer.routes.values() if route.is_fallback]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -267,7 +269,12 @@ def test_groups_have_rates_and_widths_of_their_own() -> None:
 
 class TestRefusals:
     def test_settings_of_other_variants(self) -> None:
-        for name, value in {"agc": 0.1, "s_max": 3.0, "clip": "relative", "eps": 0.1}.items():
+        for name, value in {
+            "agc": 0.1,
+            "s_max": 3.0,
+            "clip": "relative",
+            "normalize": "rms",
+        }.items():
             with pytest.raises(ValueError, match=f'{name}=.* has no part in variant="P"'):
                 NeuRMS(mlp(), variant="P", **{name: value})
         with pytest.raises(ValueError, match="heads="):

@@ -81,6 +81,13 @@ def test_neurms_follows_its_torch_optimizer(variant: str, momentum: float) -> No
     assert moved("neurms", settings, "float64") < 1e-10
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_neurms_of_the_gradients_own_moments_follows_its_torch_optimizer(momentum: float) -> None:
+    settings = {"variant": "P", "momentum": momentum, "weight_decay": 0.1}
+    keras_settings = {"exclude_from_weight_decay": ["bias"]}
+    assert moved("neurms", settings, "float64", **keras_settings) < 1e-10
+
+
 @pytest.mark.parametrize("rule", ["neurms", "racs", "rmnp"])
 def test_single_precision_follows_within_1e_5(rule: str) -> None:
     assert moved(rule, {}, "float32") < 1e-5
