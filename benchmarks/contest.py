@@ -1,0 +1,47 @@
+"""Methods against each other under the rules of benchmarks/README.md, one task at a time.
+
+Each finished run is written at once: an interrupted command goes on where it stopped, and several
+may work on the same file at the same time.
+
+    NEURMS_DATA=... neurms bench contest --task text-64
+    NEURMS_DATA=... neurms bench contest --task text-64 --methods AdamW RACS
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks.evidence import contest, entrants, images, text
+from benchmarks.harness import RESULTS
+
+TASKS = text.TASKS | images.TASKS
+
+
+def main(
+    task: str = "text-64", methods: tuple[str, ...] = (), threads: int = 1, out: Path | None = None
+) -> None:
+    """Search and run what is missing of one comparison.
+
+    Args:
+        task: What is trained.
+        methods: Rows to work on; all by default.
+        threads: Of the process.
+        out: Where results are kept; by default benchmarks/results/contests/TASK.json.
+    """
+    if task not in TASKS:
+        raise SystemExit(f"error: --task {task} not known; choose from {list(TASKS)}")
+    known = entrants.text() if task in text.TASKS else entrants.images()
+    if unknown := sorted(set(methods) - set(known)):
+        raise SystemExit(f"error: --methods {unknown} not known; choose from {list(known)}")
+    torch.set_num_threads(threads)
+    chosen = {name: known[name] for name in methods or known}
+    path = out or RESULTS / "contests" / f"{task}.json"
+    if not contest.run(TASKS[task](), chosen, path):
+        print("the rest is being worked on by another process")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
