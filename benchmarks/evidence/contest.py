@@ -101,11 +101,26 @@ def _once(
     made = record.made
 
     def work() -> dict[str, Any]:
-        found = task.train(lambda model: entrant.make(model, values), seed, reported=reported)
+        used: list[tuple[nn.Module, torch.optim.Optimizer]] = []
+
+        def make(model: nn.Module) -> torch.optim.Optimizer:
+            used.append((model, entrant.make(model, values)))
+            return used[-1][1]
+
+        found = task.train(make, seed, reported=reported)
         origin = {"commit": made["commit"], "machine": made["machine"]}
-        return {"row": name, "kind": kind, "seed": seed, "settings": values, **found, **origin}
+        run = {"row": name, "kind": kind, "seed": seed, "settings": values, **found, **origin}
+        return run | {"precision": _precision(*used[-1])}
 
     return record.run(f"{name}/{kind} {seed}/{shown}", work)
+
+
+def _precision(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Return the floating-point formats of weights, state and products, one if all are alike."""
+    state = [t for kept in optimizer.state.values() for t in kept.values() if torch.is_tensor(t)]
+    floating = [t.dtype for t in (*model.parameters(), *state) if t.is_floating_point()]
+    products = [group["gemm"] for group in optimizer.param_groups if "gemm" in group]
+    return ", ".join(sorted({*(str(d).removeprefix("torch.") for d in floating), *products}))
 
 
 @contextmanager
