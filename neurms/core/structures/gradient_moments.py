@@ -1,0 +1,199 @@
+"""S (x) Q, both diagonal, from moments of the gradient's rows and columns: NeuRMS's variant P."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neurms.compiled.square_sums import square_sums
+from neurms.core.ground.errors import check_fraction, check_real
+from neurms.core.ground.spans import span
+from neurms.core.structures.base import Context, State, Structure
+
+__all__ = ["GradientMoments", "with_bias"]
+
+
+@dataclass(frozen=True)
+class GradientMoments(Structure):
+    """F ~ S (x) Q, where Q and S are the moving averages of G's row and column sums of squares.
+
+    q_i <- beta q_i + (1 - beta) sum_j G_ij^2 ; s_j <- beta s_j + (1 - beta) sum_i G_ij^2 ; with both
+    over 1 - beta^t, T = (sum_i q_i + sum_j s_j) / 2 and U_ij = X_ij sqrt(T / (q_i s_j)), where X is
+    G or, with ``momentum``, M <- mu M + (1 - mu) G. q_i s_j / T is the rank-one fit of E[G_ij^2], so
+    U has an RMS of about 1 and the learning rate has AdamW's scale.
+
+    Each side's factors, 1/sqrt(q_i) and 1/sqrt(s_j), are kept within ``kappa`` times the lower
+    median of its factors; T is of the moments as they are. The current gradient belongs to the
+    moments that scale it. Zero rows and columns have the factor zero and no part in the median.
+
+    Nothing depends on the gradient's scale, in float32 as far as its own numbers reach: sums are in
+    float64, and the state keeps the *roots* of q and s.
+
+    Where ranks share a matrix by rows, one step makes one exchange, of m + n numbers in float64:
+    G's column sums, and beside them q, for the median and T are those of all rows. ``observe`` and
+    ``precondition`` by themselves make one each.
+
+    Args:
+        beta: Decay of both averages.
+        kappa: Width of the clip, at least 1.
+        momentum: mu, the decay of the gradient's average; 0 keeps none.
+
+    Reference:
+        The fit is Adafactor's (Shazeer and Stern, 2018, algorithm 4), here with both sides clipped
+        and bias corrected. NeuRMS's variant P, an addition to the draft.
+
+    Example:
+        >>> import torch
+        >>> structure = GradientMoments()
+        >>> gradient = torch.tensor([[3.0, 3.0], [3.0, -3.0]])
+        >>> structure(gradient, structure.init(gradient), Context(step=1)).round(decimals=4)
+        tensor([[ 1.,  1.],
+                [ 1., -1.]])
+    """
+
+    beta: float = 0.95
+    kappa: float = 10.0
+    momentum: float = 0.0
+    row_local = True
+    any_scale = True
+
+    def __post_init__(self) -> None:
+        check_fraction("beta", self.beta)
+        check_real("kappa", self.kappa, low=1.0)
+        check_fraction("momentum", self.momentum)
+
+    def init(self, matrix: Tensor) -> State:
+        """Return the roots ``q`` (..., m) and ``s`` (..., n), and M (..., m, n) if kept; zero."""
+        state = {
+            "q": matrix.new_zeros(matrix.shape[:-1]),
+            "s": matrix.new_zeros((*matrix.shape[:-2], matrix.shape[-1])),
+        }
+        return {**state, "momentum": torch.zeros_like(matrix)} if self.momentum else state
+
+    def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
+        """Observe the gradient (..., m, n) and return it, or its average, scaled by the result."""
+        with span("reduce"):
+            left, right = self.scales(*self.sums(update), state, context)
+        return self._averaged(update, state) * left[..., :, None] * right[..., None, :]
+
+    def observe(self, gradient: Tensor, state: State, context: Context) -> None:
+        """Average the gradient's sums of squares into ``q`` and ``s``, and the gradient into M."""
+        self._averaged(gradient, state)
+        rows, columns = self.sums(gradient)
+        self._move(rows, state["q"])
+        self._move(context.summed(columns), state["s"])
+
+    def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
+        """Return U (..., m, n), of the state's M where there is ``momentum``."""
+        left, right = self.factors(state, context)
+        scaled = state["momentum"] if self.momentum else gradient
+        return scaled * left[..., :, None] * right[..., None, :]
+
+    # ------------------------------------------------------------ without a matrix
+
+    @staticmethod
+    def sums(gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sum_j G_ij^2 (..., m) and sum_i G_ij^2 (..., n), float64, in one read of G."""
+        (rows,), (columns,) = square_sums([gradient])
+        return rows, columns
+
+    def scales(
+        self, rows: Tensor, columns: Tensor, state: State, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """Bring the averages up to date and return the factors that they then give.
+
+        The sums may be exact, or estimates from probes: whatever has the gradient's row and column
+        sums of squares as its expectation.
+
+        Args:
+            rows: Sums by row, shape (..., m), of the rows that are here.
+            columns: Sums by column over the rows that are here, shape (..., n).
+            state: ``q`` and ``s``; brought up to date.
+            context: The step's number, and which rows these are.
+
+        Returns:
+            left (..., m) and right (..., n): U_ij = left_i X_ij right_j.
+        """
+        self._move(rows, state["q"])
+        squares = state["q"].double().square()
+        if context.shard is not None:
+            # One exchange instead of two: the rows of all ranks travel with the column sums.
+            units = context.shard.total
+            both = context.summed(torch.cat([_placed(squares, context), columns.double()], -1))
+            squares, columns = both[..., :units], both[..., units:]
+        self._move(columns, state["s"])
+        return self._factors(squares, state, context)
+
+    def factors(self, state: State, context: Context) -> tuple[Tensor, Tensor]:
+        """Return left (..., m) and right (..., n) of the averages as they are."""
+        squares = state["q"].double().square()
+        if context.shard is not None:
+            squares = context.summed(_placed(squares, context))
+        return self._factors(squares, state, context)
+
+    def _move(self, squares: Tensor, roots: Tensor) -> None:
+        moved = roots.double().square().lerp_(squares.double(), 1.0 - self.beta)
+        roots.copy_(moved.sqrt_())
+
+    def _factors(self, q: Tensor, state: State, context: Context) -> tuple[Tensor, Tensor]:
+        """Return the factors from q (..., m of all ranks), float64, and the state's s."""
+        s = state["s"].double().square()
+        total = (q.sum(-1, keepdim=True) + s.sum(-1, keepdim=True)) / 2.0
+        # The averages' correction c enters as sqrt((T / c) / ((q_i / c) (s_j / c))).
+        correction = 1.0 - self.beta**context.step
+        left = _bounded_inverse_roots(q, self.kappa) * (total * correction).sqrt()
+        if context.shard is not None:
+            left = left[..., context.shard.slice]
+        right = _bounded_inverse_roots(s, self.kappa)
+        return left.to(state["q"].dtype), right.to(state["s"].dtype)
+
+    def _averaged(self, gradient: Tensor, state: State) -> Tensor:
+        if not self.momentum:
+            return gradient
+        return state["momentum"].lerp_(gradient, 1.0 - self.momentum)
+
+
+def with_bias(rows: Tensor, columns: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of [G | g], a matrix with a bias's gradient as one more column.
+
+    Args:
+        rows: G's row sums of squares, shape (..., m).
+        columns: G's column sums of squares, shape (..., n).
+        bias: g, shape (..., m).
+
+    Returns:
+        Row sums (..., m) and column sums (..., n + 1).
+
+    Example:
+        >>> import torch
+        >>> with_bias(torch.tensor([1.0, 4.0]), torch.tensor([5.0]), torch.tensor([1.0, 2.0]))
+        (tensor([2., 8.], dtype=torch.float64), tensor([5., 5.], dtype=torch.float64))
+    """
+    squares = bias.double().square()
+    last = squares.sum(-1, keepdim=True)
+    return rows.double() + squares, torch.cat([columns.double(), last], -1)
+
+
+def _placed(own: Tensor, context: Context) -> Tensor:
+    """Return a vector over all rows that has this rank's numbers in place and is zero elsewhere."""
+    assert context.shard is not None
+    whole = own.new_zeros((*own.shape[:-1], context.shard.total))
+    whole[..., context.shard.slice] = own
+    return whole
+
+
+def _bounded_inverse_roots(moments: Tensor, kappa: float) -> Tensor:
+    """Return 1/sqrt of moments (..., k), within ``kappa`` of its lower median; zero where they are.
+
+    Moments whose roots are below float32's least normal number count as zero: what is divided by
+    them has long been zero, and the quotient would overflow.
+    """
+    dead = moments < torch.finfo(torch.float32).tiny ** 2
+    inverse = moments.rsqrt()
+    if inverse.shape[-1] == 0:
+        return inverse
+    median = inverse.masked_fill(dead, torch.nan).nanmedian(-1, keepdim=True)[0]
+    bounded = torch.minimum(torch.maximum(inverse, median / kappa), median * kappa)
+    return bounded.masked_fill(dead, 0.0)
