@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import neurms
+from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.settings import CommonSettings
+from neurms.core.structures.base import Context, State
+from neurms.core.structures.gradient_moments import GradientMoments
 from neurms.core.structures.shared_basis import SharedBasisBlocks
 from neurms.core.transforms.momentum import Momentum
 from neurms.core.transforms.safeguards import Grafted
 
-__all__ = ["OWN", "MomentumFirst", "create"]
+__all__ = ["OWN", "MomentumFirst", "Moments", "ProbedMoments", "create"]
 
 
 class MomentumFirst(neurms.SharedBasis):
@@ -31,7 +36,64 @@ class MomentumFirst(neurms.SharedBasis):
         return Recipe((Momentum(settings["momentum"]), Grafted(blocks, settings["grafting"])))
 
 
-OWN: dict[str, type[neurms.SharedBasis]] = {"shared_basis, momentum first": MomentumFirst}
+class Moments(PreconditionedOptimizer):
+    """The gradient's own moments as a recipe: variant P's matrices, routed as RACS's are.
+
+    Heads and biases go to the fallback, where NeuRMS's variant P takes them.
+    """
+
+    rule = "moments"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        beta: float = 0.95,
+        kappa: float = 10.0,
+        momentum: float = 0.0,
+        probes: int = 0,
+        **common: Unpack[CommonSettings],
+    ) -> None:
+        settings = {"lr": lr, "beta": beta, "kappa": kappa, "momentum": momentum, "probes": probes}
+        super().__init__(params, settings, common)
+
+    @classmethod
+    def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
+        """Return the structure alone, of exact sums or of so many probes."""
+        chosen = settings["beta"], settings["kappa"], settings["momentum"]
+        probes = settings["probes"]
+        return Recipe((ProbedMoments(*chosen, probes) if probes else GradientMoments(*chosen),))
+
+
+@dataclass(frozen=True)
+class ProbedMoments(GradientMoments):
+    """Moments from the products of G with random signs: what a G that is never formed can tell.
+
+    Args:
+        probes: Pairs of vectors of +-1 in a step.
+    """
+
+    probes: int = 4
+
+    def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
+        """Observe probes of the gradient (..., m, n) and return it scaled by what they gave."""
+        m, n = update.shape[-2:]
+        # The same signs in a repeated run: they follow from the step and the shape.
+        generator = torch.Generator().manual_seed(hash((context.step, m, n)))
+        right, left = (
+            torch.randint(2, (size, self.probes), generator=generator).to(update) * 2 - 1
+            for size in (n, m)
+        )
+        rows = (update @ right).double().square().mean(-1)
+        columns = (update.mT @ left).double().square().mean(-1)
+        by_unit, by_feature = self.scales(rows, columns, state, context)
+        return self._averaged(update, state) * by_unit[..., :, None] * by_feature[..., None, :]
+
+
+OWN: dict[str, type[torch.optim.Optimizer]] = {
+    "shared_basis, momentum first": MomentumFirst,
+    "moments": Moments,
+}
 
 
 def create(rule: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer:

@@ -53,7 +53,7 @@ class Row:
     def scores(self) -> tuple[float, ...]:
         """The reported figure by ascending seed, NaN where a run diverged."""
         runs = self.reported.get(self.chosen, {})
-        figures = [runs[seed][self.design["reported_on"]] for seed in sorted(runs)]
+        figures = [runs[seed].get(self.design["reported_on"]) for seed in sorted(runs)]
         return tuple(math.nan if figure is None else float(figure) for figure in figures)
 
     @property
@@ -83,7 +83,7 @@ class Row:
         return 1.0 if self.design["better"] == "lower" else -1.0
 
     def _loss(self, settings: Settings) -> float:
-        figures = [run[self.design["chosen_on"]] for run in self.trials[settings].values()]
+        figures = [run.get(self.design["chosen_on"]) for run in self.trials[settings].values()]
         return math.inf if None in figures else self._sign * statistics.fmean(figures)
 
 

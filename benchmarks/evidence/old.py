@@ -54,6 +54,6 @@ def notice(names: Iterable[str]) -> str:
         return ""
     return (
         '!!! warning "Under the old rules"\n\n'
-        f"    What these files compare is from before the rules in benchmarks/README.md and is to be "
-        f"run again:\n    {'; '.join(f'`{name}` ({OLD[name]})' for name in old)}.\n"
+        "    What these files compare is from before the rules in benchmarks/README.md and is to\n"
+        f"    be run again: {'; '.join(f'`{name}` ({OLD[name]})' for name in old)}.\n"
     )

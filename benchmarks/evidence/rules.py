@@ -15,6 +15,7 @@ FALLBACK = frozenset({"fallback_lr", "fallback_momentum"})
 SEARCHED: Mapping[str, frozenset[str]] = {
     "adamw": frozenset({"lr", "momentum", "memory"}),
     "sgd": frozenset({"lr", "momentum"}),
+    "moments": frozenset({"lr", "memory"}) | FALLBACK,
     "racs": frozenset({"lr", "memory"}) | FALLBACK,
     "rmnp": frozenset({"lr", "momentum"}) | FALLBACK,
     "muon": frozenset({"lr", "momentum"}) | FALLBACK,

@@ -112,7 +112,7 @@ def _stepped(optimizer: torch.optim.Optimizer) -> bool:
 
 TASKS = {
     "text-64": lambda: Text(
-        "text-64", Scale(width=64, layers=2, heads=2, batch=8, context=64), 300, 24
+        "text-64", Scale(width=64, layers=2, heads=2, batch=8, context=64), 300, 16
     ),
     "text-128": lambda: Text("text-128", Scale(), 600, 8),
 }

@@ -14,6 +14,9 @@ from benchmarks.tables.speed import speed
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 
+SHOWN = (*NAMES, "mnist")
+"""The results files of the page."""
+
 HEAD = """# Results
 
 Every table here is written by `python -m benchmarks.tables` from a file under

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 import neurms
-from benchmarks.own_rules import MomentumFirst, create
+from benchmarks.own_rules import Moments, MomentumFirst, ProbedMoments, create
+from neurms.core.structures.base import Context
+from neurms.core.structures.gradient_moments import GradientMoments
 
 
 def trained(make: type[neurms.SharedBasis], momentum: float) -> torch.Tensor:
@@ -28,3 +30,24 @@ def test_own_names_are_made_beside_the_library_s() -> None:
     model = torch.nn.Linear(2, 2)
     assert type(create("shared_basis, momentum first", model, lr=0.1)) is MomentumFirst
     assert type(create("racs", model, lr=0.1)) is neurms.RACS
+
+
+def test_orthogonal_probes_would_be_the_exact_moments() -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(6, 8)
+    exact, probed = GradientMoments(), ProbedMoments(probes=4096)
+    made = [
+        structure(gradient, structure.init(gradient), Context(step=1))
+        for structure in (exact, probed)
+    ]
+    # The mean of 4,096 squares is off by some sqrt(2 / 4096).
+    torch.testing.assert_close(made[1], made[0], rtol=0.08, atol=0.02)
+    again = probed(gradient, probed.init(gradient), Context(step=1))
+    assert torch.equal(made[1], again)
+
+
+def test_moments_leave_head_and_biases_to_the_fallback() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    rules = {row.name: row.rule for row in Moments(model).plan()}
+    assert rules.pop("0.weight") == "moments"
+    assert set(rules.values()) == {"fallback"}
