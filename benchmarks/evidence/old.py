@@ -5,6 +5,7 @@ A file leaves this list when it is run again as a contest; nothing may be added.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 
 __all__ = ["MEASUREMENTS", "OLD", "notice"]
@@ -52,8 +53,10 @@ def notice(names: Iterable[str]) -> str:
     old = [name for name in names if name in OLD]
     if not old:
         return ""
-    return (
-        '!!! warning "Under the old rules"\n\n'
-        "    What these files compare is from before the rules in benchmarks/README.md and is to\n"
-        f"    be run again: {'; '.join(f'`{name}` ({OLD[name]})' for name in old)}.\n"
+    files = "; ".join(f"`{name}` ({OLD[name]})" for name in old)
+    text = (
+        "What these files compare is from before the rules in benchmarks/README.md and is to be run "
+        f"again: {files}."
     )
+    body = textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    ")
+    return f'!!! warning "Under the old rules"\n\n{body}\n'
