@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import neurms
 from neurms.callbacks.profiler import profile
-from neurms.core.diagnostics import spans
+from neurms.core.ground import spans
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
 from tests.callbacks.profiler import truth
 

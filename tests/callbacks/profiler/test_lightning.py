@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import neurms
 from neurms.callbacks import NeuRMSCallback, PreconditionerProfiler
 from neurms.callbacks.profiler import read_run
-from neurms.core.diagnostics import spans
+from neurms.core.ground import spans
 from tests.callbacks.profiler import truth
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from neurms.core import errors
+from neurms.core.ground import errors
 from neurms.core.ground.errors import (
     CheckpointError,
     NeurmsError,

@@ -16,7 +16,7 @@ from neurms.compiled.backends import PROMPT, Kernel
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.scaling import ema_, scale_factors
 from neurms.compiled.signals import moment_factors_, scaled_signal
-from neurms.core.diagnostics import spans
+from neurms.core.ground import spans
 
 
 class Recorder:

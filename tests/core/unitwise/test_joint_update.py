@@ -10,8 +10,7 @@ from torch import nn
 
 import neurms
 from neurms.compiled.native import compiler
-from neurms.core.optimizers import joint_update
-from neurms.core.unitwise import joint_commit
+from neurms.core.unitwise import joint_commit, joint_update
 from tests.core.unitwise.neurms_models import (
     assert_close_models,
     assert_same,

@@ -12,7 +12,7 @@ import torch
 
 from neurms.callbacks.keras import PreconditionerProfiler
 from neurms.callbacks.profiler import read_run
-from neurms.core.diagnostics import spans
+from neurms.core.ground import spans
 from neurms.integrations.keras import keras_neurms, keras_optimizer, keras_racs
 from tests.callbacks.profiler import truth
 
