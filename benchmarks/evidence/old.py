@@ -55,8 +55,8 @@ def notice(names: Iterable[str]) -> str:
         return ""
     files = "; ".join(f"`{name}` ({OLD[name]})" for name in old)
     text = (
-        "What these files compare is from before the rules in benchmarks/README.md and is to be run "
-        f"again: {files}."
+        "What these files compare is from before the rules in benchmarks/README.md and is to be "
+        f"run again: {files}."
     )
     body = textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    ")
     return f'!!! warning "Under the old rules"\n\n{body}\n'
