@@ -20,6 +20,13 @@ from benchmarks.harness import RESULTS
 TASKS = text.TASKS | images.TASKS
 
 
+def entrants_of(task: str) -> dict[str, entrants.Entrant]:
+    """Return the methods that a task compares, by the name of their row."""
+    if task in text.TASKS:
+        return entrants.text()
+    return entrants.images(norms=task != "mnist")
+
+
 def main(
     task: str = "text-64", methods: tuple[str, ...] = (), threads: int = 1, out: Path | None = None
 ) -> None:
@@ -33,7 +40,7 @@ def main(
     """
     if task not in TASKS:
         raise SystemExit(f"error: --task {task} not known; choose from {list(TASKS)}")
-    known = entrants.text() if task in text.TASKS else entrants.images()
+    known = entrants_of(task)
     if unknown := sorted(set(methods) - set(known)):
         raise SystemExit(f"error: --methods {unknown} not known; choose from {list(known)}")
     torch.set_num_threads(threads)

@@ -127,13 +127,15 @@ def text(fallback: float = 8e-3) -> dict[str, Entrant]:
     }
 
 
-def images(fallback: float = 3e-3) -> dict[str, Entrant]:
+def images(fallback: float = 3e-3, *, norms: bool = False) -> dict[str, Entrant]:
     """Return the methods on images.
 
     Args:
         fallback: Where the search for the fallback's rate begins.
+        norms: Whether the network has weights that are outside of NeuRMS's rule, too.
     """
-    rest = {"fallback": fallback, "fallback_memory": 0.999}
+    rest: dict[str, Any] = {"fallback": fallback, "fallback_memory": 0.999}
+    own = rest if norms else {}
     return {
         "AdamW": _entrant("adamw", 2e-3, momentum=0.9, memory=0.99, weight_decay=0.0),
         "SGD": _entrant("sgd", 0.1, momentum=0.9),
@@ -143,7 +145,7 @@ def images(fallback: float = 3e-3) -> dict[str, Entrant]:
         "P 4 probes": _entrant("moments", 2e-3, memory=0.95, probes=4, **rest),
         "RMNP": _entrant("rmnp", 0.01, momentum=0.8, **rest),
         "Muon": _entrant("muon", 0.02, momentum=0.8, weight_decay=0.0, **rest),
-        "NeuRMS-U": _entrant("neurms", 3e-3, momentum=0.9, memory=0.99, variant="U"),
-        "NeuRMS-U plain": _entrant("neurms", 2e-2, memory=0.99, variant="U"),
-        "NeuRMS-F": _entrant("neurms", 3e-3, momentum=0.9, memory=0.99, variant="F"),
+        "NeuRMS-U": _entrant("neurms", 3e-3, momentum=0.9, memory=0.99, variant="U", **own),
+        "NeuRMS-U plain": _entrant("neurms", 2e-2, memory=0.99, variant="U", **own),
+        "NeuRMS-F": _entrant("neurms", 3e-3, momentum=0.9, memory=0.99, variant="F", **own),
     }

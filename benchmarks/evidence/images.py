@@ -82,12 +82,24 @@ class Images:
         )
 
 
-def _handwritten(name: str, *, square: bool = False) -> Parts:
+CHOOSING = 5_000
+"""Training images that choose a convolutional network's settings."""
+
+
+def _handwritten(name: str) -> Parts:
     data = load(name)
     if data.test is None:
         raise SystemExit(f"error: {name} has no test part; choose mnist or fashion_mnist")
-    train, test = (_squared(data.train), _squared(data.test)) if square else (data.train, data.test)
-    return {"validation": hold_out(train, len(train) // 6, seed=0), "test": (train, test)}
+    train = data.train
+    return {"validation": hold_out(train, len(train) // 6, seed=0), "test": (train, data.test)}
+
+
+def _clothes() -> Parts:
+    data = load("fashion_mnist")
+    if data.test is None:
+        raise SystemExit("error: fashion_mnist has no test part")
+    train, test = _squared(data.train), _squared(data.test)
+    return {"validation": hold_out(train, CHOOSING, seed=0), "test": (train, test)}
 
 
 def _squared(split: Split) -> Split:
@@ -96,15 +108,13 @@ def _squared(split: Split) -> Split:
 
 def _photographs() -> Parts:
     train, test = cifar.images("train", 50_000), cifar.images("test", 10_000)
-    return {"validation": hold_out(train, len(train) // 10, seed=0), "test": (train, test)}
+    return {"validation": hold_out(train, CHOOSING, seed=0), "test": (train, test)}
 
 
 MNIST = Plan(
     lambda: vision.perceptron((784, 512, 512, 10)), lambda: _handwritten("mnist"), 936, 128
 )
-CLOTHES = Plan(
-    lambda: cifar.small(channels=1), lambda: _handwritten("fashion_mnist", square=True), 300, 64
-)
+CLOTHES = Plan(lambda: cifar.small(channels=1), _clothes, 300, 64)
 RESNET = Plan(cifar.resnet20, _photographs, 300, 64, cifar.flip)
 
 TASKS = {
