@@ -28,9 +28,9 @@ from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.checks import checked_settings
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
+from neurms.core.unitwise.rule import Gemm, LossReduction, Variant
 from neurms.core.unitwise.scale_summary import scale_summary
-from neurms.core.unitwise.statistics import LossReduction
-from neurms.core.unitwise.tapped import Gemm, TappedLayer, Variant
+from neurms.core.unitwise.tapped import TappedLayer
 
 require("lightning", extra="lightning")
 
@@ -269,7 +269,7 @@ class NeuRMSCallback(Callback):
 
     def _own_layers(self) -> Iterator[TappedLayer]:
         for optimizer in self._own:
-            yield from optimizer._layers
+            yield from optimizer.layers
 
     # ---------------------------------------------------------------- plan and state
 

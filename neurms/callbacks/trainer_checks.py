@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ __all__ = [
 
 _ATTRIBUTES = {
     "update": "update_mode",
-    "gemm": "gemm",
-    "loss_reduction": "loss_reduction",
+    "gemm": "layers.gemm",
+    "loss_reduction": "layers.loss_reduction",
     "loss_scale": "loss_scale",
     "backend": "backend",
     "nonfinite": "nonfinite",
@@ -139,9 +140,9 @@ def check_agreement(optimizer: NeuRMS, settings: Mapping[str, Any]) -> None:
         if value == defaults[name]:
             continue
         if name in _ATTRIBUTES:
-            actual = [getattr(optimizer, _ATTRIBUTES[name])]
+            actual = [attrgetter(_ATTRIBUTES[name])(optimizer)]
         elif name == "exclude":
-            actual, value = [tuple(optimizer._exclude)], tuple(value)
+            actual, value = [tuple(optimizer.exclude)], tuple(value)
         elif name in optimizer.defaults:
             actual = [group[name] for group in optimizer.param_groups]
         else:

@@ -9,10 +9,10 @@ Every choice carries its reason, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -25,6 +25,7 @@ __all__ = [
     "FALLBACK",
     "Head",
     "Route",
+    "RoutedModel",
     "check_patterns",
     "excluded",
     "head_of",
@@ -64,6 +65,22 @@ class Route:
     def is_fallback(self) -> bool:
         """Whether AdamW takes this parameter."""
         return self.rule == FALLBACK
+
+
+class RoutedModel(nn.Module):
+    """Stands for a model whose parameters somebody has routed already, a Keras model's for one.
+
+    Args:
+        routes: One for each parameter.
+        tap_for: Makes the tap of a layer for a rule that needs one; who brings it attaches it, too.
+    """
+
+    def __init__(
+        self, routes: Sequence[Route], tap_for: Callable[[Any], Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.routes = list(routes)
+        self.tap_for = tap_for
 
 
 def route_tensors(named: Iterable[tuple[str, Tensor]], rule: str) -> list[Route]:
@@ -106,6 +123,8 @@ def route_model(
         ValueError: A pattern of ``exclude`` matches no parameter, or a parameter is lazy.
         UnsupportedTrainingError: The model is wrapped by FSDP1.
     """
+    if isinstance(model, RoutedModel):
+        return model.routes
     model = unwrapped(model)
     _refuse_lazy(model)
     owners = _owners(model)

@@ -16,7 +16,7 @@ from neurms.callbacks.profiler.schedule import Schedule
 from neurms.callbacks.profiler.subjects import subjects_of
 from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
 from neurms.core.taps.hooks import forget_compiled_graphs
-from neurms.core.unitwise.statistics import LossReduction
+from neurms.core.unitwise.rule import LossReduction
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["Profiler", "profile"]

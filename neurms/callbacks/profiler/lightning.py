@@ -12,7 +12,7 @@ from neurms.callbacks.profiler.engine import Profiler
 from neurms.callbacks.profiler.report import ProfilerReport
 from neurms.callbacks.profiler.scalars import layer_scalars
 from neurms.core.ground.extras import require
-from neurms.core.unitwise.statistics import LossReduction
+from neurms.core.unitwise.rule import LossReduction
 
 require("lightning", extra="lightning")
 

@@ -63,7 +63,7 @@ class OptimizerView:
             return f"neurms + {type(optimizer).__name__}"
         if not isinstance(optimizer, PreconditionedOptimizer):
             return type(optimizer).__name__ if optimizer is not None else "none"
-        return optimizer._routes[parameter].rule
+        return optimizer.routes[parameter].rule
 
     def is_ours(self, parameter: Tensor) -> bool:
         """Whether the parameter's optimizer tells of its spans itself."""
@@ -71,7 +71,7 @@ class OptimizerView:
 
     def tapped(self, weight: Tensor) -> TappedLayer | None:
         """Return the NeuRMS layer of a weight, whoever owns it."""
-        sources = [getattr(optimizer, "_layers", ()) for optimizer in self.optimizers]
+        sources = [getattr(optimizer, "layers", ()) for optimizer in self.optimizers]
         for source in (*sources, self._preconditioner or ()):
             for layer in source:
                 if layer.weight is weight:
@@ -82,7 +82,7 @@ class OptimizerView:
     def variant_of(self, weight: Tensor) -> str | None:
         """Return NeuRMS's variant for a weight, None if it is not under NeuRMS."""
         layer = self.tapped(weight)
-        return None if layer is None else layer.owner.variant_of(layer)
+        return None if layer is None else layer.rule.variant
 
     # ---------------------------------------------------------------- statistics
 
@@ -101,9 +101,9 @@ class OptimizerView:
             before it was scaled while the gradient is made of what came out; u is None but for F.
         """
         layer = self.tapped(weight)
-        if layer is None or layer.owner.variant_of(layer) == "B":
+        if layer is None or layer.rule.upstream:
             return None
-        structure, state = layer.owner.structure_of(layer), layer.owner.state_of(layer)
+        structure, state = layer.rule.structure, layer.state
         moments = layer.moments(pending)
         blended: list[Tensor | None] = []
         for key, sample in (("v", moments.units), ("u", moments.features)):
@@ -125,9 +125,9 @@ class OptimizerView:
     def clipped_units(self, weight: Tensor) -> int | None:
         """Return how many unit factors stand at a bound, None where there are no factors."""
         layer = self.tapped(weight)
-        if layer is None or not layer.owner.state_of(layer).get("step"):
+        if layer is None or not layer.state.get("step"):
             return None
-        structure = layer.owner.structure_of(layer)
+        structure = layer.rule.structure
         s, _ = layer.factors()
         return int(at_bounds(s, structure, (structure.s_min, structure.s_max)).sum())
 
@@ -208,7 +208,7 @@ class OptimizerView:
             optimizer = self.optimizer_of(parameter)
             if not isinstance(optimizer, PreconditionedOptimizer):
                 return None
-            route, group = optimizer._routes[parameter], self.group_of(parameter)
+            route, group = optimizer.routes[parameter], self.group_of(parameter)
             total += tensor_bytes(optimizer.state_for(meta_like(parameter), route, group))
         return total
 
@@ -222,9 +222,9 @@ class OptimizerView:
         optimizer = self.optimizer_of(weight)
         if not isinstance(optimizer, PreconditionedOptimizer):
             return ()
-        if optimizer._routes[weight].is_fallback:
+        if optimizer.routes[weight].is_fallback:
             return ()
-        return optimizer._recipe(self.group_of(weight)).transforms
+        return optimizer.recipe_of(self.group_of(weight)).transforms
 
 
 def _in_shape(tensor: object, subject: Subject) -> Tensor | None:

@@ -24,7 +24,8 @@ from neurms.core.diagnostics.factorization import (
 from neurms.core.diagnostics.unit_statistics import dead_units, levels
 from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.protocol import Sums
-from neurms.core.unitwise.statistics import LossReduction, PendingSums
+from neurms.core.unitwise.rule import LossReduction
+from neurms.core.unitwise.statistics import PendingSums
 
 __all__ = ["Averages", "LayerProbe", "Values"]
 

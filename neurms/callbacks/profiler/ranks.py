@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from neurms.callbacks.profiler.probe import LayerProbe
-from neurms.core.unitwise.statistics import synchronize, world_size
+from neurms.core.ground.ranks import Ranks, world_size
+from neurms.core.unitwise.statistics import synchronize
 
 __all__ = ["sum_over_ranks"]
 
@@ -20,7 +21,9 @@ def sum_over_ranks(probes: Sequence[LayerProbe], device: torch.device) -> None:
     layouts = [probe.subject.layout for probe in probes]
     sizes = [(layout.units, layout.features) for layout in layouts]
     reduction, weight = probes[0].loss_reduction, probes[0].subject.weight
-    synchronize([probe.pending for probe in probes], sizes, reduction, weight)
+    synchronize(
+        [probe.pending for probe in probes], sizes, reduction, weight, Ranks((None,), ranks)
+    )
     for probe in probes:
         _add_products(probe, ranks, device)
 

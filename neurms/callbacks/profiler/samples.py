@@ -10,7 +10,7 @@ from torch import nn
 
 from neurms.callbacks.profiler.optimizer_view import OptimizerView
 from neurms.callbacks.profiler.probe import LayerProbe, Values
-from neurms.core.unitwise.statistics import world_size
+from neurms.core.ground.ranks import world_size
 
 __all__ = ["FORECAST", "descriptions", "environment", "layer_values", "memory_forecast"]
 

@@ -17,7 +17,8 @@ from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.hooks import HookTap, forget_compiled_graphs
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.layers import neurms_routes
-from neurms.core.unitwise.statistics import LossReduction, PendingSums
+from neurms.core.unitwise.rule import LossReduction
+from neurms.core.unitwise.statistics import PendingSums
 
 __all__ = ["FactorizationProbe"]
 

@@ -110,7 +110,7 @@ def broadcast_state(optimizer: PreconditionedOptimizer, source: int, group: Any 
             continue
         state: dict[str, Any] = optimizer.state[parameter]
         if not state:
-            state.update(optimizer.state_for(parameter, optimizer._routes[parameter], own))
+            state.update(optimizer.state_for(parameter, optimizer.routes[parameter], own))
         state["step"] = step
         for key in sorted(key for key, value in state.items() if isinstance(value, Tensor)):
             torch.distributed.broadcast(state[key], source, group=group)

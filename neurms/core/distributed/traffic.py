@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from neurms.core.ground.precision import compute_dtype
-from neurms.core.ground.shards import RowShard, is_sharded, mesh_of, placement_of
+from neurms.core.ground.shards import RowShard, mesh_of, placement_of
+from neurms.core.optimizers.by_recipe import batches, is_fused
 from neurms.core.optimizers.plan import meta_like
 from neurms.core.optimizers.recipe import Recipe
-from neurms.core.optimizers.work import BATCH_LIMIT, Item, batches, shard_for
+from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import FALLBACK
 from neurms.core.structures.base import Context
-from neurms.core.unitwise.statistics import world_size
+from neurms.core.unitwise.neurms import NeuRMS
 
 if TYPE_CHECKING:
     from neurms.core.optimizers.base import PreconditionedOptimizer
@@ -56,56 +57,54 @@ def step_exchanges(optimizer: PreconditionedOptimizer) -> list[Exchange]:
         >>> step_exchanges(neurms.RACS(torch.nn.Linear(4, 4), head="rule"))
         []
     """
-    items: list[Item] = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and parameter.numel():
-                route = optimizer._routes[parameter]
-                items.append(Item(len(items), route, group, meta_like(parameter)))
-    found = [*_statistics(optimizer), *_verdicts(items)]
-    own = [item for item in items if item.rule != FALLBACK and is_sharded(item.parameter)]
+    views = [
+        replace(view, gradient=meta_like(view.parameter), state={"step": 1})
+        for view in optimizer.work()
+        if view.parameter.requires_grad and not view.empty
+    ]
+    found = [*_statistics(optimizer), *_verdicts(views)]
     # NeuRMS's factors are the same on every rank, and act on the rows that are there.
-    own = [item for item in own if not optimizer._maker(item.rule).needs_modules]
+    own = [view for view in views if view.rule not in (FALLBACK, NeuRMS.rule) and view.sharded]
+    for view in own:
+        view.recipe = optimizer.recipe_of(view.group)
     # Fused steps come first.
-    own.sort(key=lambda item: not _is_fused(optimizer._recipe(item.group), item))
-    recipes = [optimizer._recipe(item.group) for item in own]
-    steps: Any = {item.parameter: {"step": 1} for item in own}
-    for recipe, batch in batches(own, recipes, steps):
+    own.sort(key=lambda view: not _moves_rows(view))
+    for recipe, batch in batches(own):
         found += _of_batch(recipe, batch)
     return found
 
 
-def _is_fused(recipe: Recipe, item: Item) -> bool:
-    large = item.parameter.numel() >= BATCH_LIMIT
-    return large and recipe.fused is not None and recipe.row_local
+def _moves_rows(view: View) -> bool:
+    recipe = view.recipe
+    return recipe is not None and is_fused(recipe, view.parameter) and recipe.row_local
 
 
 def _statistics(optimizer: PreconditionedOptimizer) -> Iterator[Exchange]:
-    layers = list(getattr(optimizer, "_layers", ()))
-    if not layers or world_size() == 1:
+    layers = list(optimizer.layers) if isinstance(optimizer, NeuRMS) else []
+    if not isinstance(optimizer, NeuRMS) or optimizer.layers.ranks.size == 1:
         return
     # float64 sums by unit and by feature, and two counts of rows.
     sizes = [8 * (sum(layer.sizes) + 2) for layer in layers]
     for layer in reversed(layers):
-        if layer.owner.variant_of(layer) == "B":
+        if layer.rule.upstream:
             size = 8 * (layer.route.layout.units + 2)
             yield Exchange("all-reduce", size, f"scale of {layer.name} in backward")
     yield Exchange("all-reduce", sum(sizes), "statistics of all layers")
 
 
-def _verdicts(items: list[Item]) -> Iterator[Exchange]:
+def _verdicts(views: list[View]) -> Iterator[Exchange]:
     """Yield the agreement on gradients that are NaN or infinite: an int32 for each parameter."""
     meshes: dict[Any, int] = {}
-    for item in items:
-        if is_sharded(item.parameter):
-            mesh = mesh_of(item.parameter)
+    for view in views:
+        if view.sharded:
+            mesh = mesh_of(view.parameter)
             meshes[mesh] = meshes.get(mesh, 0) + 1
     for mesh, count in meshes.items():
         for _ in range(mesh.ndim):
             yield Exchange("all-reduce", 4 * count, "whether all gradients are finite")
 
 
-def _of_batch(recipe: Recipe, batch: list[Item]) -> list[Exchange]:
+def _of_batch(recipe: Recipe, batch: list[View]) -> list[Exchange]:
     first = batch[0]
     shard = shard_for(recipe, first.parameter, first.route.layout)
     if recipe.row_local and shard is not None:
@@ -125,7 +124,7 @@ def _of_batch(recipe: Recipe, batch: list[Item]) -> list[Exchange]:
     return found
 
 
-def _sums(recipe: Recipe, batch: list[Item], shard: RowShard) -> list[Exchange]:
+def _sums(recipe: Recipe, batch: list[View], shard: RowShard) -> list[Exchange]:
     """Run the recipe on tensors without storage, and write down what it sums over ranks."""
     item, count = batch[0], len(batch)
     counting = _Counting(shard.start, shard.rows, shard.total, shard.group)

@@ -37,6 +37,16 @@ class UnsupportedTrainingError(NeurmsError, RuntimeError):
     """The training loop asks for something the chosen mode cannot do correctly."""
 
 
+class MissingParametersError(NeurmsError, TypeError, KeyError):
+    """A parameter group has no ``"params"``; torch's own optimizers raise KeyError there."""
+
+    __str__ = Exception.__str__
+
+
+class SparseGradientError(NeurmsError, TypeError, RuntimeError):
+    """A gradient is sparse; torch's own optimizers raise RuntimeError there."""
+
+
 class CheckpointError(NeurmsError, ValueError):
     """A state dict does not belong to this optimizer or this model."""
 

@@ -76,7 +76,7 @@ class Layout:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return ``tensor`` as (units, features per group x taps), a view if strides allow it."""
-        if self._is_matrix:
+        if self.is_matrix:
             return tensor
         if self.groups > 1 and self.grouped == "features":
             return self.blocks(tensor).reshape(self.matrix_shape)
@@ -125,7 +125,7 @@ class Layout:
         return math.prod(self.shape[a] for a in axes)
 
     @cached_property
-    def _is_matrix(self) -> bool:
+    def is_matrix(self) -> bool:
         """Whether parameters are units x features already, as a torch linear layer's are."""
         return len(self.shape) == 2 and self.groups == 1 and self._order == (0, 1)
 

@@ -1,37 +1,50 @@
-"""The optimizer behind every recipe: the step, its checks, and what training loops expect.
+"""The optimizer behind every recipe: when parameters move, and what training loops expect.
 
-It stands on two others: ``groups`` knows the parameters, their routes and recipes, and ``updates``
-how they move. A subclass says which settings it has and which
-:class:`~neurms.core.optimizers.recipe.Recipe` they make.
+It *has* parameter groups, a route for every parameter, and a mover for every rule. A subclass says
+which settings it has and which :class:`~neurms.core.optimizers.recipe.Recipe` they make.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from neurms.compiled.backends import use_backend
 from neurms.core.ground.errors import NonFiniteError
 from neurms.core.ground.interrupts import WholeStep
-from neurms.core.ground.precision import without_autocast
+from neurms.core.ground.precision import compute_dtype, without_autocast
 from neurms.core.ground.spans import gradients_ready
+from neurms.core.optimizers.by_recipe import RecipeMover
 from neurms.core.optimizers.checkpoint import restore, verified
-from neurms.core.optimizers.groups import Params
+from neurms.core.optimizers.fallback import FallbackMover, fallback_rate
+from neurms.core.optimizers.gradients import bad_names, is_rehearsal
+from neurms.core.optimizers.groups import Params, check_parameters, completed, parameters_of
+from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tensor_bytes
-from neurms.core.optimizers.settings import check_common
-from neurms.core.optimizers.updates import ParameterUpdates
-from neurms.core.optimizers.work import Item, gathered, is_rehearsal, nonfinite_names
-from neurms.core.routing import FALLBACK
+from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.recipes import Recipes, default_settings
+from neurms.core.optimizers.settings import GROUP_SETTINGS, check_common
+from neurms.core.optimizers.view import View
+from neurms.core.optimizers.work import Work, meet
+from neurms.core.routing import (
+    FALLBACK,
+    Head,
+    Route,
+    check_patterns,
+    excluded,
+    route_model,
+    route_tensors,
+)
 
 __all__ = ["Params", "PreconditionedOptimizer"]
 
 
-class PreconditionedOptimizer(ParameterUpdates):
+class PreconditionedOptimizer(torch.optim.Optimizer):
     """Base class: a recipe for matrices and AdamW for the rest, in one optimizer object.
 
     Subclasses set :attr:`rule` and implement :meth:`recipe`; their ``__init__`` passes its own
@@ -49,24 +62,140 @@ class PreconditionedOptimizer(ParameterUpdates):
         ValueError: A setting out of its range, a pattern of ``exclude`` that matches nothing.
     """
 
+    rule: ClassVar[str]
+    default_head: ClassVar[Head] = "fallback"
+    needs_modules: ClassVar[bool] = False
+    """Whether the rule needs more than gradients, so that no group can ask for it by name."""
     pickled: ClassVar[tuple[str, ...]] = (
         "backend",
         "nonfinite",
         "low_precision",
         "skipped_steps",
-        "_routes",
-        "_exclude",
+        "routes",
+        "exclude",
     )
     """Attributes that go along when an optimizer is pickled or deep-copied."""
+
+    routes: dict[Tensor, Route]
+    """What happens to each parameter, and why."""
 
     def __init__(
         self, params: Params, settings: Mapping[str, Any], common: Mapping[str, Any]
     ) -> None:
-        chosen = check_common(self.rule, common)
+        chosen = check_common(self.rule, common, self.default_settings())
         self.backend = chosen["backend"]
         self.nonfinite = chosen["nonfinite"]
+        self.low_precision = chosen["low_precision"]
+        self.exclude = tuple(chosen["exclude"])
         self.skipped_steps = 0
-        super().__init__(params, settings, chosen)
+        self.routes = {}
+        self._begin()
+        defaults: dict[str, Any] = {"rule": self.rule, **settings}
+        defaults |= {key: value for key, value in chosen.items() if key in GROUP_SETTINGS}
+        if isinstance(params, nn.Module):
+            for route in self.route(params, chosen["head"] or self.default_head):
+                self.routes[route.parameter] = route
+            params = [(route.name, p) for p, route in self.routes.items()]
+        super().__init__(params, defaults)
+        check_patterns(self.routes.values(), self.exclude)
+
+    def _begin(self) -> None:
+        """Make what neither copies nor pickles hold."""
+        self._recipes = Recipes(type(self))
+        self._movers: dict[str, Mover] = {}
+        self._work: Work | None = None
+        groups: list[dict[str, Any]] = getattr(self, "param_groups", [])
+        self._known: list[list[Tensor]] = [list(group["params"]) for group in groups]
+
+    # ---------------------------------------------------------------- parameters and groups
+
+    def route(self, model: nn.Module, head: Head) -> Iterable[Route]:
+        """Return the route of every parameter of a model."""
+        return route_model(model, self.rule, head=head, exclude=self.exclude)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, with settings of its own and possibly another rule.
+
+        Args:
+            param_group: As in ``torch.optim``; ``"rule"`` may name another rule of the library or
+                ``"fallback"``.
+
+        Raises:
+            ValueError: A setting is out of its range, or a parameter comes twice; nothing was added
+                in either case.
+            TypeError: A parameter is no tensor, or complex, or integer.
+        """
+        group = self._completed(param_group)
+        routes = self._new_routes(group)
+        super().add_param_group(group)
+        self.routes.update({route.parameter: route for route in routes})
+        self._known.append(list(group["params"]))
+        self._work = None
+
+    def _completed(self, param_group: Any) -> dict[str, Any]:
+        rate = float(self.defaults["lr"]) or float(self.default_settings()["lr"])
+        group = completed(param_group, self.rule, self.defaults, rate)
+        if group["rule"] != FALLBACK:
+            self.recipe_of(group)
+        return group
+
+    def _new_routes(self, group: Mapping[str, Any]) -> list[Route]:
+        """Return routes for the parameters of a group that have none yet."""
+        named = parameters_of(group)
+        routes = [self.routes[p] for _, p in named if p in self.routes]
+        if new := [(name, p) for name, p in named if p not in self.routes]:
+            routes = self.route_parameters(new, group)
+        check_parameters(routes, self.low_precision)
+        return routes
+
+    def route_parameters(
+        self, named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
+    ) -> list[Route]:
+        """Return the routes of parameters that come without their model."""
+        if self.exclude and any(name is None for name, _ in named):
+            raise ValueError(
+                f"exclude={self.exclude!r} needs names; pass the model or model.named_parameters()"
+            )
+        start = len(self.routes)
+        unnamed = ((name or f"param_{start + i}", p) for i, (name, p) in enumerate(named))
+        routes = route_tensors(unnamed, group["rule"])
+        # A pattern may be meant for another group; __init__ checks that each one matches somewhere.
+        return excluded(routes, self.exclude, every=False)
+
+    # ---------------------------------------------------------------- recipes and movers
+
+    @classmethod
+    @abstractmethod
+    def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a parameter group's settings make; raises on a bad setting."""
+
+    @classmethod
+    def default_settings(cls) -> dict[str, Any]:
+        """Return the defaults of the rule's own settings, from its constructor's signature."""
+        return default_settings(cls)
+
+    def recipe_of(self, group: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of a parameter group under a rule."""
+        return self._recipes.of(group)
+
+    def checked_recipe(self, group: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a group's settings make; raises as the constructor would."""
+        return self._recipes.checked(group)
+
+    def mover_of(self, rule: str) -> Mover:
+        """Return what moves the parameters that a rule, or the fallback, takes."""
+        kind = FALLBACK if rule == FALLBACK else self.rule if rule == self.rule else ""
+        if kind not in self._movers:
+            self._movers[kind] = self._made_mover(kind)
+        return self._movers[kind]
+
+    def _made_mover(self, kind: str) -> Mover:
+        return FallbackMover() if kind == FALLBACK else RecipeMover(self.recipe_of)
+
+    @staticmethod
+    def fallback_lr(group: Mapping[str, Any]) -> float:
+        """Return AdamW's current rate; see :func:`~.fallback.fallback_rate`."""
+        return fallback_rate(group)
 
     # ---------------------------------------------------------------- the step
 
@@ -83,9 +212,11 @@ class PreconditionedOptimizer(ParameterUpdates):
             NonFiniteError: A gradient or statistic is NaN or infinite, or would make state so, and
                 ``nonfinite="raise"``.
                 Parameters and state are as they were before the call.
-            TypeError: A gradient is sparse.
+            SparseGradientError: A gradient is sparse.
         """
         arguments = () if closure is None else (closure,)
+        if torch.compiler.is_dynamo_compiling():
+            return _outside_of_graphs(self, *arguments)
         if _is_watched(self):
             return self._watched_step(*arguments)
         loss = self._step(*arguments)
@@ -105,26 +236,52 @@ class PreconditionedOptimizer(ParameterUpdates):
             with torch.enable_grad():
                 loss = closure()
         gradients_ready()
-        self._take(gathered(self.param_groups, self._routes))
+        work = self.work()
+        try:
+            self.take(work.due())
+        finally:
+            work.release()
         return loss
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_step)
 
+    def work(self) -> Work:
+        """Return the views of all parameters, made anew where groups or parameters have changed."""
+        if self._work is None or not self._work.holds(self):
+            meet(self, self._known)
+            self._known = [list(group["params"]) for group in self.param_groups]
+            self._work = Work(self)
+        return self._work
+
     def take_part(self) -> None:
         """Take part in what other ranks exchange in a step, on a rank that has no batch for it."""
 
-    def _take(self, items: Sequence[Item]) -> bool:
-        """Update the items' parameters, or return False and change nothing for a bad gradient."""
-        if not self.state and is_rehearsal(items):
-            self._prepare(items)
+    def take(self, views: Sequence[View], first: Callable[[], None] | None = None) -> bool:
+        """Move the parameters of ``views``, or return False and change nothing.
+
+        Args:
+            views: Parameters with their gradients.
+            first: What is done before they move, if they do.
+
+        Raises:
+            NonFiniteError: A gradient is bad and ``nonfinite="raise"``.
+        """
+        if not any(self.state.values()) and is_rehearsal(views):
+            self._make_states(views)
             return True
-        if bad := self._bad_names(items):
-            self._on_nonfinite(bad)
+        for mover, own in self._shares(views):
+            mover.prepare(own)
+        # What a mover has learnt may have changed a route.
+        shares = self._shares(views)
+        if bad := bad_names(views, [mover for mover, _ in shares]):
+            self.on_nonfinite(bad)
             return False
-        device = items[0].parameter.device if items else torch.device("cpu")
+        device = views[0].device if views else torch.device("cpu")
         try:
             with use_backend(self.backend), without_autocast(device), WholeStep():
-                self._update(items)
+                if first is not None:
+                    first()
+                self.move(shares)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise NonFiniteError(
                 "a statistic of finite gradients overflowed or became singular, and this step was "
@@ -132,19 +289,31 @@ class PreconditionedOptimizer(ParameterUpdates):
             ) from error
         return True
 
-    def _bad_names(self, items: Sequence[Item]) -> list[str]:
-        return nonfinite_names(items, self._greatest(items))
+    def move(self, shares: Sequence[tuple[Mover, Sequence[View]]]) -> None:
+        """Take the step of parameters whose gradients are good."""
+        for _, views in shares:
+            self._make_states(views)
+        for mover, views in shares:
+            mover.move(views)
 
-    def _greatest(self, items: Sequence[Item]) -> list[float]:
-        """Return how large each gradient may be; AdamW's may overflow as they do in torch."""
-        groups = {id(item.group): item.group for item in items if item.rule != FALLBACK}
-        recipes = {key: self._recipe(group) for key, group in groups.items()}
-        return [
-            math.inf if item.rule == FALLBACK else recipes[id(item.group)].greatest(item.parameter)
-            for item in items
-        ]
+    def _shares(self, views: Sequence[View]) -> list[tuple[Mover, list[View]]]:
+        """Return the views of each mover, the fallback's first."""
+        by_rule: dict[str, list[View]] = {FALLBACK: []}
+        for view in views:
+            rule = view.route.rule
+            if rule in by_rule:
+                by_rule[rule].append(view)
+            else:
+                by_rule[rule] = [view]
+        return [(self.mover_of(rule), own) for rule, own in by_rule.items() if own]
 
-    def _on_nonfinite(self, names: Sequence[str]) -> None:
+    def _make_states(self, views: Sequence[View]) -> None:
+        for view in views:
+            if not view.state:
+                view.state.update(self.state_for(view.parameter, view.route, view.group))
+
+    def on_nonfinite(self, names: Sequence[str]) -> None:
+        """Leave a step out whose gradients or statistics are bad, or raise."""
         if self.nonfinite == "skip":
             self.skipped_steps += 1
             return
@@ -154,31 +323,80 @@ class PreconditionedOptimizer(ParameterUpdates):
             'Lower lr, clip gradients, or pass nonfinite="skip" to leave such steps out'
         )
 
+    # ---------------------------------------------------------------- parameters that change
+
+    def complete(self, group: dict[str, Any]) -> list[Route]:
+        """Give a group that somebody wrote all settings; return routes of what is new in it."""
+        for key, value in self._completed(group).items():
+            group.setdefault(key, value)
+        routes = [r for r in self._new_routes(group) if r.parameter not in self.routes]
+        if "param_names" not in group and any("param_names" in g for g in self.param_groups):
+            known = {**self.routes, **{route.parameter: route for route in routes}}
+            group["param_names"] = [known[p].name for p in group["params"]]
+        return routes
+
+    def replaced(self, old: Route, new: Route) -> None:
+        """Be told that a parameter stands in another one's place, with its route."""
+
+    def reroute(self, route: Route) -> None:
+        """Give a parameter to another rule; it begins there without state."""
+        self.routes[route.parameter] = route
+        self.state.pop(route.parameter, None)
+        self.work().view_of(route.parameter).reroute(route)
+
+    # ---------------------------------------------------------------- state
+
+    def state_for(self, like: Tensor, route: Route, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return fresh state for a parameter like ``like`` (which may be on the meta device)."""
+        state = self.mover_of(route.rule).state_for(like, route, group)
+        return {**state, **self._master(like)}
+
+    def expected_state(
+        self, like: Tensor, parameter: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the keys and shapes that a checkpoint must hold for ``parameter``."""
+        route = self.routes[parameter]
+        state = self.mover_of(route.rule).expected_state(like, route, group, saved)
+        return {**state, **self._master(like)}
+
+    def _master(self, like: Tensor) -> dict[str, Tensor]:
+        if self.low_precision != "master" or compute_dtype(like) == like.dtype:
+            return {}
+        return {"master": like.detach().to(compute_dtype(like), copy=True)}
+
+    def state_bytes(self) -> int:
+        """Return the measured bytes of all optimizer state held right now."""
+        return sum(tensor_bytes(state) for state in self.state.values())
+
     # ---------------------------------------------------------------- tables, copies, checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: torch's part and :attr:`pickled`."""
         own = {name: getattr(self, name) for name in self.pickled}
-        return {**super().__getstate__(), **own, "_recipes": {}}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or a pickle; torch calls it for checkpoints, too."""
+        super().__setstate__(state)
+        self._begin()
 
     def plan(self) -> Plan:
         """Return the table of what happens to each parameter, with predicted state bytes."""
         rows = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                route = self._routes[parameter]
-                state = self.state_for(meta_like(parameter), route, group)
-                moves = parameter.requires_grad and parameter.numel()
-                rows.append(
-                    PlanRow(
-                        route.name,
-                        route.kind,
-                        route.rule,
-                        route.reason if parameter.requires_grad else f"{route.reason} (frozen)",
-                        tuple(parameter.shape),
-                        tensor_bytes(state) if moves else 0,
-                    )
+        for view in self.work():
+            parameter, route = view.parameter, view.route
+            state = self.state_for(meta_like(parameter), route, view.group)
+            moves = parameter.requires_grad and not view.empty
+            rows.append(
+                PlanRow(
+                    route.name,
+                    route.kind,
+                    route.rule,
+                    route.reason if parameter.requires_grad else f"{route.reason} (frozen)",
+                    tuple(parameter.shape),
+                    tensor_bytes(state) if moves else 0,
                 )
+            )
         return Plan(rows)
 
     @classmethod
@@ -197,13 +415,12 @@ class PreconditionedOptimizer(ParameterUpdates):
         seen = skeleton(model) if cls.needs_modules else model
         return make(seen, **settings).plan()
 
-    def state_bytes(self) -> int:
-        """Return the measured bytes of all optimizer state held right now."""
-        return sum(tensor_bytes(state) for state in self.state.values())
-
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore settings and state exactly as saved, matching parameters by name where known.
+
+        Hooks of ``register_load_state_dict_pre_hook`` and ``..._post_hook`` run before the check
+        and after the restoration, and what they change counts.
 
         Args:
             state_dict: What :meth:`state_dict` returned, on any device, its groups in any order.
@@ -211,9 +428,31 @@ class PreconditionedOptimizer(ParameterUpdates):
         Raises:
             CheckpointError: It belongs to another optimizer or model; nothing was changed.
         """
-        state_dict = verified(self, state_dict)
-        super().load_state_dict(state_dict)
+        self.work()
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self.restore(self.verified(state_dict))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def verified(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dict found to be this optimizer's, in the order of its groups.
+
+        Raises:
+            CheckpointError: It belongs to another optimizer or model.
+        """
+        return verified(self, state_dict)
+
+    def restore(self, state_dict: dict[str, Any]) -> None:
+        """Take a verified state dict over."""
         restore(self, state_dict)
+
+
+def _outside_of_graphs(optimizer: PreconditionedOptimizer, *arguments: Any) -> Any:
+    """Take a step as it is: a graph of torch.compile is broken there and goes on behind it."""
+    return torch.compiler.disable(PreconditionedOptimizer.step)(optimizer, *arguments)
 
 
 def _is_watched(optimizer: torch.optim.Optimizer) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,16 +14,39 @@ from torch import Tensor
 from neurms.core.ground.errors import CheckpointError, check_real
 from neurms.core.ground.shards import is_sharded, placed_like
 from neurms.core.optimizers.plan import meta_like
+from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import check_group
-from neurms.core.optimizers.updates import ParameterUpdates
-from neurms.core.routing import FALLBACK
+from neurms.core.routing import FALLBACK, Route
 
 __all__ = ["check_entries", "restore", "verified"]
 
 Group = dict[str, Any]
 
+_LATER: Group = {"maximize": False}
+"""Settings that checkpoints of earlier releases do not have."""
 
-def verified(optimizer: ParameterUpdates, state_dict: dict[str, Any]) -> dict[str, Any]:
+
+class HasState(Protocol):
+    """What a checkpoint is of: an optimizer."""
+
+    defaults: dict[str, Any]
+    routes: dict[Tensor, Route]
+    param_groups: list[Group]
+    state: Any
+
+    def checked_recipe(self, group: Group) -> Recipe:
+        """Return the recipe that a group's settings make, or raise."""
+
+    def expected_state(
+        self, like: Tensor, parameter: Tensor, group: Group, saved: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return state with the keys and shapes that a parameter must have."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take groups and state over."""
+
+
+def verified(optimizer: HasState, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return ``state_dict`` with groups and parameters in the optimizer's order.
 
     Raises:
@@ -33,23 +58,35 @@ def verified(optimizer: ParameterUpdates, state_dict: dict[str, Any]) -> dict[st
     return aligned
 
 
-def restore(optimizer: ParameterUpdates, state_dict: dict[str, Any]) -> None:
-    """Give every state tensor its saved dtype back, sharded as this optimizer's parameters are.
+def restore(optimizer: HasState, state_dict: dict[str, Any]) -> None:
+    """Take a verified state dict over: every tensor in its saved dtype, sharded as parameters are.
 
     ``torch.optim.Optimizer.load_state_dict`` casts state to the parameter's dtype, which would
     round float32 statistics of bfloat16 parameters.
     """
+    groups, states = [], defaultdict[Tensor, dict[str, Any]](dict)
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        settings = copy.deepcopy({k: v for k, v in saved.items() if k != "params"})
+        groups.append({**_LATER, **settings, "params": group["params"]})
         for key, parameter in zip(saved["params"], group["params"], strict=True):
-            state = state_dict["state"].get(key, {})
-            expected: Mapping[str, Any] = {}
-            if any(map(is_sharded, (parameter, *state.values()))):
-                expected = optimizer.expected_state(meta_like(parameter), parameter, group, state)
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    like = expected.get(name)
-                    own = placed_like(value.detach(), like).to(parameter.device, copy=True)
-                    optimizer.state[parameter][name] = own
+            if state := state_dict["state"].get(key, {}):
+                states[parameter] = _own(optimizer, parameter, groups[-1], state)
+    optimizer.__setstate__({"state": states, "param_groups": groups})
+
+
+def _own(
+    optimizer: HasState, parameter: Tensor, group: Group, state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a parameter's saved state on its device, in memory of its own."""
+    expected: Mapping[str, Any] = {}
+    if any(map(is_sharded, (parameter, *state.values()))):
+        expected = optimizer.expected_state(meta_like(parameter), parameter, group, state)
+    return {
+        name: placed_like(value.detach(), expected.get(name)).to(parameter.device, copy=True)
+        if isinstance(value, Tensor)
+        else copy.deepcopy(value)
+        for name, value in state.items()
+    }
 
 
 def _check_form(state_dict: Any) -> None:
@@ -135,7 +172,7 @@ def _settings(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
-def _check_state(optimizer: ParameterUpdates, state_dict: dict[str, Any]) -> None:
+def _check_state(optimizer: HasState, state_dict: dict[str, Any]) -> None:
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         rule = saved.get("rule", group["rule"])
         if not isinstance(rule, str) or rule != group["rule"]:
@@ -145,7 +182,7 @@ def _check_state(optimizer: ParameterUpdates, state_dict: dict[str, Any]) -> Non
             )
         # A scheduler adds keys of its own, on one side only; so does torch to the defaults, when it
         # loads.
-        needed = optimizer.defaults.keys() - {"differentiable"} | {"base_lr"}
+        needed = optimizer.defaults.keys() - {"differentiable", *_LATER} | {"base_lr"}
         if missing := sorted(needed - saved.keys(), key=str):
             raise CheckpointError(
                 f"the checkpoint's parameter group lacks {missing}; it was not saved by "
@@ -156,7 +193,7 @@ def _check_state(optimizer: ParameterUpdates, state_dict: dict[str, Any]) -> Non
             _check_parameter(optimizer, saved, parameter, state_dict["state"].get(key) or {})
 
 
-def _check_settings(optimizer: ParameterUpdates, group: Group) -> None:
+def _check_settings(optimizer: HasState, group: Group) -> None:
     """Raise unless the settings would be accepted by the constructor."""
     try:
         for name in ("lr", "base_lr"):
@@ -169,14 +206,14 @@ def _check_settings(optimizer: ParameterUpdates, group: Group) -> None:
 
 
 def _check_parameter(
-    optimizer: ParameterUpdates,
+    optimizer: HasState,
     group: Group,
     parameter: Tensor,
     state: Mapping[str, Any],
 ) -> None:
     if not state:
         return
-    name = optimizer._routes[parameter].name
+    name = optimizer.routes[parameter].name
     try:
         expected = optimizer.expected_state(meta_like(parameter), parameter, group, state)
     except (TypeError, ValueError) as error:

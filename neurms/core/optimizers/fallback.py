@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from neurms.core.ground.shards import local_state
+from neurms.core.ground.shards import local, local_state
+from neurms.core.ground.spans import span
+from neurms.core.optimizers.mover import Mover
+from neurms.core.optimizers.view import View
+from neurms.core.routing import Route
 
-__all__ = ["adamw_state", "adamw_update_"]
+__all__ = ["FallbackMover", "adamw_state", "adamw_update_", "fallback_rate"]
 
 State = dict[str, Any]
+
+
+class FallbackMover(Mover):
+    """Moves what the fallback takes, the parameters of a group in one call."""
+
+    def prepare(self, views: Sequence[View]) -> None:
+        """Do nothing: AdamW minds no gradient that is finite, and overflows as torch's does."""
+
+    def move(self, views: Sequence[View]) -> None:
+        """Take one AdamW step for each parameter."""
+        for group in {id(view.group): view.group for view in views}.values():
+            own = [view for view in views if view.group is group]
+            with span("update", [view.parameter for view in own]):
+                _move(own, group)
+
+    def state_for(self, like: Tensor, route: Route, group: Mapping[str, Any]) -> State:
+        """Return AdamW's state."""
+        return adamw_state(like)
+
+
+def _move(views: Sequence[View], group: Mapping[str, Any]) -> None:
+    targets = [view.target() for view in views]
+    adamw_update_(
+        targets,
+        [
+            g if (g := local(view.gradient)).dtype is view.dtype else g.to(view.dtype)
+            for view in views
+        ],
+        [view.state for view in views],
+        lr=fallback_rate(group),
+        betas=tuple(group["fallback_betas"]),
+        weight_decay=group["fallback_weight_decay"],
+    )
+    for view, target in zip(views, targets, strict=True):
+        view.written(target)
+
+
+def fallback_rate(group: Mapping[str, Any]) -> float:
+    """Return AdamW's current rate: ``fallback_lr`` scaled as ``lr`` is to ``base_lr``.
+
+    So it is 0 where ``lr`` is, ``fallback_lr`` at the rate that the optimizer was built with, and
+    follows every schedule in between. ``base_lr`` is the optimizer's ``lr``; the rule's default
+    where that is 0; and in a group that is the fallback's alone, whose ``lr`` is AdamW's own,
+    ``fallback_lr``.
+    """
+    return float(group["fallback_lr"]) * float(group["lr"]) / float(group["base_lr"])
 
 
 def adamw_state(parameter: Tensor) -> State:
@@ -51,10 +101,10 @@ def adamw_update_(
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, as in
         torch.optim.AdamW.
     """
-    own = [local_state(state) for state in states]
-    triples = list(zip(parameters, gradients, own, strict=True))
-    for fused in (True, False):
-        chosen = [triple for triple in triples if _can_fuse(*triple) == fused]
+    triples = list(zip(parameters, gradients, map(local_state, states), strict=True))
+    fused = [_can_fuse(*triple) for triple in triples]
+    for form in (True, False):
+        chosen = [triple for triple, can in zip(triples, fused, strict=True) if can is form]
         if not chosen:
             continue
         adamw(
@@ -63,10 +113,8 @@ def adamw_update_(
             [state["exp_avg"] for _, _, state in chosen],
             [state["exp_avg_sq"] for _, _, state in chosen],
             [],
-            # torch wants step counts as tensors; ours are plain numbers, so that state bytes are
-            # the method's.
-            [torch.tensor(float(state["step"]), device=p.device) for p, _, state in chosen],
-            fused=fused,
+            [_count(state["step"], p) for p, _, state in chosen],
+            fused=form,
             amsgrad=False,
             beta1=betas[0],
             beta2=betas[1],
@@ -77,6 +125,11 @@ def adamw_update_(
         )
     for state in states:
         state["step"] += 1
+
+
+def _count(step: int, parameter: Tensor) -> Tensor:
+    """Return a step count as torch wants it; ours are plain numbers, no bytes of the state."""
+    return torch.tensor(float(step), device=parameter.device)
 
 
 def _can_fuse(parameter: Tensor, gradient: Tensor, state: State) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Unpack
 
-from neurms.compiled.two_sided import two_sided_update_
+from neurms.compiled.update import apply_updates_
 from neurms.core.ground.spans import span
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
@@ -98,4 +98,5 @@ def _fused_step(
         left, right, norm = structure.scales(call.gradient, call.state, call.context)
     eta = growth_factor(norm, call.state["phi"], limiter.gamma, call.step)
     step = eta.double() * (call.lr * alpha)
-    two_sided_update_(call.weight, call.gradient, left, right, step, call.scalar(call.decay))
+    factors = [left], [right], [step], [call.decay]
+    apply_updates_([call.weight], [call.gradient], [None], *factors)

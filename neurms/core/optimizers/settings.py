@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, TypedDict
 
 from neurms.compiled.backends import validate_backend
@@ -30,6 +30,11 @@ class CommonSettings(TypedDict, total=False):
         was.
     low_precision: For bfloat16/float16 parameters: round ``"nearest"``, ``"stochastic"``, or keep a
         float32 ``"master"`` copy in the state.
+    maximize: Ascend instead of descend (False).
+    process_group: The ranks that train one model together, over which statistics of layers are
+        summed; None finds them: those of the model's DDP or FSDP2, else all.
+    foreach, fused, capturable, differentiable: torch's own optimizers have these; here they may be
+        None or False, since the form of each step is chosen by what it works on.
     """
 
     weight_decay: float
@@ -41,6 +46,12 @@ class CommonSettings(TypedDict, total=False):
     backend: str
     nonfinite: NonFinite
     low_precision: LowPrecision
+    maximize: bool
+    process_group: Any
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool | None
+    differentiable: bool | None
 
 
 COMMON_DEFAULTS: CommonSettings = {
@@ -53,19 +64,47 @@ COMMON_DEFAULTS: CommonSettings = {
     "backend": "auto",
     "nonfinite": "raise",
     "low_precision": "nearest",
+    "maximize": False,
+    "process_group": None,
+    "foreach": None,
+    "fused": None,
+    "capturable": None,
+    "differentiable": None,
 }
 
-GROUP_SETTINGS = ("weight_decay", "fallback_lr", "fallback_betas", "fallback_weight_decay")
+GROUP_SETTINGS = (
+    "weight_decay",
+    "fallback_lr",
+    "fallback_betas",
+    "fallback_weight_decay",
+    "maximize",
+)
 """Common settings that live in parameter groups; the others belong to the optimizer as a whole."""
 
 
-def check_common(rule: str, common: Mapping[str, Any]) -> CommonSettings:
-    """Return the common settings completed by defaults, or raise for an unknown or a bad one."""
+_TORCH_FORMS = {
+    "foreach": "the step takes lists of tensors by itself where that is faster",
+    "fused": "the step uses native kernels by itself where they fit; backend= chooses among forms",
+    "capturable": "the step reads numbers on the host; leave it out of captured CUDA graphs",
+    "differentiable": "the step is not recorded by autograd; differentiate through torch's own SGD",
+}
+"""Flags of torch's optimizers that cannot be True here, and why."""
+
+
+def check_common(rule: str, common: Mapping[str, Any], own: Iterable[str] = ()) -> CommonSettings:
+    """Return the common settings completed by defaults, or raise for an unknown or a bad one.
+
+    Args:
+        rule: Whose settings they are, for messages.
+        common: What was given.
+        own: Names of the rule's own settings, for messages.
+    """
     unknown = sorted(set(common) - set(COMMON_DEFAULTS))
     if unknown:
+        shared = [name for name in COMMON_DEFAULTS if name not in _TORCH_FORMS]
         raise TypeError(
-            f"{rule} has no setting {unknown[0]!r}; the settings that every optimizer takes are "
-            f"{list(COMMON_DEFAULTS)}"
+            f"{rule} has no setting {unknown[0]!r}; its own settings are {list(own)}, and those "
+            f"that every optimizer takes are {shared}"
         )
     settings: CommonSettings = {**COMMON_DEFAULTS, **common}  # type: ignore[typeddict-item]
     check_choice("head", settings["head"], (None, "rule", "fallback"))
@@ -74,6 +113,9 @@ def check_common(rule: str, common: Mapping[str, Any]) -> CommonSettings:
     validate_backend(settings["backend"])
     check_patterns_form(settings["exclude"])
     check_group(settings)
+    for flag, reason in _TORCH_FORMS.items():
+        if common.get(flag):
+            raise ValueError(f"{flag}={common[flag]!r} cannot be served: {reason}; pass None")
     return settings
 
 
@@ -87,6 +129,7 @@ def check_patterns_form(exclude: Any) -> None:
 
 def check_group(settings: Mapping[str, Any]) -> None:
     """Raise unless the common settings of a parameter group make sense."""
+    check_choice("maximize", settings["maximize"], (True, False))
     check_real("weight_decay", settings["weight_decay"])
     check_real("fallback_lr", settings["fallback_lr"])
     check_real("fallback_weight_decay", settings["fallback_weight_decay"])

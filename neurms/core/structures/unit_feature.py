@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from neurms.compiled.scaling import ema_, relative_scale_factors, scale_factors
+from neurms.compiled.moments import ema_, moment_factors, move_moments
 from neurms.core.ground.errors import check_choice, check_fraction, check_interval, check_real
 from neurms.core.structures.base import Context, State, Structure
 
@@ -102,6 +102,43 @@ class UnitFeatureDiagonal(Structure):
         """Return what the averages are divided by after ``step`` steps: 1 - beta^t, or 1."""
         return 1.0 - self.beta**step if self.bias_correction else 1.0
 
+    def moved(
+        self,
+        moments: Sequence[Tensor],
+        squares: Sequence[Tensor],
+        weights: Sequence[float],
+        steps: Sequence[int],
+        backend: str,
+        *,
+        features: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return second moments of many layers as a commit makes them, and their factors.
+
+        Args:
+            moments: v (m,), or u (n,), of each layer; left as they are.
+            squares: What was summed of each since the last commit.
+            weights: What makes means of the sums.
+            steps: Number of each layer's commit.
+            backend: How kernels run.
+            features: Whether these are u and c instead of v and s.
+        """
+        low, high = (self.c_min, self.c_max) if features else (self.s_min, self.s_max)
+        kappa = self.kappa if self.clip == "relative" else None
+        corrections = [self.divisor(step) for step in steps]
+        move = move_moments.on(backend)
+        return move(
+            moments,
+            squares,
+            weights,
+            corrections,
+            self.beta,
+            self.eps,
+            self.v_min,
+            low,
+            high,
+            kappa,
+        )
+
     def factors(
         self, state: State, step: int, backend: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -112,17 +149,15 @@ class UnitFeatureDiagonal(Structure):
             step: Number of steps that the averages have seen, for their bias correction.
             backend: How kernels run; None follows ``use_backend``.
         """
-        correction = torch.tensor(self.divisor(step), dtype=torch.float64)
+        correction = self.divisor(step)
         s = self._scale(state["v"], correction, (self.s_min, self.s_max), backend)
         if not self.factored:
             return s, None
         return s, self._scale(state["u"], correction, (self.c_min, self.c_max), backend)
 
     def _scale(
-        self, moment: Tensor, correction: Tensor, bounds: tuple[float, float], backend: str | None
+        self, moment: Tensor, correction: float, bounds: tuple[float, float], backend: str | None
     ) -> Tensor:
-        if self.clip == "relative":
-            relative = relative_scale_factors.on(backend) if backend else relative_scale_factors
-            return relative(moment, correction, self.eps, self.v_min, self.kappa)
-        absolute = scale_factors.on(backend) if backend else scale_factors
-        return absolute(moment, correction, self.eps, self.v_min, *bounds)
+        factors = moment_factors.on(backend) if backend else moment_factors
+        kappa = self.kappa if self.clip == "relative" else None
+        return factors([moment], [correction], self.eps, self.v_min, *bounds, kappa)[0]

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from neurms.core.ground.errors import CheckpointError, check_choice
+from neurms.core.ground.errors import CheckpointError
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.optimizers.checkpoint import check_entries
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
-from neurms.core.unitwise.neurms import NeuRMS, check_gemm
+from neurms.core.unitwise.neurms import NeuRMS
+from neurms.core.unitwise.rule import UnitwiseRule, check_modes
 
 __all__ = ["backward_problem", "checked_settings", "default_settings", "verified_state"]
 
-_COMMON = ("weight_decay", "exclude", "head", "backend", "nonfinite")
+_COMMON = ("weight_decay", "exclude", "head", "backend", "nonfinite", "process_group")
 
 
 def default_settings() -> dict[str, Any]:
@@ -46,26 +47,15 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             "optimizer beside it)"
         )
     chosen = {**defaults, **settings}
-    NeuRMS.recipe(chosen)
-    check_choice("loss_reduction", chosen["loss_reduction"], ("mean", "sum"))
-    check_choice("update", chosen["update"], ("step", "backward"))
-    check_gemm(chosen["gemm"], chosen["update"])
+    UnitwiseRule.of(chosen)
+    modes = ("loss_reduction", "update", "gemm", "loss_scale", "agc")
+    check_modes(**{name: chosen[name] for name in modes})
     check_common("a NeuRMS preconditioner", {name: chosen[name] for name in _COMMON})
     if isinstance(chosen["exclude"], str):
         raise TypeError(
             f"exclude={chosen['exclude']!r} must be a sequence of patterns; write "
             f"({chosen['exclude']!r},)"
         )
-    if chosen["loss_scale"] is not None and not callable(chosen["loss_scale"]):
-        raise TypeError(
-            f"loss_scale={chosen['loss_scale']!r} must be callable, such as scaler.get_scale"
-        )
-    for name in ("loss_scale", "agc"):
-        if chosen["update"] == "backward" and chosen[name] is not None:
-            raise ValueError(
-                f'{name}={chosen[name]!r} cannot go with update="backward", in which linear layers '
-                f'have no gradient; use update="step" or {name}=None'
-            )
     return chosen
 
 

@@ -8,39 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neurms.compiled.signals import moment_factors_, observed_signal, scaled_signal
+from neurms.compiled.signals import scaled_signal
 from neurms.core.ground.spans import span
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.protocol import Sums
-from neurms.core.unitwise.statistics import LossReduction, PendingSums, scalar
+from neurms.core.unitwise.moments import Factors, Versions, unchanged, versions
+from neurms.core.unitwise.rule import LossReduction
+from neurms.core.unitwise.statistics import PendingSums
 
-__all__ = ["Foresight", "KnownFactors", "commit_", "foresee"]
-
-Factors = tuple[Tensor, Tensor | None]
-
-
-class KnownFactors(NamedTuple):
-    """Factors, and the statistics and settings that they were made of."""
-
-    structure: UnitFeatureDiagonal
-    step: int
-    made_of: tuple[tuple[Tensor, int], ...]
-    factors: Factors
-
-    @classmethod
-    def of(
-        cls, structure: UnitFeatureDiagonal, state: Mapping[str, Any], factors: Factors
-    ) -> KnownFactors:
-        """Return the factors of a layer's present state."""
-        return cls(structure, state["step"], _versions(state), factors)
-
-    def hold(self, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> bool:
-        """Return whether they are still those of ``state``: nothing was written or replaced."""
-        return (
-            self.structure is structure
-            and self.step == state["step"]
-            and _same(self.made_of, _versions(state))
-        )
+__all__ = ["Foresight", "foresee"]
 
 
 class Foresight(NamedTuple):
@@ -49,7 +25,7 @@ class Foresight(NamedTuple):
     Args:
         sums: The firing's sums.
         structure: The settings that the rest was made with.
-        step: The step that a commit would make.
+        step: The step before it.
         made_of: v and u before it, with their versions.
         moments: v and u after it.
         factors: s and c after it.
@@ -60,28 +36,23 @@ class Foresight(NamedTuple):
     sums: Sums
     structure: UnitFeatureDiagonal
     step: int
-    made_of: tuple[tuple[Tensor, int], ...]
+    made_of: Versions
     moments: tuple[Tensor, ...]
     factors: Factors
     error_sum: Tensor
     scaled: tuple[Tensor, Tensor] | None = None
 
-    def commit_(
+    def holds(
         self, structure: UnitFeatureDiagonal, state: Mapping[str, Any], pending: PendingSums
     ) -> bool:
-        """Move ``state`` on if a commit of ``pending`` is what was foreseen; return whether."""
-        foreseen = (
+        """Return whether committing ``pending`` now gives what was foreseen."""
+        return (
             self.structure is structure
             and self.step == state["step"]
             and pending.units is self.sums.unit_square_sum
             and pending.features is self.sums.feature_square_sum
-            and _same(self.made_of, _versions(state))
+            and unchanged(self.made_of, state)
         )
-        if foreseen:
-            with span("reduce"):
-                for (moment, _), value in zip(self.made_of, self.moments, strict=True):
-                    moment.copy_(value)
-        return foreseen
 
 
 def foresee(
@@ -110,77 +81,27 @@ def foresee(
         return None
     if structure.factored and (u is None or not _go_with(u, activations, scale)):
         return None
-    step, rows = state["step"] + 1, errors.shape[0]
-    root = (structure.beta, scalar(structure.divisor(step)), structure.eps, structure.v_min)
-    observe = (scaled_signal if scale else observed_signal).on(backend)
+    step, rows = state["step"], errors.shape[0]
+    root = (structure.beta, structure.divisor(step + 1), structure.eps, structure.v_min)
+    observe: Any = scaled_signal.on(backend)
     with span("scale"):
-        q, total, v_next, s, *d = observe(
-            errors, v, reduction == "mean", *root, structure.s_min, structure.s_max
+        q, total, v_next, s, d = observe(
+            errors, v, reduction == "mean", *root, structure.s_min, structure.s_max, scale
         )
-    sums, made_of = Sums(q, rows), _versions(state)
+    sums, made_of = Sums(q, rows), versions(state)
     if u is None or not structure.factored:
-        scaled = (d[0], activations) if scale else None
+        scaled = (d, activations) if scale else None
         return Foresight(sums, structure, step, made_of, (v_next,), (s, None), total, scaled)
     with span("scale"):
-        qh, _, u_next, c, *h = observe(
-            activations, u, False, *root, structure.c_min, structure.c_max
+        qh, _, u_next, c, h = observe(
+            activations, u, False, *root, structure.c_min, structure.c_max, scale
         )
     sums = sums._replace(feature_square_sum=qh, feature_rows=activations.shape[0])
-    scaled = (d[0], h[0]) if scale else None
+    scaled = (d, h) if scale else None
     return Foresight(sums, structure, step, made_of, (v_next, u_next), (s, c), total, scaled)
-
-
-def commit_(
-    structure: UnitFeatureDiagonal,
-    state: Mapping[str, Any],
-    pending: PendingSums,
-    reduction: LossReduction,
-    backend: str,
-) -> Factors | None:
-    """Move v and u by pending sums; return the factors, or None where that has no fused form.
-
-    Args:
-        structure: The layer's settings.
-        state: Its state, whose ``step`` counts this commit already; overwritten.
-        pending: What was observed.
-        reduction: How the loss reduces over rows.
-        backend: How kernels run.
-    """
-    if structure.clip != "absolute" or pending.units is None or not pending.rows:
-        return None
-    if structure.factored and (pending.features is None or not pending.feature_rows):
-        return None
-    root = (structure.beta, scalar(structure.divisor(state["step"])), structure.eps)
-    root_floor = (*root, structure.v_min)
-    weight, move = scalar(pending.unit_weight(reduction)), moment_factors_.on(backend)
-    bounds = structure.s_min, structure.s_max
-    with span("scale"):
-        s = move(state["v"], pending.units, weight, *root_floor, *bounds)
-    if not structure.factored or pending.features is None:
-        return s, None
-    weight = scalar(1.0 / pending.feature_rows)
-    bounds = structure.c_min, structure.c_max
-    with span("scale"):
-        c = move(state["u"], pending.features, weight, *root_floor, *bounds)
-    return s, c
 
 
 def _go_with(moments: Tensor, signal: Tensor, scale: bool) -> bool:
     """Return whether a signal may be observed at once, and keeps its dtype if it is scaled."""
     same = signal.dtype is moments.dtype
     return same or (not scale and signal.dtype is torch.bfloat16 and moments.dtype is torch.float32)
-
-
-def _versions(state: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
-    v, u = state["v"], state.get("u")
-    seen = (v, v._version)
-    return (seen,) if u is None else (seen, (u, u._version))
-
-
-def _same(one: tuple[tuple[Tensor, int], ...], other: tuple[tuple[Tensor, int], ...]) -> bool:
-    if len(one) != len(other):
-        return False
-    for (tensor, version), (now, version_now) in zip(one, other, strict=True):
-        if tensor is not now or version != version_now:
-            return False
-    return True

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self, Unpack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Never, Self, Unpack
 
 from torch import Tensor, nn
 
-from neurms.core.ground.errors import check_choice, check_fraction, check_real
+from neurms.core.ground.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
+from neurms.core.optimizers.base import PreconditionedOptimizer
+from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.structures.unit_feature import Clip, UnitFeatureDiagonal
-from neurms.core.unitwise.statistics import LossReduction
-from neurms.core.unitwise.tapped import Gemm, Variant
-from neurms.core.unitwise.unitwise_optimizer import UnitwiseOptimizer
+from neurms.core.optimizers.view import View
+from neurms.core.routing import Head, Route
+from neurms.core.structures.unit_feature import Clip
+from neurms.core.unitwise.engine import Engine
+from neurms.core.unitwise.layers import neurms_routes
+from neurms.core.unitwise.moments import Factors
+from neurms.core.unitwise.mover import (
+    UnitwiseMover,
+    bias_to_fallback,
+    to_fallback,
+    velocity_like,
+)
+from neurms.core.unitwise.products import Product, write_product_
+from neurms.core.unitwise.rule import Gemm, LossReduction, UnitwiseRule, Variant, check_modes
+from neurms.core.unitwise.tapped import TappedLayer
 
-__all__ = ["NeuRMS", "check_gemm"]
+__all__ = ["NeuRMS"]
 
 
-class NeuRMS(UnitwiseOptimizer):
+class NeuRMS(PreconditionedOptimizer):
     """Unitwise RMS preconditioning: a layer's gradient scaled by the RMS of its units and features.
 
     With H (rows x n) a layer's inputs, D (rows x m) its per-row error signals and G = D^T H:
@@ -100,6 +113,8 @@ class NeuRMS(UnitwiseOptimizer):
     """
 
     rule = "neurms"
+    default_head: ClassVar[Head] = "rule"
+    needs_modules = True
 
     def __init__(
         self,
@@ -149,41 +164,30 @@ class NeuRMS(UnitwiseOptimizer):
             "clip": clip,
             "kappa": kappa,
         }
-        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        check_choice("update", update, ("step", "backward"))
-        check_gemm(gemm, update)
-        _check_loss_scale(loss_scale)
-        if update == "backward":
-            _check_backward(agc, loss_scale)
-        super().__init__(
-            model,
-            settings,
-            common,
+        check_modes(loss_reduction, update, gemm, loss_scale, agc)
+        self.update_mode = update
+        self.layers = Engine(
+            self,
             loss_reduction=loss_reduction,
-            update=update,
             gemm=gemm,
             loss_scale=loss_scale,
             heads=heads,
+            backend=common.get("backend", "auto"),
+            process_group=common.get("process_group"),
+        )
+        self._rules: dict[int, tuple[dict[str, Any], UnitwiseRule]] = {}
+        super().__init__(model, settings, common)
+        self.layers.attach(
+            [route for route in self.routes.values() if route.rule == self.rule],
+            in_backward=update == "backward",
+            model=model,
+            guarded=self.routes,
         )
 
     @classmethod
     def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
         """Return the unit-and-feature structure of these settings; raises on a bad one."""
-        check_choice("variant", settings["variant"], ("U", "B", "F"))
-        check_fraction("momentum", settings["momentum"])
-        check_choice(
-            "momentum_coupling", settings["momentum_coupling"], ("gradient", "gradient+velocity")
-        )
-        if settings["agc"] is not None:
-            check_real("agc", settings["agc"], strict=True, cure="None switches it off")
-        names = ("beta", "eps", "v_min", "s_min", "s_max", "c_min", "c_max", "bias_correction")
-        structure = UnitFeatureDiagonal(
-            **{name: settings[name] for name in names},
-            factored=settings["variant"] == "F",
-            clip=settings["clip"],
-            kappa=settings["kappa"],
-        )
-        return Recipe((structure,), batched=False)
+        return Recipe((UnitwiseRule.of(settings).structure,), batched=False)
 
     def __enter__(self) -> Self:
         return self
@@ -191,30 +195,180 @@ class NeuRMS(UnitwiseOptimizer):
     def __exit__(self, *error: object) -> None:
         self.detach()
 
+    def detach(self) -> None:
+        """Remove all taps from the model; layers go on with the statistics they have."""
+        self.layers.detach()
 
-def check_gemm(gemm: Any, update: str) -> None:
-    """Raise unless ``gemm`` is known, and has a product to act on."""
-    check_choice("gemm", gemm, ("float32", "bfloat16"))
-    if gemm != "float32" and update != "backward":
-        raise ValueError(
-            f'gemm={gemm!r} has no effect with update="step", where autograd makes the gradient; '
-            'use update="backward", or torch.autocast around the forward pass'
+    def __getstate__(self) -> Never:
+        """Refuse copies and pickles, whose taps would be on no model."""
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} cannot be copied or pickled: it is tied to its model by taps. Save "
+            f"optimizer.state_dict(), build {name} on the copied model, and load it there"
         )
 
+    # ---------------------------------------------------------------- routing and parts
 
-def _check_loss_scale(loss_scale: Any) -> None:
-    if loss_scale is not None and not callable(loss_scale):
-        raise TypeError(f"loss_scale={loss_scale!r} must be callable, such as scaler.get_scale")
+    def route(self, model: nn.Module, head: Head) -> Iterable[Route]:
+        """Return the route of every parameter, those of biases by their layers."""
+        return neurms_routes(model, self.rule, head, self.exclude)
+
+    def route_parameters(
+        self, named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
+    ) -> list[Route]:
+        """Return the routes of parameters that come without their model.
+
+        Raises:
+            TypeError: One would be under the rule, which has to tap its layer.
+        """
+        routes = super().route_parameters(named, group)
+        if lost := [route.name for route in routes if route.rule == self.rule]:
+            raise TypeError(
+                f"parameter {lost[0]!r} comes without its module, which {self.rule} has to tap; "
+                "build the optimizer from a model that holds it, or give its group "
+                '"rule": "fallback"'
+            )
+        return routes
+
+    def replaced(self, old: Route, new: Route) -> None:
+        """Have taps follow a weight to the parameter in its place."""
+        self.layers.follow(old, new)
+
+    def _made_mover(self, kind: str) -> Mover:
+        if kind == self.rule:
+            return UnitwiseMover(self, self.layers, self._rule_for)
+        return super()._made_mover(kind)
+
+    # ---------------------------------------------------------------- what layers ask for
+
+    @property
+    def loss_scale(self) -> Callable[[], Tensor | float] | None:
+        """Returns the factor that the loss carries, or None."""
+        return self.layers.loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: Callable[[], Tensor | float] | None) -> None:
+        self.layers.loss_scale = scale
+
+    def rule_of(self, weight: Tensor) -> UnitwiseRule:
+        """Return what the settings of a weight's group say."""
+        return self._rule_for(self._view(weight).group)
+
+    def _view(self, parameter: Tensor) -> View:
+        # Asked by every layer in every backward; whether groups have changed, the step will see.
+        return (self._work or self.work()).view_of(parameter)
+
+    def _rule_for(self, group: Mapping[str, Any]) -> UnitwiseRule:
+        known = self._rules.get(id(group))
+        # Asked several times a step; users may change any setting between two of them.
+        if known is None or known[0] != group:
+            known = self._rules[id(group)] = (dict(group), UnitwiseRule.of(group))
+        return known[1]
+
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, empty before its first step."""
+        state: dict[str, Any] = self.state.get(parameter, {})
+        return state
+
+    def opened_state(self, parameter: Tensor) -> dict[str, Any]:
+        """Return a parameter's state; momentum may have been switched on by a scheduler since."""
+        state: dict[str, Any] = self.state[parameter]
+        view = self._view(parameter)
+        if not state:
+            state.update(self.state_for(parameter, view.route, view.group))
+        if view.group["momentum"] and "momentum" not in state:
+            state["momentum"] = velocity_like(parameter)
+        return state
+
+    def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
+        """Write W -= lr (D S)^T H C into the weight, or into its velocity first."""
+        view, rule = self._view(layer.weight), layer.rule
+        view.state = self.state[layer.weight]
+        velocity = view.state["momentum"] if rule.momentum else None
+        target, rate = view.target(), float(view.group["lr"])
+        write_product_(target, product, factors, rule, velocity, rate, view.decay)
+        view.written(target)
+
+    # ---------------------------------------------------------------- the step
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, and with them the statistics that no step has taken."""
+        self.layers.forget()
+        self.work()
+        super().zero_grad(set_to_none)
+
+    def take_part(self) -> None:
+        """Contribute no rows to the statistics of a step that other ranks take."""
+        self.layers.clear()
+        self.layers.synchronize(list(self.layers))
+        self.layers.clear()
+
+    def move(self, shares: Sequence[tuple[Mover, Sequence[View]]]) -> None:
+        """Take the step; what it has seen is used up then."""
+        super().move(shares)
+        self.layers.clear()
+
+    def on_nonfinite(self, names: Sequence[str]) -> None:
+        """Leave a step out whose gradients or statistics are bad, or raise."""
+        updated = self.layers.updated
+        if self.update_mode == "backward":
+            self.layers.clear()
+        if updated and self.nonfinite == "raise":
+            raise NonFiniteError(
+                f"the gradient of {', '.join(map(repr, names[:5]))} is NaN or infinite and was not "
+                'applied, but update="backward" had already updated in this pass: '
+                f'{", ".join(updated)}. Lower lr, or use update="step", which checks everything '
+                "before it changes anything"
+            )
+        super().on_nonfinite(names)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # The one thing that torch.amp.GradScaler asks of an optimizer before its step; its
+        # unscaling writes gradients without autograd counting it, which the guard would miss.
+        if self.update_mode != "backward" and self.loss_scale is None:
+            raise UnsupportedTrainingError(
+                "a GradScaler multiplies the loss, and with it the error signals that NeuRMS "
+                "averages; pass loss_scale=scaler.get_scale to divide its scale out"
+            )
+        if self.update_mode == "backward":
+            raise UnsupportedTrainingError(
+                "a GradScaler divides gradients by its scale, which cannot reach weights that "
+                'update="backward" moved without a gradient; use update="step", or bfloat16 '
+                "without a scaler"
+            )
+        return False
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def verified(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dict found to be this optimizer's, its variant's too."""
+        groups = state_dict.get("param_groups", ()) if isinstance(state_dict, Mapping) else ()
+        own = self.param_groups[0]["variant"]
+        # What has not even the form of a checkpoint is left to the base class's check.
+        for group in groups if isinstance(groups, (list, tuple)) else ():
+            ours = isinstance(group, Mapping) and group.get("rule") == self.rule
+            if ours and _differ(saved := group.get("variant", own), own):
+                raise CheckpointError(
+                    f"the checkpoint was saved with variant={saved!r}, this optimizer has "
+                    f"variant={own!r}, whose statistics mean something else; build it with "
+                    f"variant={saved!r}"
+                )
+        return super().verified(state_dict)
+
+    def restore(self, state_dict: dict[str, Any]) -> None:
+        """Take a verified state dict over; layers that had gone to the fallback go there again."""
+        super().restore(state_dict)
+        self.layers.clear()
+        for layer in list(self.layers):
+            kept = {p: self.state.get(p, {}) for p in (layer.weight, layer.bias) if p is not None}
+            if "exp_avg" in kept[layer.weight]:
+                to_fallback(self, self.layers, layer)
+            elif layer.bias is not None and "exp_avg" in kept[layer.bias]:
+                bias_to_fallback(self, layer)
+            self.state.update({p: state for p, state in kept.items() if state})
 
 
-def _check_backward(agc: float | None, loss_scale: Any) -> None:
-    if loss_scale is not None:
-        raise ValueError(
-            'loss_scale cannot go with update="backward": a GradScaler unscales gradients, and in '
-            'that mode there are none; use update="step", or bfloat16 without a scaler'
-        )
-    if agc is not None:
-        raise ValueError(
-            f'agc={agc!r} cannot go with update="backward", which never forms the update that it '
-            'would clip; use update="step" or agc=None'
-        )
+def _differ(saved: Any, own: str) -> bool:
+    # What is no string may have an == that is no truth value.
+    return not isinstance(saved, str) or saved != own

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -16,21 +14,24 @@ from neurms.compiled.backends import use_backend
 from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
 from neurms.core.ground.interrupts import WholeStep
 from neurms.core.ground.layout import default_layout
-from neurms.core.ground.precision import compute_dtype
-from neurms.core.ground.spans import gradients_ready, span
+from neurms.core.ground.shards import local, row_shard
+from neurms.core.ground.spans import gradients_ready, is_observed, span
+from neurms.core.ground.warn import warn_user
+from neurms.core.optimizers.gradients import nonfinite_names
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
-from neurms.core.optimizers.work import Item, nonfinite_names
+from neurms.core.optimizers.settings import NonFinite
+from neurms.core.optimizers.view import View
 from neurms.core.routing import FALLBACK, Route
-from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from neurms.core.taps.guard import GradientGuard
-from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.checks import backward_problem, checked_settings, verified_state
-from neurms.core.unitwise.gradient_scaling import precondition_gradient_
-from neurms.core.unitwise.layer_update import Product, write_gemm_update_
-from neurms.core.unitwise.layers import UnitwiseLayers, neurms_routes
+from neurms.core.unitwise.engine import Engine
+from neurms.core.unitwise.layers import neurms_routes
+from neurms.core.unitwise.moments import Factors
+from neurms.core.unitwise.mover import velocity_like
+from neurms.core.unitwise.moves import Move, write_moves_
 from neurms.core.unitwise.neurms import NeuRMS
-from neurms.core.unitwise.statistics import LossReduction, synchronize, world_size
-from neurms.core.unitwise.tapped import Gemm, TappedLayer, Variant
+from neurms.core.unitwise.products import Product, write_product_
+from neurms.core.unitwise.rule import UnitwiseRule
+from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["GradientPreconditioner"]
 
@@ -100,37 +101,31 @@ class GradientPreconditioner:
                 f"model={type(model).__name__} must be an nn.Module, whose layers are tapped"
             )
         self.settings = checked_settings(settings)
-        self.backend: str = self.settings["backend"]
-        self.loss_reduction: LossReduction = self.settings["loss_reduction"]
-        self.gemm: Gemm = self.settings["gemm"]
+        self.nonfinite: NonFinite = self.settings["nonfinite"]
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.skipped_steps = 0
-        (structure,) = NeuRMS.recipe(self.settings).transforms
-        assert isinstance(structure, UnitFeatureDiagonal)
-        self._structure = structure
+        self._rule = UnitwiseRule.of(self.settings)
         self._optimizers = list(optimizers)
         self._groups: dict[Tensor, dict[str, Any]] = {}
         left = {id(parameter) for parameter in leave}
         head = self.settings["head"] or NeuRMS.default_head
-        self._routes = [
+        self.routes = [
             replace(route, rule=FALLBACK, reason="left to another optimizer")
             if id(route.parameter) in left
             else route
             for route in neurms_routes(model, NeuRMS.rule, head, self.settings["exclude"])
         ]
-        self._names = {r.parameter: r.name.replace(_COMPILED, "") for r in self._routes}
-        self._layers = UnitwiseLayers(self, self.settings["heads"] or {})
+        self._names = {r.parameter: r.name.replace(_COMPILED, "") for r in self.routes}
+        names = ("loss_reduction", "gemm", "loss_scale", "heads", "backend", "process_group")
+        self.layers = Engine(self, **{name: self.settings[name] for name in names})
         self._check_backward_optimizers()
-        self._layers.attach(
-            [route for route in self._routes if not route.is_fallback],
-            features=self._structure.factored,
+        self.layers.attach(
+            [route for route in self.routes if not route.is_fallback],
             in_backward=self._in_backward,
             model=model,
+            guarded=self._names,
         )
         self._attached = True
-        self._guard: GradientGuard | None = None
-        if self._in_backward:
-            self._guard = self._layers.guard_gradients(self._names)
 
     @property
     def _in_backward(self) -> bool:
@@ -138,7 +133,7 @@ class GradientPreconditioner:
 
     def __iter__(self) -> Iterator[TappedLayer]:
         """Iterate over the tapped layers."""
-        return iter(self._layers)
+        return iter(self.layers)
 
     # ---------------------------------------------------------------- taps
 
@@ -149,21 +144,14 @@ class GradientPreconditioner:
 
     def attach(self) -> None:
         """Put the taps back after :meth:`detach`; again does nothing."""
-        if self._attached:
-            return
-        for layer in self:
-            if layer.tap is not None:
-                layer.tap.attach()
-        if self._in_backward:
-            self._guard = self._layers.guard_gradients(self._names)
-        self._attached = True
+        if not self._attached:
+            self.layers.attach_taps()
+            self._attached = True
 
     def detach(self) -> None:
         """Remove all taps from the model and what no step has taken yet; keep the state."""
         self.clear()
-        self._layers.detach()
-        if self._guard is not None:
-            self._guard.detach()
+        self.layers.detach()
         self._attached = False
 
     def clear(self) -> None:
@@ -172,7 +160,7 @@ class GradientPreconditioner:
         They also go by themselves when a backward pass finds that the gradients were dropped.
         """
         self._groups = {}
-        self._layers.clear()
+        self.layers.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -182,46 +170,29 @@ class GradientPreconditioner:
 
     # ------------------------------------------------------------- what layers ask of their owner
 
-    def structure_of(self, layer: TappedLayer) -> UnitFeatureDiagonal:
-        """Return the one structure of all layers."""
-        return self._structure
+    def rule_of(self, weight: Tensor) -> UnitwiseRule:
+        """Return the one rule of all layers, with the momentum of the SGD that it stands for."""
+        momentum = self._momentum_of(weight)
+        if momentum == self._rule.momentum:
+            return self._rule
+        return replace(self._rule, momentum=momentum)
 
-    def variant_of(self, layer: TappedLayer) -> Variant:
-        """Return the one variant of all layers."""
-        variant: Variant = self.settings["variant"]
-        return variant
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, empty before its first step."""
+        return self.state.get(parameter, {})
 
-    def state_of(self, layer: TappedLayer) -> dict[str, Any]:
-        """Return the state of the layer's weight, empty before its first commit."""
-        return self.state.get(layer.weight, {})
+    def opened_state(self, parameter: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, made if it is not there."""
+        if parameter not in self.state:
+            self.state[parameter] = self._new_state(parameter, parameter)
+        return self.state[parameter]
 
-    def current_loss_scale(self) -> Tensor | float | None:
-        """Return what ``loss_scale`` returns, or None."""
-        scale: Tensor | float | None = None
-        if self.settings["loss_scale"] is not None:
-            scale = self.settings["loss_scale"]()
-        # A tensor is not looked into: that would wait for the device in every layer's backward.
-        if isinstance(scale, (int, float)) and not 0 < scale < math.inf:
-            raise ValueError(f"loss_scale() returned {scale!r}; it must be positive and finite")
-        return scale
-
-    def write_in_backward(
-        self, layer: TappedLayer, errors: Tensor, activations: Tensor, sums: Sums
-    ) -> None:
+    def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
         """Write W -= lr (D S)^T H C with the settings of the SGD that holds the weight."""
-        if not self._layers.accepts(layer, sums, self.settings["nonfinite"], activations):
-            return
-        group = {
-            **self.settings,
-            "lr": self._group_of(layer.weight)["lr"],
-            "momentum": self._momentum_of(layer.weight),
-        }
-        state = self._state_for(layer.weight)
-        factors = layer.foreseen(sums)
-        layer.add(sums)
-        product = Product(errors, activations, layer.scaled, self.gemm, layer.backend)
-        with torch.no_grad(), use_backend(self.backend), span("update", [layer.weight]):
-            write_gemm_update_(layer.weight, product, factors, state, group)
+        rate = float(self._group_of(layer.weight)["lr"])
+        decay = 1.0 - rate * self.settings["weight_decay"]
+        velocity = self.state[layer.weight].get("momentum")
+        write_product_(layer.weight, product, factors, layer.rule, velocity, rate, decay)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         # Looked up anew after every step: loading an optimizer's state replaces its groups.
@@ -233,7 +204,7 @@ class GradientPreconditioner:
     def _momentum_of(self, weight: Tensor) -> float:
         """Return the momentum of the velocity that is kept here for a parameter."""
         own: float = self.settings["momentum"]
-        layer = self._layers.of(weight)
+        layer = self.layers.of(weight)
         moved_here = layer is not None and layer.updated_in_backward
         return own or (self._group_of(weight)["momentum"] if moved_here else 0.0)
 
@@ -241,7 +212,7 @@ class GradientPreconditioner:
         if not self._in_backward:
             return
         holders = {p: o for o in self._optimizers for g in o.param_groups for p in g["params"]}
-        for route in self._routes:
+        for route in self.routes:
             weight = route.parameter
             if route.is_fallback or type(route.module) is not nn.Linear or weight.ndim < 2:
                 continue
@@ -273,23 +244,23 @@ class GradientPreconditioner:
             ValueError: ``weight_decay`` is set, and parameters were given, which have no lr.
         """
         gradients_ready()
-        groups = self._groups_in(target)
-        moving = {p: group for group in groups for p in group["params"]}
+        moving = {p: group for group in self._groups_in(target) for p in group["params"]}
         layers = [
             x for x in self if x.weight in moving or (x.bias is not None and x.bias in moving)
         ]
-        self._check_gradients(layers)
-        self._layers.refuse_removed({p for p in moving if p.grad is not None})
         # Before anything is judged, so that all ranks judge alike.
-        self._synchronize(layers)
-        if bad := self._nonfinite_gradients(moving) or self._nonfinite_statistics(layers):
+        self.layers.prepare(layers, {p for p in moving if p.grad is not None})
+        if bad := nonfinite_names(self._views(moving)) or self._bad_statistics(layers):
             return self._refused(bad)
-        with use_backend(self.backend), WholeStep():
-            for layer in self._observed(layers):
-                self._precondition_layer(layer, moving)
+        with use_backend(self.settings["backend"]), WholeStep():
+            self.layers.commit(layer for layer in layers if layer.observed.rows)
+            moves = [move for layer in layers for move in self._moves_of(layer, moving)]
+            for part in [[one] for one in moves] if is_observed() else [moves]:
+                with span("scale", [parameter for parameter, _ in part]):
+                    write_moves_([move for _, move in part], self._rule)
         self._groups = {}
         if self._in_backward:
-            self._layers.clear()
+            self.layers.clear()
         return True
 
     def _groups_in(self, target: Optimizer | Iterable[Tensor]) -> list[dict[str, Any]]:
@@ -302,8 +273,9 @@ class GradientPreconditioner:
             )
         return [{"params": list(target), "lr": 0.0}]
 
-    def _nonfinite_gradients(self, moving: Iterable[Tensor]) -> list[str]:
-        items = []
+    def _views(self, moving: Iterable[Tensor]) -> list[View]:
+        """Return views of gradients, to be judged."""
+        views = []
         for index, parameter in enumerate(moving):
             gradient = parameter.grad
             if gradient is None or parameter.numel() == 0:
@@ -311,40 +283,19 @@ class GradientPreconditioner:
             name = self._names.get(parameter, f"param_{index}")
             values = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
             route = Route(name, parameter, "tensor", FALLBACK, "", default_layout(parameter))
-            items.append(Item(index, route, {}, values))
-        return nonfinite_names(items)
+            views.append(View(index, route, {}, {}, values))
+        return views
 
-    def _nonfinite_statistics(self, layers: Sequence[TappedLayer]) -> list[str]:
+    def _bad_statistics(self, layers: Sequence[TappedLayer]) -> list[str]:
+        own = {layer.name for layer in layers}
         # Backward updates that were left out have no sums to show for it.
-        left_out = self._layers.nonfinite_names() if self._in_backward else []
-        device = layers[0].weight.device if layers else None
-        good = [
-            (part <= layer.observed.greatest()).all().to(device)
-            for layer in layers
-            for part in (layer.observed.units, layer.observed.features)
-            if part is not None
-        ]
-        if left_out or not good or bool(torch.stack(good).all()):
-            return left_out
-        return [layer.name for layer in layers if not layer.observed.is_finite()]
-
-    def _check_gradients(self, layers: Iterable[TappedLayer]) -> None:
-        if self._guard is None:
-            return
-        self._guard.check()
-        for layer in layers:
-            if layer.updated_in_backward and layer.pending.rows and layer.weight.grad is not None:
-                raise UnsupportedTrainingError(
-                    f"weight {layer.name!r} was updated during backward and has a gradient too: it "
-                    'is used outside its layer, which update="backward" cannot see; use '
-                    'update="step"'
-                )
+        return [n for n in self.layers.bad_names() if n in own or self._in_backward]
 
     def _refused(self, names: Sequence[str]) -> bool:
-        updated = ", ".join(self._layers.updated)
+        updated = ", ".join(self.layers.updated)
         if self._in_backward:
-            self._layers.clear()
-        if self.settings["nonfinite"] == "skip":
+            self.layers.clear()
+        if self.nonfinite == "skip":
             self.skipped_steps += 1
             return False
         raise NonFiniteError(
@@ -353,76 +304,65 @@ class GradientPreconditioner:
             + '. Lower lr, or pass nonfinite="skip" to leave such steps out'
         )
 
-    def _synchronize(self, layers: Sequence[TappedLayer]) -> None:
-        # Only the given layers: sums that another optimizer's step will take are exchanged then.
-        if layers and world_size() > 1:
-            totals = [layer.begin_synchronization() for layer in layers]
-            sizes = [layer.sizes for layer in layers]
-            synchronize(totals, sizes, self.loss_reduction, layers[0].weight)
-
-    def _observed(self, layers: Iterable[TappedLayer]) -> list[TappedLayer]:
-        """Commit pending sums; return the layers with statistics, warn of those without any."""
-        observed = []
-        for layer in layers:
-            if layer.observed.rows:
-                self._state_for(layer.weight)
-                layer.commit()
-            if self.state_of(layer).get("step"):
-                observed.append(layer)
-            elif layer.tap is not None and not layer.tap.fired and _has_gradient(layer):
+    def _moves_of(
+        self, layer: TappedLayer, moving: Mapping[Tensor, Any]
+    ) -> Iterator[tuple[Tensor, Move]]:
+        """Yield what scales a layer's gradients; decay its weight."""
+        if not layer.state.get("step"):
+            if layer.tap is not None and not layer.tap.fired and _has_gradient(layer):
                 self._give_up(layer)
-        return observed
-
-    def _give_up(self, layer: TappedLayer) -> None:
-        warnings.warn(
-            f"layer {layer.name!r} has a gradient but no error signal of it was seen (its module "
-            "is not called, or its weight is frozen), so its gradient goes unscaled to the "
-            "optimizer; call the module itself, or name it in exclude",
-            UserWarning,
-            stacklevel=5,
-        )
-        self._layers.remove(layer)
-
-    def _precondition_layer(self, layer: TappedLayer, moving: Mapping[Tensor, Any]) -> None:
+            return
         s, c = layer.factors()
         for parameter, factors in ((layer.weight, (s, c)), (layer.bias, (s, None))):
             if parameter is None or parameter not in moving or parameter.grad is None:
                 continue
-            layout = layer.route.layout if parameter is layer.weight else default_layout(parameter)
-            velocity = self._state_for(parameter).get("momentum")
-            with span("scale", [parameter]):
-                precondition_gradient_(parameter, layout, factors, velocity, self.settings)
+            if (move := self._move_of(parameter, layer, factors)) is not None:
+                yield parameter, move
             decay = self.settings["weight_decay"]
             if decay and parameter is layer.weight:
                 parameter.mul_(1.0 - float(moving[parameter]["lr"]) * decay)
 
-    # ---------------------------------------------------------------- state
+    def _move_of(self, parameter: Tensor, layer: TappedLayer, factors: Factors) -> Move | None:
+        """Return what overwrites a gradient by S G C, or by the velocity that S G C enters."""
+        layout = layer.route.layout if parameter is layer.weight else default_layout(parameter)
+        gradient, velocity = parameter.grad, self.opened_state(parameter).get("momentum")
+        assert gradient is not None
+        weight = local(parameter)
+        if weight is not parameter:
+            shard = row_shard(parameter, layout)
+            assert shard is not None, "other cuts are refused when layers are attached"
+            layout, s, c = shard.narrowed(layout, *factors)
+            assert s is not None
+            factors, gradient = (s, c), local(gradient)
+            velocity = None if velocity is None else local(velocity)
+        if not gradient.numel():
+            return None
+        return Move(gradient, gradient, velocity, layout, factors, -1.0, 0.0, weight)
 
-    def _state_for(self, parameter: Tensor) -> dict[str, Any]:
-        if parameter not in self.state:
-            self.state[parameter] = self._new_state(parameter, parameter)
-        return self.state[parameter]
+    def _give_up(self, layer: TappedLayer) -> None:
+        warn_user(
+            f"layer {layer.name!r} has a gradient but no error signal of it was seen (its module "
+            "is not called, or its weight is frozen), so its gradient goes unscaled to the "
+            "optimizer; call the module itself, or name it in exclude"
+        )
+        self.layers.remove(layer)
+
+    # ---------------------------------------------------------------- state
 
     def _new_state(self, parameter: Tensor, like: Tensor) -> dict[str, Any]:
         """Return fresh state on the device of ``like``: step, v and u of a weight; its velocity."""
-        state: dict[str, Any] = {}
-        layer = self._layers.of(parameter)
-        if layer is not None:
-            sizes = self._structure.init(layer.state_matrix(like))
-            state = {
-                "step": 0,
-                **{k: torch.zeros_like(x, device=like.device) for k, x in sizes.items()},
-            }
+        layer = self.layers.of(parameter)
+        state = {} if layer is None else layer.new_state(like)
         if self._momentum_of(parameter):
-            state["momentum"] = torch.zeros_like(like, dtype=compute_dtype(like))
+            state["momentum"] = velocity_like(like)
         return state
 
     def plan(self) -> Plan:
         """Return the table of what is preconditioned, with the bytes of state kept here."""
         biases = {layer.bias for layer in self if layer.bias is not None}
         rows = []
-        for route in self._routes:
-            ours = self._layers.of(route.parameter) is not None or route.parameter in biases
+        for route in self.routes:
+            ours = self.layers.of(route.parameter) is not None or route.parameter in biases
             state = self._new_state(route.parameter, meta_like(route.parameter)) if ours else {}
             rows.append(
                 PlanRow(

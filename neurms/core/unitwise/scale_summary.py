@@ -27,9 +27,9 @@ def scale_summary(layers: Iterable[TappedLayer]) -> dict[str, Tensor]:
     """
     units, features, clipped = [], [], []
     for layer in layers:
-        if not layer.owner.state_of(layer).get("step"):
+        if not layer.state.get("step"):
             continue
-        structure = layer.owner.structure_of(layer)
+        structure = layer.rule.structure
         s, c = layer.factors()
         units.append(s)
         clipped.append(at_bounds(s, structure, (structure.s_min, structure.s_max)))

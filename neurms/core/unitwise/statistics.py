@@ -12,17 +12,16 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from neurms.core.ground.ranks import Ranks
 from neurms.core.structures.base import Moments
 from neurms.core.taps.protocol import Sums
+from neurms.core.unitwise.rule import LossReduction
 
-__all__ = ["LossReduction", "PendingSums", "scalar", "synchronize", "world_size"]
-
-LossReduction = Literal["mean", "sum"]
+__all__ = ["PendingSums", "scalar", "synchronize"]
 
 _GREATEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
@@ -68,10 +67,6 @@ class PendingSums:
     def moments(self, reduction: LossReduction) -> Moments:
         """Return the mean squares over rows of the per-row error D and of the input H.
 
-        Autograd's d carries the loss's own mean: for ``"mean"`` the per-row error is D = N d with N
-        all rows of the window, so mean(D^2) = N sum d^2; for ``"sum"`` D = d and mean(D^2) =
-        sum d^2 / N.
-
         Args:
             reduction: How the loss reduces over rows.
 
@@ -86,7 +81,12 @@ class PendingSums:
         return Moments(units, features)
 
     def unit_weight(self, reduction: LossReduction) -> float:
-        """Return the weight of D's sum of squares in its mean: N for a mean loss, else 1 / N."""
+        """Return the weight of D's sum of squares in its mean: N for a mean loss, else 1 / N.
+
+        Autograd's d carries the loss's own mean: for ``"mean"`` the per-row error is D = N d with N
+        all rows of the window, so mean(D^2) = N sum d^2; for ``"sum"`` D = d and mean(D^2) =
+        sum d^2 / N.
+        """
         return float(self.rows) if reduction == "mean" else 1.0 / self.rows
 
     def greatest(self) -> float:
@@ -109,15 +109,7 @@ class PendingSums:
 @functools.lru_cache(maxsize=1024)
 def scalar(value: float) -> Tensor:
     """Return a 0-d float64 tensor, made once for each value; nobody may write it."""
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def world_size() -> int:
-    """Return the number of ranks that train together, 1 without torch.distributed."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size()
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def synchronize(
@@ -125,8 +117,9 @@ def synchronize(
     sizes: Sequence[tuple[int, int]],
     reduction: LossReduction,
     like: Tensor,
+    ranks: Ranks,
 ) -> None:
-    """Sum the pending statistics of all layers over all ranks, in one flat all-reduce.
+    """Sum the pending statistics of layers over the ranks that share them, in one flat all-reduce.
 
     With a mean loss on each of R ranks the error signal of the global mean is d_r / R, so the sums
     over D are divided by R^2 and the state does not depend on the number of ranks. A rank whose
@@ -137,9 +130,9 @@ def synchronize(
         sizes: (m, n) of each, with n = 0 where H is not observed.
         reduction: How the loss reduces over rows.
         like: Gives the device of the exchanged buffer.
+        ranks: The ranks that train the model together.
     """
-    ranks = world_size()
-    if ranks == 1:
+    if ranks.size == 1:
         return
     # float64: row counts stay exact, and summing in another order cannot make replicas differ.
     parts = []
@@ -151,13 +144,13 @@ def synchronize(
         counts = [sums.rows, sums.feature_rows]
         parts.append(torch.tensor(counts, dtype=torch.float64, device=like.device))
     flat = torch.cat(parts)
-    torch.distributed.all_reduce(flat)
+    ranks.sum_(flat)
     pieces = iter(flat.split([part.numel() for part in parts]))
     for sums, (_, features) in zip(pending, sizes, strict=True):
         units_sum, features_sum, counts_sum = next(pieces), next(pieces), next(pieces)
         sums.rows, sums.feature_rows = (int(count) for count in counts_sum.tolist())
         if sums.rows:
-            divisor = float(ranks * ranks) if reduction == "mean" else 1.0
+            divisor = float(ranks.size**2) if reduction == "mean" else 1.0
             sums.units = units_sum / divisor
         if features and sums.feature_rows:
             sums.features = features_sum.clone()

@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from neurms.compiled.backends import PROMPT
-from neurms.compiled.native import fits
 from neurms.compiled.reductions import column_square_sum
-from neurms.compiled.scaling import ema_
 from neurms.core.ground.spans import span, spanned
 from neurms.core.routing import Route
-from neurms.core.structures.base import Context, Moments
-from neurms.core.structures.unit_feature import UnitFeatureDiagonal
+from neurms.core.structures.base import Moments
 from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.protocol import Sums
-from neurms.core.unitwise.foresight import Foresight, KnownFactors, commit_, foresee
-from neurms.core.unitwise.statistics import LossReduction, PendingSums, synchronize
+from neurms.core.unitwise.foresight import Foresight, foresee
+from neurms.core.unitwise.moments import Factors, Known, Moved, Part, moved
+from neurms.core.unitwise.rule import UnitwiseRule
+from neurms.core.unitwise.statistics import PendingSums, synchronize
 
-__all__ = ["Gemm", "LayerOwner", "TappedLayer", "Variant"]
+if TYPE_CHECKING:
+    from neurms.core.unitwise.engine import Engine
 
-Variant = Literal["U", "B", "F"]
-Gemm = Literal["float32", "bfloat16"]
-"""What D and H are multiplied in where no gradient is formed."""
-
-
-class LayerOwner(Protocol):
-    """What holds layers: the optimizer, or a callback beside a foreign one."""
-
-    backend: str
-    loss_reduction: LossReduction
-    gemm: Gemm
-
-    def structure_of(self, layer: TappedLayer) -> UnitFeatureDiagonal:
-        """Return the structure that the layer's current settings make."""
-
-    def variant_of(self, layer: TappedLayer) -> Variant:
-        """Return where the scale factors act."""
-
-    def state_of(self, layer: TappedLayer) -> dict[str, Any]:
-        """Return the layer's state: empty before its first commit, then ``step``, ``v``, ``u``."""
-
-    def current_loss_scale(self) -> Tensor | float | None:
-        """Return the factor that the loss carries, or None."""
-
-    def write_in_backward(
-        self, layer: TappedLayer, errors: Tensor, activations: Tensor, sums: Sums
-    ) -> None:
-        """Write the update of a layer whose weight has no gradient (``update="backward"``)."""
+__all__ = ["TappedLayer"]
 
 
 class TappedLayer:
@@ -62,14 +34,12 @@ class TappedLayer:
     Args:
         route: The weight's route.
         bias: The layer's bias where the rule takes it too.
-        owner: Holds state and settings; held weakly, so that it goes when its user lets go of it.
+        engine: Holds the layer; held weakly, so that it goes when its user lets go of it.
         heads: Number of equal runs of units that share one second moment, their mean; 0 keeps one
             for each unit.
     """
 
-    def __init__(
-        self, route: Route, bias: Tensor | None, owner: LayerOwner, heads: int = 0
-    ) -> None:
+    def __init__(self, route: Route, bias: Tensor | None, engine: Engine, heads: int = 0) -> None:
         self.route = route
         self.weight = route.parameter
         self.bias = bias
@@ -77,27 +47,38 @@ class TappedLayer:
         self.pending = PendingSums()
         self.tap: HookTap | BackwardUpdateTap | None = None
         self.prompt = False
-        self._owner = weakref.ref(owner)
+        self.follows_gradient = True
+        self._engine = weakref.ref(engine)
         self._total: PendingSums | None = None
         self._task: int | None = None
         self._version: int | None = None
         self._everywhere = PendingSums()
         self._rescaled: Sums | None = None
         self._foresight: Foresight | None = None
-        self._known: KnownFactors | None = None
+        self._known: Known | None = None
 
     @property
-    def owner(self) -> LayerOwner:
-        """What holds state and settings."""
-        owner = self._owner()
-        if owner is None:
+    def engine(self) -> Engine:
+        """What holds the layer."""
+        engine = self._engine()
+        if engine is None:
             raise ReferenceError(f"the optimizer of layer {self.name!r} no longer exists")
-        return owner
+        return engine
+
+    @property
+    def rule(self) -> UnitwiseRule:
+        """What the current settings say of the layer."""
+        return self.engine.owner.rule_of(self.weight)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The weight's state: empty before its first commit, then ``step``, ``v``, ``u``."""
+        return self.engine.owner.state_of(self.weight)
 
     @property
     def backend(self) -> str:
         """How the layer's kernels run: natively too where they are small, beside large ones."""
-        backend = self.owner.backend
+        backend = self.engine.backend
         return PROMPT if self.prompt and backend == "auto" else backend
 
     @property
@@ -113,25 +94,28 @@ class TappedLayer:
     @property
     def sizes(self) -> tuple[int, int]:
         """(m, n) of the sums that the tap delivers, n = 0 where H is not observed."""
-        observes = self.owner.structure_of(self).factored
+        observes = self.rule.structure.factored
         return self.route.layout.units, self.route.layout.features if observes else 0
 
-    def state_matrix(self, like: Tensor) -> Tensor:
-        """Return an empty (units, features) matrix without storage, to size the state on."""
+    def new_state(self, like: Tensor) -> dict[str, Any]:
+        """Return fresh state of the weight: a step count, v and u, on the device of ``like``."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         layout = self.route.layout
-        return torch.empty(self.heads or layout.units, layout.features, dtype=dtype, device="meta")
+        shape = (self.heads or layout.units, layout.features)
+        sizes = self.rule.structure.init(torch.empty(shape, dtype=dtype, device="meta"))
+        made = {key: torch.zeros_like(value, device=like.device) for key, value in sizes.items()}
+        return {"step": 0, **made}
 
     # ------------------------------------------------------------- what taps call
 
     def loss_scale(self) -> Tensor | float | None:
         """Return the factor that the loss carries; D is divided by it."""
-        return self.owner.current_loss_scale()
+        return self.engine.current_loss_scale()
 
     def add(self, sums: Sums) -> None:
         """Take one backward firing whose gradient accumulates into the weight."""
         self._follow_gradient()
-        if not sums.rows and self.owner.variant_of(self) == "B":
+        if not sums.rows and self.rule.upstream:
             # Nothing to rescale here, but ranks whose batch is not empty wait in their all-reduce.
             self._rescaled = self._summed_over_ranks(sums)
         self.pending.add(sums)
@@ -141,7 +125,7 @@ class TappedLayer:
     def rescale(self, sums: Sums) -> Tensor | None:
         """Return variant B's factors (units,) for D, from v with this pass blended in."""
         self._rescaled = None
-        if self.owner.variant_of(self) != "B":
+        if not self.rule.upstream:
             return None
         self._follow_gradient()
         self._rescaled = self._summed_over_ranks(sums)
@@ -150,7 +134,7 @@ class TappedLayer:
 
     def rescale_errors(self, errors: Tensor) -> Tensor | None:
         """Return D S for variant B (``update="backward"``), else None."""
-        if self.owner.variant_of(self) != "B":
+        if not self.rule.upstream:
             self._rescaled = None
             return None
         factors = self.rescale(self._unit_sums(errors))
@@ -160,7 +144,7 @@ class TappedLayer:
             return (errors * factors).to(errors.dtype)
 
     def update(self, errors: Tensor, activations: Tensor) -> Tensor | None:
-        """Observe D and H and have the owner write the update (``update="backward"``).
+        """Observe D and H and have the update written (``update="backward"``).
 
         Returns:
             The column sums of D where they came along, else None.
@@ -169,11 +153,17 @@ class TappedLayer:
             self._follow_gradient()
             ahead = self._foresee(errors, activations)
             if ahead is None:
-                self._update(errors, activations)
+                sums = self._rescaled or self._unit_sums(errors)
+                if self.rule.structure.factored:
+                    with span("reduce"):
+                        features = column_square_sum.on(self.backend)(activations)
+                    rows = activations.shape[0]
+                    sums = sums._replace(feature_square_sum=features, feature_rows=rows)
+                self.engine.write_in_backward(self, errors, activations, sums)
                 return None
             self._foresight = ahead
             try:
-                self.owner.write_in_backward(self, errors, activations, ahead.sums)
+                self.engine.write_in_backward(self, errors, activations, ahead.sums)
             finally:
                 # A copy of the layer's signals must not outlive their use.
                 if self._foresight is ahead and ahead.scaled is not None:
@@ -182,31 +172,22 @@ class TappedLayer:
 
     def _foresee(self, errors: Tensor, activations: Tensor) -> Foresight | None:
         """Work everything out in one pass over D and H, where nothing else has a say in it."""
-        if self.heads or self._everywhere.rows or self._rescaled is not None:
+        rule, seen = self.rule, self._everywhere.rows or self._rescaled is not None
+        if self.heads or seen or rule.upstream:
             return None
-        owner = self.owner
-        if owner.variant_of(self) == "B":
-            return None
-        structure, state = owner.structure_of(self), owner.state_of(self)
+        engine = self.engine
         # Where the product is of bfloat16 numbers its factors are applied to its sums.
         rounded = errors.dtype is activations.dtype is torch.bfloat16
-        scale = owner.gemm == "float32" and not rounded
+        scale = engine.gemm == "float32" and not rounded
         return foresee(
-            errors, activations, structure, state, owner.loss_reduction, self.backend, scale=scale
-        )
+            errors, activations, rule.structure, self.state, engine.loss_reduction, self.backend,
+            scale=scale,
+        )  # fmt: skip
 
     @property
     def scaled(self) -> tuple[Tensor, Tensor] | None:
         """D S and H C of the firing that is being written, if they are at hand."""
         return None if self._foresight is None else self._foresight.scaled
-
-    def _update(self, errors: Tensor, activations: Tensor) -> None:
-        sums = self._rescaled or self._unit_sums(errors)
-        if self.owner.structure_of(self).factored:
-            with span("reduce"):
-                features = column_square_sum.on(self.backend)(activations)
-            sums = sums._replace(feature_square_sum=features, feature_rows=activations.shape[0])
-        self.owner.write_in_backward(self, errors, activations, sums)
 
     def _follow_gradient(self) -> None:
         """At a backward's first firing, drop sums whose gradient was dropped without a step.
@@ -215,7 +196,7 @@ class TappedLayer:
         gradient is None then, or zero.
         """
         task, gradient = graph_task(), self.weight.grad
-        if task == self._task:
+        if task == self._task or not self.follows_gradient:
             return
         self._task = task
         if gradient is None:
@@ -236,8 +217,8 @@ class TappedLayer:
     def _summed_over_ranks(self, sums: Sums) -> Sums:
         total = PendingSums()
         total.add(sums)
-        sizes = [(self.route.layout.units, 0)]
-        synchronize([total], sizes, self.owner.loss_reduction, self.weight)
+        sizes, engine = [(self.route.layout.units, 0)], self.engine
+        synchronize([total], sizes, engine.loss_reduction, self.weight, engine.ranks)
         assert total.units is not None
         return sums._replace(unit_square_sum=total.units.to(sums.unit_square_sum), rows=total.rows)
 
@@ -253,6 +234,11 @@ class TappedLayer:
         self._total = self.pending.copy()
         return self._total
 
+    def restore(self, pending: PendingSums) -> None:
+        """Make ``pending`` what the layer has seen since the last commit."""
+        self.clear()
+        self.pending, self._everywhere = pending.copy(), pending.copy()
+
     def clear(self) -> None:
         """Forget what was observed since the last commit."""
         self.pending.clear()
@@ -261,86 +247,40 @@ class TappedLayer:
 
     def moments(self, pending: PendingSums) -> Moments:
         """Return the mean squares of ``pending``, heads pooled."""
-        moments = pending.moments(self.owner.loss_reduction)
-        if not self.heads or moments.units is None:
-            return moments
-        return Moments(moments.units.reshape(self.heads, -1).mean(-1), moments.features)
+        return Part.of(self, pending).means()
 
     @spanned("bookkeeping")
-    def foreseen(self, sums: Sums) -> tuple[Tensor, Tensor | None]:
+    def foreseen(self, sums: Sums) -> Factors:
         """Return the factors as they would be if ``sums`` were committed now; nothing changes."""
         if self._foresight is not None and self._foresight.sums is sums:
             return self._foresight.factors
-        structure, state = self.owner.structure_of(self), self.owner.state_of(self)
-        moments = self.moments(self._everywhere.plus(sums))
-        blended = {}
-        for key, sample in (("v", moments.units), ("u", moments.features)):
-            if sample is not None:
-                with span("reduce"):
-                    last = state[key].clone() if key in state else torch.zeros_like(sample)
-                    blended[key] = ema_.on(self.backend)(last, sample, structure.beta)
-        step = state.get("step", 0) + 1
-        with span("scale"):
-            factors = structure.factors(blended, step, self.backend)
-        return self._expanded(*factors)
+        part = Part.of(self, self._everywhere.plus(sums))
+        (ahead,) = moved(self.rule.structure, [part], self.backend)
+        return ahead.factors
 
-    @spanned("bookkeeping")
-    def commit(self) -> None:
-        """Move the pending statistics into the state, which must have been initialised."""
-        state, structure = self.owner.state_of(self), self.owner.structure_of(self)
-        state["step"] += 1
-        factors = self._committed(structure, state)
-        if factors is None:
-            context = Context(state["step"], moments=self.moments(self.observed))
-            with span("reduce"):
-                structure.observe(state["v"], state, context)
-        self.settle(structure, state, factors)
+    def known(self) -> Moved | None:
+        """Return what the next commit gives, where backward has worked it out already."""
+        ahead = self._foresight
+        if ahead is None or not ahead.holds(self.rule.structure, self.state, self.observed):
+            return None
+        return Moved(ahead.moments, ahead.factors)
 
-    def commits_plainly(self, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> bool:
-        """Return whether the commit is one that :func:`~.joint_commit.commit_each` can do."""
-        if not self.prompt or self.heads or structure.clip != "absolute":
-            return False
-        observed = self.observed
-        if self._foresight is not None or observed.units is None or not observed.rows:
-            return False
-        if not structure.factored:
-            return fits(state["v"], observed.units)
-        if observed.features is None or not observed.feature_rows:
-            return False
-        return fits(state["v"], observed.units, state["u"], observed.features)
-
-    def settle(
-        self,
-        structure: UnitFeatureDiagonal,
-        state: Mapping[str, Any],
-        factors: tuple[Tensor, Tensor | None] | None,
-    ) -> None:
-        """End a commit; ``factors`` are those of the new statistics where they are known."""
-        self._known = None if factors is None else KnownFactors.of(structure, state, factors)
+    def settle(self, factors: Factors) -> None:
+        """End a commit whose statistics are in the state, and give these factors."""
+        self._known = Known.of(self.rule.structure, self.state, factors)
         self.clear()
 
-    def _committed(
-        self, structure: UnitFeatureDiagonal, state: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Commit by a fused form and return the factors, or do nothing and return None."""
-        if self.heads:
-            return None
-        ahead, observed = self._foresight, self.observed
-        if ahead is not None and ahead.commit_(structure, state, observed):
-            return ahead.factors
-        return commit_(structure, state, observed, self.owner.loss_reduction, self.backend)
-
     @spanned("bookkeeping")
-    def factors(self) -> tuple[Tensor, Tensor | None]:
+    def factors(self) -> Factors:
         """Return s (m,) and c (n,) from the committed statistics; c is None unless factored."""
-        state, structure = self.owner.state_of(self), self.owner.structure_of(self)
-        if self._known is not None and self._known.hold(structure, state):
+        structure, state = self.rule.structure, self.state
+        if self._known is not None and self._known.holds(structure, state):
             return self._known.factors
         with span("scale"):
-            factors = structure.factors(state, state["step"])
-        return self._expanded(*factors)
+            return self.expanded(*structure.factors(state, state["step"]))
 
-    def _expanded(self, s: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def expanded(self, s: Tensor, c: Tensor | None) -> Factors:
+        """Return factors by unit where heads share them."""
         if self.heads:
             s = s.repeat_interleave(self.route.layout.units // self.heads)
         return s, c

@@ -43,4 +43,4 @@ def _bytes(rule: str, variables: Sequence[Any], around: Surroundings) -> int:
         return memory_report(nn.ParameterList(stand_ins), rule).state_bytes
     head = optimizer_class(rule).default_head
     entries = route_variables(variables, around, rule, head=head, taps=needs_taps(rule))
-    return make_engine(rule, [e.route for e in entries], {"lr": 1e-3}).plan().state_bytes
+    return make_engine(rule, [e.route for e in entries], {"lr": 1e-3}).optimizer.plan().state_bytes

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from neurms.core.ground.interrupts import WholeStep
+from neurms.core.unitwise.engine import Engine as Layers
 from neurms.core.unitwise.statistics import PendingSums
 from neurms.core.unitwise.tapped import TappedLayer
-from neurms.integrations.keras.engine import Engine, KerasLayers, KerasTappedLayer, TappedEngine
+from neurms.integrations.keras.engine import Engine
 from neurms.integrations.keras.optimizer import NeurmsOptimizer
 from neurms.integrations.keras.owners import Surroundings, innermost
 from neurms.integrations.keras.routing import VariableRoute, parameter_of
@@ -43,8 +44,8 @@ class TappedOptimizer(NeurmsOptimizer):
         super().build(variables)
         accumulates = bool(self.gradient_accumulation_steps)
         for layer in self.layers:
-            assert isinstance(layer, KerasTappedLayer)
-            layer.accumulates = accumulates
+            # Keras accumulates gradients elsewhere than in .grad.
+            layer.follows_gradient = not accumulates
         if accumulates:
             made = [self._pending_of(layer) for layer in self.layers]
             self._pending_variables = tuple(made)
@@ -63,11 +64,9 @@ class TappedOptimizer(NeurmsOptimizer):
         return super()._made_engine(entries)
 
     @property
-    def layers(self) -> KerasLayers:
+    def layers(self) -> Layers:
         """The tapped layers."""
-        engine = self._built_engine()
-        assert isinstance(engine, TappedEngine)
-        return engine.layers
+        return self._built_engine().layers
 
     # ---------------------------------------------------------------- taps
 
@@ -123,12 +122,10 @@ class TappedOptimizer(NeurmsOptimizer):
             self.layers.detach()
             if not self._applied:
                 for layer, pending in before:
-                    _restore(layer, pending)
+                    layer.restore(pending)
 
     def _begin_taps(self, wrapper: Any) -> None:
-        engine = self._built_engine()
-        assert isinstance(engine, TappedEngine)
-        engine.loss_scale = self._loss_scale(wrapper)
+        self.layers.loss_scale = self._loss_scale(wrapper)
         self.layers.attach_taps()
 
     def _loss_scale(self, wrapper: Any) -> Callable[[], Tensor | float] | None:
@@ -186,11 +183,4 @@ class TappedOptimizer(NeurmsOptimizer):
                 rows,
                 feature_rows,
             )
-            _restore(layer, pending)
-
-
-def _restore(layer: TappedLayer, pending: PendingSums) -> None:
-    """Make ``pending`` what the layer has seen since the last commit."""
-    layer.clear()
-    layer.pending = pending.copy()
-    layer._everywhere = pending.copy()
+            layer.restore(pending)

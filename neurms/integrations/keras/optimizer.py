@@ -183,13 +183,14 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
     def _add_state(self, engine: Engine, entry: VariableRoute) -> None:
         """Make a parameter's state; its tensors are the values of variables that Keras saves."""
         parameter = entry.route.parameter
-        group = next(g for g in engine.param_groups if any(p is parameter for p in g["params"]))
-        state = engine.state_for(parameter.detach(), entry.route, group)
+        optimizer = engine.optimizer
+        group = optimizer.work().view_of(parameter).group
+        state = optimizer.state_for(parameter.detach(), entry.route, group)
         prefix = entry.route.name.replace("/", "_")
         for key, value in state.items():
             if isinstance(value, Tensor):
                 state[key] = self._lent(value, f"{prefix}_{key}")
-        engine.state[parameter].update(state)
+        optimizer.state[parameter].update(state)
 
     def _lent(self, value: Tensor, name: str) -> Tensor:
         variable = self.add_variable(
@@ -267,13 +268,13 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
         assert self._engine is not None
         iterations = int(self.iterations)
         for entry, missed in zip(self._entries, self._missed_counts, strict=True):
-            state = self._engine.state[entry.route.parameter]
+            state = self._engine.optimizer.state[entry.route.parameter]
             state["step"] = max(iterations - missed, 0)
 
     def _end_step(self) -> None:
         assert self._engine is not None
         iterations = int(self.iterations) + 1
-        states = (self._engine.state[entry.route.parameter] for entry in self._entries)
+        states = (self._engine.optimizer.state[entry.route.parameter] for entry in self._entries)
         missed = tuple(iterations - state["step"] for state in states)
         if missed != self._missed_counts:
             self._missed_counts = missed
@@ -381,11 +382,11 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
         """
         if self.built and self._engine is None:
             return Plan([])
-        return Plan([*self._built_engine().plan(), *self._frozen])
+        return Plan([*self._built_engine().optimizer.plan(), *self._frozen])
 
     def state_bytes(self) -> int:
         """Return the bytes of the rule's and AdamW's state, without Keras's own variables."""
-        return self._built_engine().state_bytes()
+        return self._built_engine().optimizer.state_bytes()
 
     def _built_engine(self) -> Engine:
         if self._engine is None:

@@ -10,7 +10,6 @@ import keras
 from neurms.core.ground.errors import check_real
 from neurms.core.optimizers.registry import optimizer_class
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
-from neurms.core.unitwise.unitwise_optimizer import UnitwiseOptimizer
 
 __all__ = ["base_rate", "check_backend", "check_settings", "default_rate", "setting_defaults"]
 
@@ -77,7 +76,7 @@ def check_settings(
 
 def needs_taps(rule: str) -> bool:
     """Return whether a rule reads the layers' inputs and error signals."""
-    return issubclass(optimizer_class(rule), UnitwiseOptimizer)
+    return optimizer_class(rule).needs_modules
 
 
 def base_rate(learning_rate: Any) -> float:

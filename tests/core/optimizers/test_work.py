@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from neurms import RACS
-from neurms.core.optimizers.work import batches, gathered, nonfinite_names
+from neurms.core.optimizers.by_recipe import batches
+from neurms.core.optimizers.gradients import nonfinite_names
 from tests.core.optimizers.training import GRADIENT_RULES, SETTINGS, make, random_gradients
 
 
@@ -41,9 +42,7 @@ def test_batches_hold_equal_shapes_dtypes_steps_and_recipes() -> None:
     optimizer = RACS([{"params": parameters[:-1]}, {"params": parameters[-1:], "beta": 0.5}])
     random_gradients(parameters, 0)
     optimizer.step()
-    items = gathered(optimizer.param_groups, optimizer._routes)
-    recipes = [optimizer._recipe(item.group) for item in items]
-    found = [[i.index for i in run] for _, run in batches(items, recipes, optimizer.state)]
+    found = [[view.index for view in run] for _, run in batches(optimizer.work().due())]
     assert found == [[0, 1], [2], [3], [4], [5], [6]]
 
 
@@ -89,8 +88,8 @@ def test_names_of_nonfinite_gradients() -> None:
     values = [1.0, float("nan"), 3e38, float("inf")]
     for (_, parameter), value in zip(parameters, values, strict=True):
         parameter.grad = torch.full((3, 3), value)
-    items = gathered(optimizer.param_groups, optimizer._routes)
-    assert nonfinite_names(items) == ["p1", "p3"]
+    views = optimizer.work().due()
+    assert nonfinite_names(views) == ["p1", "p3"]
     assert nonfinite_names([]) == []
 
 

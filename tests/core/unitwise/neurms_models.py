@@ -168,7 +168,7 @@ def snapshot(model: nn.Module, optimizer: NeuRMS) -> dict[str, Any]:
         ],
         "pending": [
             (layer.pending.units, layer.pending.features, layer.pending.rows)
-            for layer in optimizer._layers
+            for layer in optimizer.layers
         ],
     }
 

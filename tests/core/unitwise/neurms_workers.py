@@ -101,7 +101,7 @@ def nonfinite(rank: int, ranks: int) -> dict[str, Any]:
     x, y = batch(0)
     (model(x) - y).square().mean().backward()
     if rank == 1:
-        layer = next(iter(optimizer._layers))
+        layer = next(iter(optimizer.layers))
         layer.pending.units = layer.pending.units * float("inf")
     try:
         optimizer.step()

@@ -11,7 +11,7 @@ from torch import nn
 
 import neurms
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from neurms.core.unitwise.foresight import commit_, foresee
+from neurms.core.unitwise.foresight import foresee
 from neurms.core.unitwise.statistics import PendingSums
 
 
@@ -22,9 +22,7 @@ def state_of(structure: UnitFeatureDiagonal, m: int = 5, n: int = 4) -> dict[str
 
 @pytest.mark.parametrize("factored", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_foresight_is_the_formula_and_its_commit_moves_the_state(
-    factored: bool, reduction: Any
-) -> None:
+def test_foresight_is_the_formula(factored: bool, reduction: Any) -> None:
     structure = UnitFeatureDiagonal(beta=0.8, factored=factored, s_max=1.5)
     state = state_of(structure)
     d, h = torch.randn(6, 5).double(), torch.randn(6, 4).double()
@@ -37,26 +35,17 @@ def test_foresight_is_the_formula_and_its_commit_moves_the_state(
     torch.testing.assert_close(ahead.error_sum, d.sum(0))
     pending = PendingSums()
     pending.add(ahead.sums)
-    other = {k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in state.items()}
-    state["step"] = other["step"] = 4
-    assert ahead.commit_(structure, state, pending)
-    torch.testing.assert_close(state["v"], v)
-    factors = commit_(structure, other, pending, reduction, "eager")
-    assert factors is not None
-    for key in ("v", "u"):
-        assert (key in state) == (key in other)
-        if key in state:
-            torch.testing.assert_close(state[key], other[key])
-    for one, two in zip(ahead.factors, factors, strict=True):
-        assert (one is None) == (two is None)
-        if one is not None:
-            torch.testing.assert_close(one, two)
+    assert ahead.holds(structure, state, pending)
+    torch.testing.assert_close(ahead.moments[0], v)
+    torch.testing.assert_close(ahead.factors[0], s)
+    assert (ahead.factors[1] is not None) == factored == (len(ahead.moments) == 2)
     if factored:
-        u = state["u"]
+        u = 0.8 * state["u"] + 0.2 * h.square().mean(0)
+        torch.testing.assert_close(ahead.moments[1], u)
         torch.testing.assert_close(ahead.scaled[1], h * (u / (1 - 0.8**4) + 1e-8).rsqrt())
     else:
         assert ahead.scaled[1] is h
-    unscaled = foresee(d, h, structure, other | {"step": 3}, reduction, "eager", scale=False)
+    unscaled = foresee(d, h, structure, state, reduction, "eager", scale=False)
     assert unscaled is not None
     assert unscaled.scaled is None
 
@@ -70,7 +59,7 @@ def test_foresight_is_the_formula_and_its_commit_moves_the_state(
         lambda state, pending: setattr(pending, "units", pending.units.clone()),
     ],
 )
-def test_a_foresight_that_no_longer_holds_commits_nothing(
+def test_a_foresight_of_another_state_does_not_hold(
     change: Callable[[dict[str, Any], PendingSums], Any],
 ) -> None:
     structure = UnitFeatureDiagonal()
@@ -79,11 +68,9 @@ def test_a_foresight_that_no_longer_holds_commits_nothing(
     assert ahead is not None
     pending = PendingSums()
     pending.add(ahead.sums)
-    state["step"] = 4
+    assert ahead.holds(structure, state, pending)
     change(state, pending)
-    before = state["v"].clone()
-    assert not ahead.commit_(structure, state, pending)
-    assert torch.equal(state["v"], before)
+    assert not ahead.holds(structure, state, pending)
 
 
 def test_relative_clips_have_no_fused_form() -> None:
@@ -91,8 +78,6 @@ def test_relative_clips_have_no_fused_form() -> None:
     state = state_of(structure)
     d = torch.randn(6, 5).double()
     assert foresee(d, torch.ones(6, 4), structure, state, "mean", "eager") is None
-    pending = PendingSums(d.square().sum(0), None, 6)
-    assert commit_(structure, state, pending, "mean", "eager") is None
 
 
 @pytest.mark.parametrize("variant", ["U", "F"])
@@ -104,7 +89,7 @@ def test_settings_that_change_between_backward_and_step_are_obeyed(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
     optimizer = neurms.NeuRMS(model, lr=1e-2, variant=variant, update="backward")
-    layer = next(iter(optimizer._layers))
+    layer = next(iter(optimizer.layers))
     for step in range(4):
         model(torch.randn(8, width)).square().mean().backward()
         observed = layer.observed.copy()

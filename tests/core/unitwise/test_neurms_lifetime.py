@@ -54,19 +54,19 @@ class TestEnd:
     def test_detached_layers_go_on_with_what_they_have(self) -> None:
         model, optimizer = pair(variant="F")
         train(model, optimizer, batches(2))
-        kept = [copy.deepcopy(optimizer.state_of(layer)) for layer in optimizer._layers]
+        kept = [copy.deepcopy(layer.state) for layer in optimizer.layers]
         optimizer.detach()
         before = model[0].weight.detach().clone()
         x, y = vectors()
         cross_entropy(model, x, y).backward()
-        layer = next(iter(optimizer._layers))
+        layer = next(iter(optimizer.layers))
         s, c = layer.factors()
         gradient = model[0].weight.grad.clone()
         optimizer.step()
         torch.testing.assert_close(
             model[0].weight.detach(), before - 0.05 * s[:, None] * gradient * c
         )
-        assert_same(kept, [optimizer.state_of(layer) for layer in optimizer._layers])
+        assert_same(kept, [layer.state for layer in optimizer.layers])
 
     @UPDATES
     @pytest.mark.parametrize("variant", ["U", "B", "F"])
@@ -164,8 +164,8 @@ class TestTwoOptimizers:
                     optimizer.step()
                 m.zero_grad()
         assert_close_models(twin, model, 1e-5)
-        assert len(list(lower._layers)) == 1
-        assert len(list(upper._layers)) == 2
+        assert len(list(lower.layers)) == 1
+        assert len(list(upper.layers)) == 2
 
     def test_one_after_the_other_on_one_model(self) -> None:
         model, optimizer = pair(variant="B")

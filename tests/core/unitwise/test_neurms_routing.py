@@ -128,9 +128,7 @@ class TestHeads:
         train(model, optimizer, data)
         train(twin, other, data)
         # A pattern that comes first wins, so every layer has one head here.
-        assert [optimizer.state[layer.weight]["v"].numel() for layer in optimizer._layers] == [
-            1
-        ] * 3
+        assert [optimizer.state[layer.weight]["v"].numel() for layer in optimizer.layers] == [1] * 3
         exact, third = pair(heads={"0.*": 7, "2.*": 6, "4.*": 3}, update=update)
         train(exact, third, data)
         for a, b in zip(exact.parameters(), twin.parameters(), strict=True):
@@ -292,5 +290,5 @@ def test_a_module_under_two_names_is_one_layer(build: Callable[[nn.Module], nn.M
         optimizer = NeuRMS(model)
         model(torch.randn(2, 3)).sum().backward()
         optimizer.step()
-    assert len(list(optimizer._layers)) == 1
+    assert len(list(optimizer.layers)) == 1
     assert set(rules(optimizer).values()) == {"neurms"}

@@ -49,7 +49,7 @@ class TestMicroBatches:
             train(whole, one, [(scale * x, y)])
             accumulate(parts, many, scale * x, y, 4)
             assert_close_models(whole, parts, 1e-12)
-        for layer, other in zip(one._layers, many._layers, strict=True):
+        for layer, other in zip(one.layers, many.layers, strict=True):
             torch.testing.assert_close(one.state_of(layer)["v"], many.state_of(other)["v"])
 
     def test_micro_batches_of_b_are_scaled_by_what_has_been_seen(self) -> None:
@@ -61,8 +61,8 @@ class TestMicroBatches:
         with pytest.raises(AssertionError, match="apart"):
             assert_close_models(whole, parts, 1e-3)
         # The last layer's errors come scaled by nothing, so its statistics are the big batch's.
-        *_, last = one._layers
-        *_, other = many._layers
+        *_, last = one.layers
+        *_, other = many.layers
         torch.testing.assert_close(one.state_of(last)["v"], many.state_of(other)["v"])
 
     def test_unequal_parts_weighted_by_their_rows(self) -> None:

@@ -8,51 +8,54 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import route_model
-from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps import HookTap, Sink, Sums, UpdateSink
-from neurms.core.unitwise.statistics import LossReduction
-from neurms.core.unitwise.tapped import Gemm, TappedLayer, Variant
+from neurms.core.unitwise.engine import Engine
+from neurms.core.unitwise.moments import Factors
+from neurms.core.unitwise.neurms import NeuRMS
+from neurms.core.unitwise.products import Product
+from neurms.core.unitwise.rule import LossReduction, UnitwiseRule, Variant
+from neurms.core.unitwise.tapped import TappedLayer
 
 
 class Owner:
-    backend = "eager"
-    gemm: Gemm = "float32"
+    nonfinite: NonFinite = "raise"
 
     def __init__(
         self, variant: Variant = "U", reduction: LossReduction = "mean", **settings: Any
     ) -> None:
-        self.structure = UnitFeatureDiagonal(factored=variant == "F", **settings)
-        self.variant: Variant = variant
-        self.loss_reduction: LossReduction = reduction
+        chosen = {**NeuRMS.default_settings(), "variant": variant, **settings}
+        self.rule = UnitwiseRule.of(chosen)
         self.state: dict[str, Any] = {}
-        self.written: list[tuple[Tensor, Tensor, Sums]] = []
+        self.written: list[Product] = []
+        self.engine = Engine(
+            self,
+            loss_reduction=reduction,
+            gemm="float32",
+            loss_scale=lambda: 8.0,
+            heads=None,
+            backend="eager",
+        )
 
-    def structure_of(self, layer: TappedLayer) -> UnitFeatureDiagonal:
-        return self.structure
+    def rule_of(self, weight: Tensor) -> UnitwiseRule:
+        return self.rule
 
-    def variant_of(self, layer: TappedLayer) -> Variant:
-        return self.variant
-
-    def state_of(self, layer: TappedLayer) -> dict[str, Any]:
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
         return self.state
 
-    def current_loss_scale(self) -> float | None:
-        return 8.0
+    def opened_state(self, parameter: Tensor) -> dict[str, Any]:
+        return self.state
 
-    def write_in_backward(
-        self, layer: TappedLayer, errors: Tensor, activations: Tensor, sums: Sums
-    ) -> None:
-        self.written.append((errors, activations, sums))
+    def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
+        self.written.append(product)
 
 
 def layer_of(owner: Owner, module: nn.Module | None = None, heads: int = 0) -> TappedLayer:
     module = nn.Linear(3, 4) if module is None else module
     route = next(r for r in route_model(module, "rule", head="rule") if not r.is_fallback)
-    layer = TappedLayer(route, None, owner, heads)
-    matrix = layer.state_matrix(route.parameter)
-    empty = owner.structure.init(matrix)
-    owner.state = {"step": 0, **{k: torch.zeros(v.shape, dtype=v.dtype) for k, v in empty.items()}}
+    layer = TappedLayer(route, None, owner.engine, heads)
+    owner.state = layer.new_state(route.parameter)
     return layer
 
 
@@ -102,7 +105,7 @@ def test_foreseen_is_what_commit_and_factors_give_and_changes_nothing() -> None:
         assert before["step"] == owner.state["step"]
         assert torch.equal(before["v"], owner.state["v"])
         layer.add(sums)
-        layer.commit()
+        layer.engine.commit([layer])
         committed_s, committed_c = layer.factors()
         assert torch.equal(s, committed_s)
         assert torch.equal(c, committed_c)
@@ -118,7 +121,7 @@ def test_factors_are_the_formula(reduction: LossReduction, correction: bool) -> 
     for number in range(1, 4):
         sums, d, h = delivered(6)
         layer.add(sums)
-        layer.commit()
+        layer.engine.commit([layer])
         per_row = d * (6 if reduction == "mean" else 1)
         v = 0.9 * v + 0.1 * per_row.square().mean(0)
         u = 0.9 * u + 0.1 * h.square().mean(0)
@@ -134,7 +137,7 @@ def test_heads_pool_the_second_moment_of_their_units() -> None:
     layer = layer_of(owner, heads=2)
     sums, d, _ = delivered(6, features=False)
     layer.add(sums)
-    layer.commit()
+    layer.engine.commit([layer])
     pooled = (6 * d).square().mean(0).reshape(2, 2).mean(1)
     s, c = layer.factors()
     assert owner.state["v"].shape == (2,)
@@ -161,7 +164,7 @@ class TestRescale:
             expected = ((len(rows) * rows).square().mean(0) + 1e-8).pow(-0.5)
             torch.testing.assert_close(factors, expected)
             layer.add(sums)
-        layer.commit()
+        layer.engine.commit([layer])
         torch.testing.assert_close(layer.factors()[0], expected)
 
     def test_errors_keep_their_dtype(self) -> None:
@@ -171,10 +174,10 @@ class TestRescale:
         errors = layer.rescale_errors(d.bfloat16())
         assert errors.dtype == torch.bfloat16
         layer.update(errors, h.bfloat16())
-        ((written, _, sums),) = owner.written
-        assert torch.equal(written, errors)
+        (product,) = owner.written
+        assert torch.equal(product.errors, errors)
         # The statistics are those of D as it arrived.
-        torch.testing.assert_close(sums.unit_square_sum, d.bfloat16().float().square().sum(0))
+        torch.testing.assert_close(layer.pending.units, d.bfloat16().float().square().sum(0))
 
 
 def test_update_observes_features_only_where_they_are_needed() -> None:
@@ -183,13 +186,13 @@ def test_update_observes_features_only_where_they_are_needed() -> None:
         layer = layer_of(owner)
         _, d, h = delivered(4)
         layer.update(d, h)
-        ((_, _, sums),) = owner.written
-        assert sums.rows == 4
+        assert len(owner.written) == 1
+        assert layer.pending.rows == 4
         if variant == "U":
-            assert sums.feature_square_sum is None
+            assert layer.pending.features is None
         else:
-            torch.testing.assert_close(sums.feature_square_sum, h.square().sum(0))
-            assert sums.feature_rows == 4
+            torch.testing.assert_close(layer.pending.features, h.square().sum(0))
+            assert layer.pending.feature_rows == 4
 
 
 class TestFollowingTheGradient:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import neurms
-from neurms.core.optimizers.work import Item
+from neurms.core.optimizers.view import View
 from neurms.integrations.keras import keras_optimizer
 from neurms.integrations.keras.classes import CLASSES
 from tests.integrations.keras.twins import (
@@ -49,7 +49,7 @@ def double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     # Random draws derive from parameter names, which the two frameworks give differently.
-    monkeypatch.setattr(Item, "seed", property(lambda item: 7))
+    monkeypatch.setattr(View, "seed", property(lambda view: 7))
 
 
 def moved(rule: str, settings: dict[str, Any], dtype: str, **keras_settings: Any) -> float:

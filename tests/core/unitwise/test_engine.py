@@ -10,7 +10,8 @@ from torch import nn
 
 import neurms
 from neurms.compiled.native import compiler
-from neurms.core.unitwise import joint_commit, joint_update
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
+from neurms.core.unitwise import moves
 from tests.core.unitwise.neurms_models import (
     assert_close_models,
     assert_same,
@@ -52,18 +53,18 @@ def test_the_eager_definitions_say_the_same(settings: dict[str, Any], update: st
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_one_call_for_all(monkeypatch: pytest.MonkeyPatch, momentum: float) -> None:
     counts = {"commit": [], "move": []}  # type: ignore[var-annotated]
-    commit, move = joint_commit.moment_factors_each_, joint_update.scaled_updates_each_
+    commit, move = UnitFeatureDiagonal.moved, moves.apply_updates_
 
-    def committed(moments: Any, *rest: Any) -> Any:
+    def committed(self: Any, moments: Any, *rest: Any, **more: Any) -> Any:
         counts["commit"].append(len(moments))
-        return commit(moments, *rest)
+        return commit(self, moments, *rest, **more)
 
-    def moved(targets: Any, *rest: Any) -> None:
+    def moved(targets: Any, *rest: Any, **more: Any) -> None:
         counts["move"].append(len(targets))
-        move(targets, *rest)
+        move(targets, *rest, **more)
 
-    monkeypatch.setattr(joint_commit, "moment_factors_each_", committed)
-    monkeypatch.setattr(joint_update, "scaled_updates_each_", moved)
+    monkeypatch.setattr(UnitFeatureDiagonal, "moved", committed)
+    monkeypatch.setattr(moves, "apply_updates_", moved)
     model, optimizer = pair(wide, momentum=momentum)
     train(model, optimizer, batches(2))
     assert counts == {"commit": [3, 3], "move": [6, 6]}

@@ -9,24 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from neurms.core.ground.layout import default_layout, layout_of
-from neurms.core.optimizers.work import Item
-from neurms.core.routing import Route
-from neurms.core.unitwise.layer_update import Product, write_gemm_update_, write_update_
-
-GROUP: dict[str, Any] = {
-    "variant": "F",
-    "lr": 0.1,
-    "weight_decay": 0.0,
-    "momentum": 0.0,
-    "momentum_coupling": "gradient",
-    "agc": None,
-}
+from neurms.core.unitwise.moments import Factors
+from neurms.core.unitwise.moves import Move, write_moves_
+from neurms.core.unitwise.neurms import NeuRMS
+from neurms.core.unitwise.products import Product, write_product_
+from neurms.core.unitwise.rule import UnitwiseRule
 
 
-def item_of(parameter: Tensor, gradient: Tensor, module: nn.Module | None, **group: Any) -> Item:
+def rule_of(**settings: Any) -> UnitwiseRule:
+    return UnitwiseRule.of({**NeuRMS.default_settings(), "variant": "F", **settings})
+
+
+def move_of(
+    parameter: Tensor,
+    gradient: Tensor,
+    module: nn.Module | None,
+    factors: Factors,
+    velocity: Tensor | None = None,
+    decay: float = 1.0,
+) -> Move:
     layout = layout_of(module, "weight") if module else None
-    route = Route("w", parameter, "", "neurms", "", layout or default_layout(parameter), module)
-    return Item(0, route, {**GROUP, **group}, gradient)
+    layout = layout or default_layout(parameter)
+    return Move(parameter, gradient, velocity, layout, factors, 0.1, decay, parameter)
 
 
 def normal(*shape: int) -> Tensor:
@@ -36,21 +40,21 @@ def normal(*shape: int) -> Tensor:
 @pytest.mark.parametrize("variant", ["U", "B", "F"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("coupling", ["gradient", "gradient+velocity"])
-@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("decay", [1.0, 0.95])
 def test_the_product_in_backward_is_the_gradient_at_the_step(
     decay: float, coupling: str, momentum: float, variant: str
 ) -> None:
     d, h, start = normal(6, 4), normal(6, 3), normal(4, 3)
     s, c = torch.rand(4).double(), torch.rand(3).double() if variant == "F" else None
-    settings = {"momentum_coupling": coupling, "momentum": momentum, "weight_decay": decay}
+    rule = rule_of(variant=variant, momentum_coupling=coupling, momentum=momentum)
     by_step, by_product = start.clone(), start.clone()
-    velocities = normal(4, 3)
-    states = [{"momentum": velocities.clone()} for _ in range(2)]
-    item = item_of(by_step, d.T @ h, nn.Linear(3, 4).double(), variant=variant, **settings)
-    write_update_(by_step, item, (s, c), states[0])
-    write_gemm_update_(by_product, Product(d, h), (s, c), states[1], item.group)
+    one, other = (normal(4, 3),) * 2 if momentum else (None, None)
+    other = None if other is None else other.clone()
+    move = move_of(by_step, d.T @ h, nn.Linear(3, 4).double(), (s, c), one, decay)
+    write_moves_([move], rule)
+    write_product_(by_product, Product(d, h), (s, c), rule, other, 0.1, decay)
     torch.testing.assert_close(by_step, by_product, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(states[0]["momentum"], states[1]["momentum"])
+    torch.testing.assert_close(one, other)
     assert not torch.equal(by_step, start)
 
 
@@ -59,13 +63,13 @@ def test_the_product_in_backward_is_the_gradient_at_the_step(
 def test_gradients_and_factors_are_only_read(momentum: float, agc: float | None) -> None:
     weight, gradient, s, c = normal(4, 3), normal(4, 3), normal(4).abs(), normal(3).abs()
     kept = [t.clone() for t in (gradient, s, c)]
-    state = {"momentum": torch.zeros_like(weight)}
-    item = item_of(weight, gradient, nn.Linear(3, 4).double(), momentum=momentum, agc=agc)
-    write_update_(weight, item, (s, c), state)
+    velocity = torch.zeros_like(weight) if momentum else None
+    rule = rule_of(momentum=momentum, agc=agc)
+    write_moves_([move_of(weight, gradient, nn.Linear(3, 4), (s, c), velocity)], rule)
     assert all(map(torch.equal, kept, (gradient, s, c)))
     errors, inputs = normal(5, 4), normal(5, 3)
     kept = [t.clone() for t in (errors, inputs)]
-    write_gemm_update_(weight, Product(errors, inputs), (s, c), state, item.group)
+    write_product_(weight, Product(errors, inputs), (s, c), rule, velocity, 0.1, 1.0)
     assert all(map(torch.equal, kept, (errors, inputs)))
 
 
@@ -74,16 +78,15 @@ def test_agc_bounds_each_row_of_the_update_before_lr() -> None:
     gradient = torch.tensor([[6.0, 8.0], [6.0, 8.0], [0.3, 0.4]], dtype=torch.float64)
     before = weight.clone()
     ones = torch.ones(3, dtype=torch.float64)
-    item = item_of(weight, gradient, nn.Linear(2, 3).double(), agc=0.5, variant="U")
-    write_update_(weight, item, (ones, None), {})
+    move = move_of(weight, gradient, nn.Linear(2, 3), (ones, None))
+    write_moves_([move], rule_of(agc=0.5, variant="U"))
     lengths = ((before - weight) / 0.1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.tensor([2.5, 0.5e-3, 0.5], dtype=torch.float64))
 
 
-def test_a_bias_is_scaled_by_s_and_neither_clipped_nor_decayed() -> None:
+def test_a_bias_is_scaled_by_s_and_not_clipped() -> None:
     bias, gradient, s = torch.ones(4), torch.arange(4.0), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    item = item_of(bias, gradient, None, agc=1e-6, weight_decay=0.5)
-    write_update_(bias, item, (s, None), {})
+    write_moves_([move_of(bias, gradient, None, (s, None))], rule_of(agc=1e-6))
     torch.testing.assert_close(bias, 1 - 0.1 * s * gradient)
 
 
@@ -95,12 +98,12 @@ def test_odd_strides_are_written_through(kind: type[nn.Module], groups: int) -> 
     odd = start.transpose(2, 3).contiguous().transpose(2, 3)
     velocity = torch.zeros_like(odd)
     assert velocity.stride() == odd.stride() != start.stride()
-    plain, state = start.clone(), {"momentum": torch.zeros_like(start)}
+    plain, plainly = start.clone(), torch.zeros_like(start)
     s, c = torch.rand(6).double(), torch.rand(4).double()
-    item = item_of(plain, gradient, module, momentum=0.9)
+    pair = ((plain, plainly), (odd, velocity))
     for _ in range(2):
-        write_update_(plain, item, (s, c), state)
-        write_update_(odd, item, (s, c), {"momentum": velocity})
+        moves = [move_of(w, gradient, module, (s, c), v) for w, v in pair]
+        write_moves_(moves, rule_of(momentum=0.9))
     torch.testing.assert_close(odd, plain)
-    torch.testing.assert_close(velocity, state["momentum"])
+    torch.testing.assert_close(velocity, plainly)
     assert not torch.equal(plain, start)

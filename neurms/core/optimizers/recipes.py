@@ -1,0 +1,97 @@
+"""The recipes that parameter groups make of their settings."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from neurms.core.ground.errors import check_kinds
+from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.rules import rule_class
+
+__all__ = ["MakesRecipes", "Recipes", "default_settings"]
+
+
+class MakesRecipes(Protocol):
+    """A class whose settings make a recipe: every optimizer of the library."""
+
+    rule: str
+    needs_modules: bool
+
+    @classmethod
+    def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a parameter group's settings make; raises on a bad setting."""
+
+
+class Recipes:
+    """Makes each group's recipe once, and anew only when a setting of it has changed.
+
+    Args:
+        maker: The optimizer's class, which makes the recipes of its own rule.
+    """
+
+    def __init__(self, maker: type[MakesRecipes]) -> None:
+        self._maker = maker
+        self._made: dict[Any, Recipe] = {}
+
+    def of(self, group: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of a parameter group under a rule."""
+        maker = self.maker(group["rule"])
+        values = [group.get(name) for name in _setting_names(maker)]
+        key = (maker, *[tuple(v) if isinstance(v, list) else v for v in values])
+        try:
+            made = self._made.get(key)
+        except TypeError:
+            made = None
+        if made is None:
+            made = self.checked(group)
+            if len(self._made) > 64:
+                self._made.clear()
+            self._made[key] = made
+        return made
+
+    def checked(self, group: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a group's settings make; raises as the constructor would."""
+        maker = self.maker(group["rule"])
+        defaults, optional = _setting_kinds(maker)
+        check_kinds(defaults, group, optional)
+        return maker.recipe(group)
+
+    def maker(self, rule: str) -> type[MakesRecipes]:
+        """Return the class that makes a rule's recipes.
+
+        Raises:
+            ValueError: The rule is not known, or needs modules, which a group does not show.
+        """
+        if rule == self._maker.rule:
+            return self._maker
+        maker: type[MakesRecipes] = rule_class(rule)
+        if maker.needs_modules:
+            raise ValueError(
+                f"rule={rule!r} reads what modules compute, which a parameter group does not show; "
+                f"use neurms.{maker.__name__}(model)"
+            )
+        return maker
+
+
+@functools.cache
+def default_settings(maker: Callable[..., Any]) -> dict[str, Any]:
+    """Return the defaults of a rule's own settings, from its constructor's signature."""
+    parameters = inspect.signature(maker).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+@functools.cache
+def _setting_names(maker: Callable[..., Any]) -> tuple[str, ...]:
+    # A schedule changes lr at every step, and no recipe depends on it.
+    return (*[name for name in default_settings(maker) if name != "lr"], "weight_decay")
+
+
+@functools.cache
+def _setting_kinds(maker: Callable[..., Any]) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return the defaults of a rule's own settings, and the names of those that may be None."""
+    parameters = inspect.signature(maker).parameters.values()
+    optional = frozenset(p.name for p in parameters if "None" in str(p.annotation))
+    return default_settings(maker), optional

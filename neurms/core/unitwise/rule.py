@@ -1,0 +1,119 @@
+"""What NeuRMS's settings say of a layer: its structure, and how its factors act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from neurms.core.ground.errors import check_choice, check_fraction, check_real
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
+
+__all__ = ["Gemm", "LossReduction", "UnitwiseRule", "Variant", "check_gemm", "check_modes"]
+
+Variant = Literal["U", "B", "F"]
+LossReduction = Literal["mean", "sum"]
+Gemm = Literal["float32", "bfloat16"]
+"""What D and H are multiplied in where no gradient is formed."""
+
+_STRUCTURE = (
+    "beta",
+    "eps",
+    "v_min",
+    "s_min",
+    "s_max",
+    "c_min",
+    "c_max",
+    "bias_correction",
+    "clip",
+    "kappa",
+)
+
+
+@dataclass(frozen=True)
+class UnitwiseRule:
+    """How a layer's statistics become factors, and where those act.
+
+    Args:
+        structure: Statistics and factors; ``factored`` for variant F.
+        upstream: Whether the error sent upstream is scaled (variant B), and with it the gradient.
+        momentum: Decay of the velocity, 0 for none.
+        coupled: Whether the velocity is scaled once more on its way into the weight.
+        agc: Bound on each row of the update relative to the weight's, or None.
+    """
+
+    structure: UnitFeatureDiagonal
+    upstream: bool = False
+    momentum: float = 0.0
+    coupled: bool = False
+    agc: float | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> UnitwiseRule:
+        """Return the rule of NeuRMS's settings.
+
+        Raises:
+            ValueError: A setting is out of its range.
+        """
+        check_choice("variant", settings["variant"], ("U", "B", "F"))
+        check_fraction("momentum", settings["momentum"])
+        check_choice(
+            "momentum_coupling", settings["momentum_coupling"], ("gradient", "gradient+velocity")
+        )
+        if settings["agc"] is not None:
+            check_real("agc", settings["agc"], strict=True, cure="None switches it off")
+        structure = UnitFeatureDiagonal(
+            **{name: settings[name] for name in _STRUCTURE}, factored=settings["variant"] == "F"
+        )
+        return cls(
+            structure,
+            settings["variant"] == "B",
+            settings["momentum"],
+            settings["momentum_coupling"] == "gradient+velocity",
+            settings["agc"],
+        )
+
+    @property
+    def variant(self) -> Variant:
+        """The variant's letter."""
+        return "B" if self.upstream else "F" if self.structure.factored else "U"
+
+
+def check_gemm(gemm: Any, update: str) -> None:
+    """Raise unless ``gemm`` is known, and has a product to act on."""
+    check_choice("gemm", gemm, ("float32", "bfloat16"))
+    if gemm != "float32" and update != "backward":
+        raise ValueError(
+            f'gemm={gemm!r} has no effect with update="step", where autograd makes the gradient; '
+            'use update="backward", or torch.autocast around the forward pass'
+        )
+
+
+def check_modes(
+    loss_reduction: Any,
+    update: Any,
+    gemm: Any,
+    loss_scale: Callable[[], Any] | None,
+    agc: float | None,
+) -> None:
+    """Raise unless the settings that hold for a whole model are known and go together.
+
+    Raises:
+        TypeError: ``loss_scale`` cannot be called.
+        ValueError: One is not known, or what needs gradients meets ``update="backward"``.
+    """
+    check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+    check_choice("update", update, ("step", "backward"))
+    check_gemm(gemm, update)
+    if loss_scale is not None and not callable(loss_scale):
+        raise TypeError(f"loss_scale={loss_scale!r} must be callable, such as scaler.get_scale")
+    if update == "backward" and loss_scale is not None:
+        raise ValueError(
+            'loss_scale cannot go with update="backward": a GradScaler unscales gradients, and in '
+            'that mode there are none; use update="step", or bfloat16 without a scaler'
+        )
+    if update == "backward" and agc is not None:
+        raise ValueError(
+            f'agc={agc!r} cannot go with update="backward", which never forms the update that it '
+            'would clip; use update="step" or agc=None'
+        )
