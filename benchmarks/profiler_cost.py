@@ -28,9 +28,9 @@ import neurms
 from benchmarks.harness import RESULTS, Results
 from benchmarks.laws import exponent
 from neurms.compiled.backends import PROMPT
+from neurms.compiled.moments import ema_, moment_factors, move_moments
 from neurms.compiled.reductions import column_square_sum
-from neurms.compiled.scaling import ema_, scale_factors
-from neurms.compiled.signals import moment_factors_, scaled_signal
+from neurms.compiled.signals import scaled_signal
 
 WIDTHS = (64, 128, 256, 512, 1024)
 ROWS = 2048
@@ -56,7 +56,7 @@ class Outside:
     averages and form or apply factors, in every step, looked at or not.
     """
 
-    KERNELS = (column_square_sum, ema_, scale_factors, moment_factors_, scaled_signal)
+    KERNELS = (column_square_sum, ema_, moment_factors, move_moments, scaled_signal)
 
     def __init__(self) -> None:
         self.timed: list[float] = []

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from neurms.compiled.backends import Kernel
-from neurms.compiled.finite import all_finite
+from neurms.compiled.finite import GREATEST, within
 from neurms.compiled.gemm import bfloat16_gemm_
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.row_update import row_normalized_update_
-from neurms.compiled.two_sided import two_sided_fit, two_sided_scales_, two_sided_update_
-from neurms.compiled.update import scaled_update_
+from neurms.compiled.two_sided import two_sided_fit, two_sided_scales_
+from neurms.compiled.update import apply_updates_
 
 __all__ = ["BACKENDS_TIMED", "KernelTime", "kernel_times"]
 
@@ -79,12 +79,11 @@ def _calls(size: int) -> list[tuple[Kernel[..., Any], tuple[Any, ...]]]:
     units, features = torch.ones(size), torch.ones(size)
     rate, keep = torch.tensor(1e-6), torch.tensor(1.0)
     return [
-        (all_finite, (g,)),
+        (within, ([g], [GREATEST])),
         (column_square_sum, (g,)),
         (bfloat16_gemm_, (w, g, m, units, features, rate, keep)),
-        (scaled_update_, (w, g, units, features, rate, keep)),
+        (apply_updates_, ([w], [g], [None], [units], [features], [1e-6], [1.0])),
         (row_normalized_update_, (w, m, g, 0.95, True, rate, keep, 1e-12)),
         (two_sided_fit, (g, 5)),
         (two_sided_scales_, (g, units.clone(), features.clone(), 5, 0.1, 1.0)),
-        (two_sided_update_, (w, g, units, features, rate, keep)),
     ]

@@ -1,15 +1,16 @@
 """Kernels: functions of tensors, without state, module or parameter.
 
-Each has one eager definition, its specification; :func:`use_backend` chooses how it runs.
+Each has one eager definition, its specification; :func:`use_backend` chooses how it runs. Those of
+``moments``, ``update`` and ``finite`` take lists of tensors: a single layer is a list of one.
 
 =================================  ================================================
 ``reductions``                     sums of squares of columns and channels
-``scaling``                        second moments to scale factors, moving averages
-``update``                         the optimizer's pass over a weight
+``moments``                        second moments moved, and the scale factors they give
+``update``                         the optimizer's pass over weights
 ``agc``                            row-wise clipping of an update
 ``gemm``                           the update as one matrix product (no gradient)
 ``signals``                        D or H observed and scaled at once
-``together``                       several layers in one native call
+``finite``                         the look for bad numbers
 ``correlation``                    rho, the factorisation's faithfulness
 ``unit_blocks``                    small blocks of units turned and rooted
 =================================  ================================================
@@ -26,15 +27,17 @@ from neurms.compiled.backends import (
     validate_backend,
 )
 from neurms.compiled.correlation import correlation_from_sums, correlation_sums
+from neurms.compiled.finite import within
 from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
+from neurms.compiled.moments import ema_, moment_factors, move_moments
 from neurms.compiled.native import warm_up
 from neurms.compiled.reductions import channel_square_sum, column_square_sum
-from neurms.compiled.scaling import ema_, relative_scale_factors, scale_factors
-from neurms.compiled.update import scale_gradient_, scaled_momentum_update_, scaled_update_
+from neurms.compiled.update import apply_updates_, scale_gradients_
 
 __all__ = [
     "BACKENDS",
     "Kernel",
+    "apply_updates_",
     "bfloat16_gemm_",
     "channel_square_sum",
     "column_square_sum",
@@ -44,14 +47,13 @@ __all__ = [
     "current_backend",
     "ema_",
     "kernel",
-    "relative_scale_factors",
+    "moment_factors",
+    "move_moments",
     "row_clip_",
-    "scale_factors",
-    "scale_gradient_",
-    "scaled_momentum_update_",
-    "scaled_update_",
+    "scale_gradients_",
     "update_gemm_",
     "use_backend",
     "validate_backend",
     "warm_up",
+    "within",
 ]

@@ -26,6 +26,7 @@ def operator(
     run: Callable[..., Any],
     mutates: tuple[str, ...],
     returns: str | None,
+    name: str | None = None,
 ) -> Callable[..., Any] | None:
     """Register a kernel and return the operator, called as the kernel is.
 
@@ -34,6 +35,7 @@ def operator(
         run: What the operator does.
         mutates: Names of the arguments that are written into.
         returns: Name of the argument that the kernel returns, None for a fresh result.
+        name: The operator's, None for the definition's.
 
     Returns:
         None for what a graph cannot hold: a kernel whose result is no tensor.
@@ -51,10 +53,10 @@ def operator(
     def shapes(*args: Any) -> Any:
         return None if returns else definition(*args)
 
-    name = f"neurms::{definition.__name__}"
-    made = torch.library.custom_op(name, apply, mutates_args=mutates, schema=schema)
+    name = name or definition.__name__
+    made = torch.library.custom_op(f"neurms::{name}", apply, mutates_args=mutates, schema=schema)
     made.register_fake(shapes)
-    call = getattr(torch.ops.neurms, definition.__name__).default
+    call = getattr(torch.ops.neurms, name).default
     if not returns:
         return call  # type: ignore[no-any-return]
     place = list(inspect.signature(definition).parameters).index(returns)

@@ -157,12 +157,12 @@ class Kernel(Generic[P, R]):
         if backend == PROMPT and self._native is not None:
             return self._prompt(self._native, self._fits)
         if backend == "auto" and self._native is not None:
-            return _without_grad(self._positional(self._chosen))
+            return without_grad(self._positional(self._chosen))
         if backend == "torchscript":
-            return _without_grad(script(self.eager))
+            return without_grad(self._positional(_boxed(script(self.eager), self.eager)))
         if backend == "inductor" and self._compiles:
-            return _without_grad(self._positional(self._inductor))
-        return _without_grad(self.eager)
+            return without_grad(self._positional(_boxed(self._inductor, self.eager)))
+        return without_grad(self.eager)
 
     def keep_eager_on_inductor(self) -> None:
         """Run the eager definition on ``inductor``, for one that TorchInductor cannot compile."""
@@ -205,7 +205,7 @@ class Kernel(Generic[P, R]):
 
     def _prompt(self, native: Callable[..., R], fits: Callable[..., bool]) -> Callable[P, R]:
         """Return a form without layers of calls, which cost more than a small native kernel."""
-        otherwise = _without_grad(self._positional(self.eager))
+        otherwise = without_grad(self._positional(self.eager))
         parameters = inspect.signature(self.eager).parameters
         length = len(parameters)
         defaults = tuple(p.default for p in parameters.values())
@@ -246,10 +246,43 @@ class Kernel(Generic[P, R]):
 
 
 def _is_on_cpu(arg: object) -> bool:
+    if isinstance(arg, (list, tuple)):
+        return all(_is_on_cpu(item) for item in arg)
     return not isinstance(arg, torch.Tensor) or arg.device.type == "cpu"
 
 
-def _without_grad(form: Callable[P, R]) -> Callable[P, R]:
+@functools.lru_cache(maxsize=1024)
+def scalar(value: float) -> torch.Tensor:
+    """Return a 0-d float64 tensor, made once for each value; nobody may write it."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _boxed(form: Callable[..., R], definition: Callable[..., Any]) -> Callable[..., R]:
+    """Return a compiled form that takes numbers for tensors of no axes: they do not recompile."""
+    parameters = inspect.signature(definition).parameters.values()
+    tensors = ["Tensor" in str(parameter.annotation) for parameter in parameters]
+
+    def run(*args: Any) -> R:
+        pairs = zip(tensors, args, strict=True)
+        return form(*[scalar(x) if boxed and isinstance(x, float) else x for boxed, x in pairs])
+
+    return run
+
+
+def running_on(backend: str, form: Callable[P, R]) -> Callable[P, R]:
+    """Return ``form`` with the kernels that it calls on one backend."""
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = _backend.set(backend)
+        try:
+            return form(*args, **kwargs)
+        finally:
+            _backend.reset(token)
+
+    return run
+
+
+def without_grad(form: Callable[P, R]) -> Callable[P, R]:
     """Return ``form`` run under no_grad, whose context costs more than a small kernel."""
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,132 +1,74 @@
-"""Whether a tensor holds a NaN, an infinity or a number beyond a bound, in one read."""
+"""Whether tensors hold a NaN, an infinity or a number beyond a bound, in one read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from neurms.compiled.backends import current_backend, kernel
-from neurms.compiled.native import LEAST_ELEMENTS, library, reads, threads
+from neurms.compiled._tiles import accumulator
+from neurms.compiled.lists import list_kernel
+from neurms.compiled.native import addresses, are_plain, is_signal, library, numbers, threads
 
-__all__ = ["GREATEST", "all_finite", "all_within", "are_finite", "are_within"]
+__all__ = ["GREATEST", "within"]
 
 GREATEST = torch.finfo(torch.float32).max
 """The largest finite float32."""
 
 
-@kernel
-def all_finite(x: Tensor) -> bool:
-    """Return whether every element is finite.
-
-    A sum is non-finite whenever an element is, and reads at memory speed; only when it is are
-    elements looked at, since a sum of huge finite numbers may overflow.
-
-    Args:
-        x: Any shape, any floating dtype.
-
-    Returns:
-        True for an empty tensor.
-
-    Example:
-        >>> import torch
-        >>> all_finite(torch.tensor([1.0, float("inf")]))
-        False
-    """
-    total = x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if bool(torch.isfinite(total)):
-        return True
-    return bool(torch.isfinite(x).all())
-
-
-def _is_large(x: Tensor) -> bool:
-    return x.numel() >= LEAST_ELEMENTS and reads(x)
-
-
-@all_finite.native(_is_large, fits=reads)
-def _all_finite(x: Tensor) -> bool:
-    return _within(x, GREATEST)
-
-
-def _within(x: Tensor, bound: float) -> bool:
-    kernels = library()
-    assert kernels is not None
-    rounded = x.dtype is torch.bfloat16
-    return bool(kernels.neurms_all_within(x.data_ptr(), rounded, x.numel(), bound, threads()))
-
-
-@kernel
-def all_within(x: Tensor, bound: float) -> bool:
-    """Return whether no element's magnitude exceeds a bound.
+@list_kernel
+def within(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
+    """Return whether no magnitude in any of several tensors exceeds that tensor's bound.
 
     The Euclidean norm is no less than any magnitude, and reads at memory speed; only where it
-    exceeds the bound are elements looked at.
-
-    Args:
-        x: Any shape, any floating dtype.
-        bound: At least 1e-15, whose square does not underflow; compared in float32, in float64 with
-            a float64 ``x``.
-
-    Returns:
-        False where there is a NaN; True for an empty tensor.
-
-    Example:
-        >>> import torch
-        >>> all_within(torch.tensor([1.0, -3.0]), 2.0)
-        False
-    """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if bool(torch.linalg.vector_norm(x, 2.0, None, False, dtype=dtype) <= bound):
-        return True
-    return bool((x.to(dtype).abs() <= bound).all())
-
-
-@all_within.native(
-    lambda x, bound: bound <= GREATEST and _is_large(x),
-    fits=lambda x, bound: bound <= GREATEST and reads(x),
-)
-def _all_within(x: Tensor, bound: float) -> bool:
-    return _within(x, bound)
-
-
-def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Return whether every element of several CPU tensors is finite, small ones in one call.
+    exceeds the bound are elements looked at. An accelerator is waited for once, twice if need be.
 
     Args:
         tensors: Any shapes, any floating dtypes.
-
-    Returns:
-        True without tensors.
-    """
-    return _small_together(tensors, all_finite.on(_kind()))
-
-
-def are_within(tensors: Sequence[Tensor], bound: float) -> bool:
-    """Return whether no magnitude in several CPU tensors exceeds a bound, as :func:`are_finite`.
-
-    Args:
-        tensors: Any shapes, any floating dtypes.
-        bound: At least 1e-15.
+        bounds: At least 1e-15 each, whose square does not underflow; compared in float32, in
+            float64 with a float64 tensor. ``torch.finfo(dtype).max`` asks for finite numbers.
 
     Returns:
         False where there is a NaN; True without tensors.
+
+    Example:
+        >>> import torch
+        >>> within([torch.tensor([1.0]), torch.tensor([-3.0, 2.0])], [2.0, 2.0])
+        False
     """
-    look = all_within.on(_kind())
-    return _small_together(tensors, lambda tensor: look(tensor, bound))
+    norms = [torch.linalg.vector_norm(x, dtype=accumulator(x.dtype)) for x in tensors]
+    looks = [norm <= bound for norm, bound in zip(norms, bounds, strict=True)]
+    if _all_true(looks):
+        return True
+    each = zip(tensors, bounds, strict=True)
+    return _all_true([(x.to(accumulator(x.dtype)).abs() <= bound).all() for x, bound in each])
 
 
-def _kind() -> str:
-    # No compiled form exists: a graph cannot hold an answer that is a Python bool.
-    return "eager" if current_backend() == "eager" else "auto"
+def _all_true(looks: Sequence[Tensor]) -> bool:
+    if len(looks) < 2:
+        return not looks or bool(looks[0])
+    return bool(torch.stack([look.to(looks[0].device) for look in looks]).all())
 
 
-def _small_together(tensors: Sequence[Tensor], look: Callable[[Tensor], bool]) -> bool:
-    small: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel() >= LEAST_ELEMENTS:
-            if not look(tensor):
-                return False
-        else:
-            small.setdefault(tensor.dtype, []).append(tensor.reshape(-1))
-    return all(look(torch.cat(parts)) for parts in small.values())
+def _are_readable(tensors: Sequence[Tensor], bounds: Sequence[float]) -> list[bool]:
+    """Return which items the native form serves."""
+    if are_plain(tensors):
+        return [bound <= GREATEST for bound in bounds]
+    return [bound <= GREATEST and is_signal(x) for x, bound in zip(tensors, bounds, strict=True)]
+
+
+@within.native(_are_readable)
+def _within(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
+    kernels = library()
+    assert kernels is not None
+    return bool(
+        kernels.neurms_within(
+            len(tensors),
+            addresses(tensors),
+            numbers("i", [x.dtype is torch.bfloat16 for x in tensors]),
+            numbers("q", map(Tensor.numel, tensors)),
+            numbers("f", bounds),
+            threads(),
+        )
+    )

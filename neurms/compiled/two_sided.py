@@ -1,4 +1,4 @@
-"""The rank-one fit of a gradient's squares, and updates scaled from both sides."""
+"""The rank-one fit of a gradient's squares, and what it scales from both sides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.autograd.graph import increment_version
 from neurms.compiled.backends import kernel
 from neurms.compiled.native import is_plain, library, suits, threads
 
-__all__ = ["scaled_square_sum", "two_sided_fit", "two_sided_scales_", "two_sided_update_"]
+__all__ = ["scaled_square_sum", "two_sided_fit", "two_sided_scales_"]
 
 TOLERANCE = 5e-7
 """Relative error, of each entry of q and s, at which the native power iteration stops early.
@@ -189,62 +189,3 @@ def _scaled_square_sum(gradient: Tensor, left: Tensor, right: Tensor) -> Tensor:
         gradient.data_ptr(), *gradient.shape, left.data_ptr(), right.data_ptr(), threads()
     )
     return gradient.new_tensor(total)
-
-
-@kernel
-def two_sided_update_(
-    w: Tensor, gradient: Tensor, left: Tensor, right: Tensor, step: Tensor, decay: Tensor
-) -> Tensor:
-    """Move a weight along a gradient scaled from both sides, in place.
-
-    ``W_ij <- decay W_ij - step left_i G_ij right_j``.
-
-    Args:
-        w: The weight, shape (m, n); overwritten.
-        gradient: G, the same shape; left as it is.
-        left: Shape (m,).
-        right: Shape (n,).
-        step: 0-d tensor.
-        decay: 0-d tensor.
-
-    Returns:
-        ``w``.
-
-    Example:
-        >>> import torch
-        >>> one = torch.tensor(1.0)
-        >>> two_sided_update_(
-        ...     torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), torch.ones(2), one, one
-        ... )
-        tensor([[0., 0.]])
-    """
-    scaled = gradient * (left * step.to(left.device, left.dtype)).unsqueeze(-1) * right
-    return w.mul_(decay.to(w.device, w.dtype)).sub_(scaled)
-
-
-@two_sided_update_.native(
-    lambda w, gradient, left, right, step, decay: (
-        suits(w, gradient, left, right) or suits(w.mT, gradient.mT, left, right)
-    ),
-    mutates=("w",),
-    returns="w",
-)
-def _two_sided_update_(
-    w: Tensor, gradient: Tensor, left: Tensor, right: Tensor, step: Tensor, decay: Tensor
-) -> Tensor:
-    kernels = library()
-    assert kernels is not None
-    by_rows = w.is_contiguous()
-    first, second = (left, right) if by_rows else (right, left)
-    kernels.neurms_scaled_update(
-        w.data_ptr(),
-        gradient.data_ptr(),
-        *(w if by_rows else w.mT).shape,
-        first.data_ptr(),
-        second.data_ptr(),
-        float(step),
-        float(decay),
-        threads(),
-    )
-    increment_version(w)
-    return w

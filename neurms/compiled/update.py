@@ -1,21 +1,24 @@
-"""The optimizer's pass over a weight: scale the gradient, move the velocity, move the weight.
+"""The optimizer's pass over weights: scale the gradient, move the velocity, move the weight.
 
-Weights come as (m,), as (m, n), or as blocks (groups, units, features, taps). A unit scale s has
-one number per unit (m,), a feature scale c one per feature (n,), for blocks groups x units and
-groups x features; scales that already have the weight's number of axes broadcast as they are.
-Learning rate, decay and momentum are 0-d tensors, so that schedules do not recompile.
+Weights come as (m,), as (m, n), or as blocks (groups, units, features, taps). A unit scale has one
+number per unit (m,), a feature scale one per feature (n,), for blocks groups x units and groups x
+features; scales that already have the weight's number of axes broadcast as they are.
 
-The gradient is read, never written (except by :func:`scale_gradient_`, whose purpose it is): users
-log ``.grad`` after the step. Eager with both scales therefore needs a temporary, of one tile on a
-CPU. Weights of less than 32 bits are updated in float32 and rounded once.
+The gradient is read, never written (unless it is the weight itself): users log ``.grad`` after the
+step. Eager with both scales therefore needs a temporary, of one tile on a CPU. Weights of less than
+32 bits are updated in float32 and rounded once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from neurms.compiled._operators import operator
 from neurms.compiled._tiles import (
     accumulator,
     along_features,
@@ -25,25 +28,14 @@ from neurms.compiled._tiles import (
     part,
     tile_length,
 )
-from neurms.compiled.backends import kernel
-from neurms.compiled.native import LEAST_ELEMENTS, fits, library, threads
+from neurms.compiled.backends import Kernel, kernel
+from neurms.compiled.lists import list_kernel
+from neurms.compiled.native import addresses, are_plain, library, numbers, threads
 
+__all__ = ["apply_updates_", "scale_gradients_"]
 
-def _scalar(value: Tensor, w: Tensor) -> Tensor:
-    return value.to(w.device, accumulator(w.dtype))
-
-
-def _left(s: Tensor | None, w: Tensor) -> Tensor | None:
-    return None if s is None else along_units(s, w).to(accumulator(w.dtype))
-
-
-def _right(c: Tensor | None, w: Tensor) -> Tensor | None:
-    return None if c is None else along_features(c, w).to(accumulator(w.dtype))
-
-
-def _step_scale(s: Tensor | None, lr: Tensor, w: Tensor) -> Tensor:
-    step = -_scalar(lr, w)
-    return step if s is None else s * step
+Item = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""A weight, its gradient, velocity, unit scale and feature scale."""
 
 
 def _product(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -53,14 +45,31 @@ def _product(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 
 
 def _accumulate_(
-    target: Tensor, x: Tensor, left: Tensor | None, right: Tensor | None, decay: Tensor | None
+    target: Tensor,
+    x: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    step: Tensor | None,
+    decay: Tensor | None,
+    overwrite: bool,
 ) -> None:
-    """``target <- decay target + left x right`` on one tile, scales already broadcastable."""
+    """``target <- decay target + step left x right``, without its first term to ``overwrite``."""
     wide = accumulator(target.dtype)
-    if target.dtype != wide or x.dtype != wide:
-        moved = _product(x.to(wide), left, right)
+    narrow = target.dtype != wide or x.dtype != wide
+    x = x.to(wide)
+    if step is not None:
+        if left is not None:
+            left = left * step
+        elif right is not None:
+            right = right * step
+        else:
+            x = x * step
+    if overwrite:
+        target.copy_(_product(x, left, right))
+        return
+    if narrow:
         kept = target.to(wide) if decay is None else target.to(wide) * decay
-        target.copy_(kept + moved)
+        target.copy_(kept + _product(x, left, right))
         return
     if decay is not None:
         target.mul_(decay)
@@ -75,252 +84,186 @@ def _accumulate_(
         target.add_(x)
 
 
-def _tile_axis(w: Tensor) -> int:
-    return 1 if w.dim() == 4 and w.size(1) > w.size(0) else 0
-
-
-@kernel
-def scaled_update_(
+def _move_tile(
     w: Tensor,
     g: Tensor,
+    velocity: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    rate: Tensor,
+    decay: Tensor | None,
+    momentum: Tensor,
+    fresh: Tensor | None,
+    scale_gradient: bool,
+    scale_velocity: bool,
+    overwrite: bool,
+    measure: bool,
+) -> Tensor:
+    """Do what :func:`apply_updates_` says, on one tile, with scales that broadcast already."""
+    moved = g
+    if velocity is not None:
+        into_left = left if scale_gradient else None
+        into_right = right if scale_gradient else None
+        _accumulate_(velocity, g, into_left, into_right, fresh, momentum, False)
+        moved = velocity
+        left = left if scale_velocity else None
+        right = right if scale_velocity else None
+    total = torch.zeros(0, dtype=torch.float64, device=w.device)
+    if measure:
+        moved, left, right = _product(moved.to(accumulator(w.dtype)), left, right), None, None
+        total = moved.to(torch.float64).square().sum()
+    _accumulate_(w, moved, left, right, -rate, decay, overwrite)
+    return total
+
+
+def _moved(
+    w: Tensor,
+    g: Tensor,
+    velocity: Tensor | None,
     s: Tensor | None,
     c: Tensor | None,
-    lr: Tensor,
-    decay: Tensor | None = None,
+    rate: Tensor,
+    decay: Tensor | None,
+    momentum: Tensor,
+    fresh: Tensor | None,
+    scale_gradient: bool,
+    scale_velocity: bool,
+    overwrite: bool,
+    measure: bool,
 ) -> Tensor:
-    """Descend along the scaled gradient, in place: one read of g, one read and write of w.
-
-    ``W <- decay W - lr S G C`` with ``S = diag(s)``, ``C = diag(c)``.
-
-    Args:
-        w: The weight, shape (m,), (m, n) or (groups, units, features, taps); overwritten.
-        g: The gradient, the same shape; left as it is.
-        s: Unit scales, shape (m,), or None for 1.
-        c: Feature scales, shape (n,), or None for 1; None for a (m,) weight.
-        lr: 0-d tensor.
-        decay: 0-d tensor, ``1 - lr * weight_decay``, or None for 1 (saves a pass over w).
-
-    Returns:
-        ``w``.
-
-    Raises:
-        ValueError: If shapes do not fit; nothing is changed then.
-
-    Reference:
-        NeuRMS, variants U (c None) and F. Without scales this is ``torch.optim.SGD``.
-
-    Example:
-        >>> import torch
-        >>> w, g = torch.ones(2, 2), torch.ones(2, 2)
-        >>> scaled_update_(w, g, torch.tensor([1.0, 2.0]), None, torch.tensor(0.25))
-        tensor([[0.7500, 0.7500],
-                [0.5000, 0.5000]])
-    """
-    check_same_shape("g", g, w)
-    left = _step_scale(_left(s, w), lr, w)
-    right = _right(c, w)
-    keep = None if decay is None else _scalar(decay, w)
+    wide = accumulator(w.dtype)
+    left = None if s is None else along_units(s, w).to(wide)
+    right = None if c is None else along_features(c, w).to(wide)
+    flags = (scale_gradient, scale_velocity, overwrite, measure)
     if not is_tiled(w):
-        _accumulate_(w, g, left, right, keep)
-        return w
-    axis = _tile_axis(w)
+        return _move_tile(w, g, velocity, left, right, rate, decay, momentum, fresh, *flags)
+    axis = 1 if w.dim() == 4 and w.size(1) > w.size(0) else 0
     length = tile_length(w, axis)
+    totals: list[Tensor] = []
     for start in range(0, w.size(axis), length):
         rows = min(length, w.size(axis) - start)
-        _accumulate_(
+        total = _move_tile(
             w.narrow(axis, start, rows),
             g.narrow(axis, start, rows),
+            part(velocity, axis, start, rows),
             part(left, axis, start, rows),
             part(right, axis, start, rows),
-            keep,
+            rate,
+            decay,
+            momentum,
+            fresh,
+            *flags,
         )
-    return w
+        totals.append(total)
+    return torch.stack(totals).sum(0)
 
 
-def _is_matrix(
-    w: Tensor, g: Tensor, s: Tensor | None, c: Tensor | None, lr: Tensor, decay: Tensor | None
-) -> bool:
-    """Return whether the native step takes this call: a matrix with one factor a row or column."""
-    return w.numel() >= LEAST_ELEMENTS and _is_any_matrix(w, g, s, c, lr, decay)
+# Numbers that change from step to step go as they are; compiled forms get them as 0-d tensors.
+_move: Kernel[..., Any] = kernel(_moved)
 
 
-def _is_any_matrix(
-    w: Tensor, g: Tensor, s: Tensor | None, c: Tensor | None, lr: Tensor, decay: Tensor | None
-) -> bool:
-    if w.dim() != 2 or g.shape != w.shape or not fits(w, g, s, c):
-        return False
-    units = s is None or s.shape == w.shape[:1]
-    return units and (c is None or c.shape == w.shape[1:])
-
-
-@scaled_update_.native(_is_matrix, mutates=("w",), returns="w", fits=_is_any_matrix)
-def _scaled_step_(
-    w: Tensor, g: Tensor, s: Tensor | None, c: Tensor | None, lr: Tensor, decay: Tensor | None
-) -> Tensor:
-    kernels = library()
-    assert kernels is not None
-    kernels.neurms_scaled_step(
-        w.data_ptr(),
-        g.data_ptr(),
-        *w.shape,
-        None if s is None else s.data_ptr(),
-        None if c is None else c.data_ptr(),
-        float(lr),
-        1.0 if decay is None else float(decay),
-        threads(),
-    )
-    # Autograd must know, as of any write: a graph that is kept has saved this weight.
-    increment_version(w)
-    return w
-
-
-@kernel
-def scaled_momentum_update_(
-    w: Tensor,
-    velocity: Tensor,
-    g: Tensor,
-    s: Tensor | None,
-    c: Tensor | None,
-    lr: Tensor,
-    momentum: Tensor,
-    decay: Tensor | None = None,
+@list_kernel
+def apply_updates_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    velocities: Sequence[Tensor | None],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+    rates: Sequence[float | Tensor],
+    decays: Sequence[float],
+    momentum: float = 0.0,
+    fresh: float = 1.0,
+    scale_gradient: bool = True,
     scale_velocity: bool = False,
-) -> Tensor:
-    """Heavy-ball descent along the scaled gradient, in place.
+    measure: bool = False,
+) -> Tensor | None:
+    """Descend along scaled gradients, in place: one read of G, one read and write of W.
 
-    ``V <- momentum V + S G C``; then ``W <- decay W - lr V``, or with ``scale_velocity``
-    ``W <- decay W - lr S V C``.
+    Without a velocity ``W <- decay W - rate L G R`` with ``L = diag(left)``, ``R = diag(right)``.
+    With one, ``V <- momentum V + fresh L G R``, or ``fresh G`` unless ``scale_gradient``; then
+    ``W <- decay W - rate V``, or with ``scale_velocity`` ``- rate L V R``.
 
     Args:
-        w: The weight, shape (m,), (m, n) or (groups, units, features, taps); overwritten.
-        velocity: The same shape, zeros before the first step; overwritten.
-        g: The gradient, the same shape; left as it is.
-        s: Unit scales, shape (m,), or None for 1.
-        c: Feature scales, shape (n,), or None for 1; None for a (m,) weight.
-        lr: 0-d tensor.
-        momentum: 0-d tensor.
-        decay: 0-d tensor, ``1 - lr * weight_decay``, or None for 1 (saves a pass over w).
-        scale_velocity: Apply the scales to the velocity as well.
+        weights: Shapes (m,), (m, n) or (groups, units, features, taps); overwritten. With a decay
+            of 0 a weight is not read, and may be its own gradient.
+        gradients: The same shapes; left as they are.
+        velocities: The same shapes, zeros before the first step; overwritten. None for none.
+        lefts: Unit scales, shape (m,), or None for 1.
+        rights: Feature scales, shape (n,), or None for 1; None for (m,) weights.
+        rates: Learning rates; numbers, or 0-d tensors, which are not waited for.
+        decays: ``1 - lr * weight_decay`` of each; 1 saves the eager form a pass over W.
+        momentum: What is kept of velocities.
+        fresh: Weight of the gradient in the velocity.
+        scale_gradient: Whether scales apply on the way into the velocity.
+        scale_velocity: Whether they apply on the way out of it.
+        measure: Whether sums of squares are asked for.
 
     Returns:
-        ``w``.
+        With ``measure`` the sums of squares of what each weight moved by but for its rate, so of L
+        G R or of the velocity's term, shape (count,), float64; else None.
 
     Raises:
         ValueError: If shapes do not fit; nothing is changed then.
 
     Reference:
-        NeuRMS, momentum coupling. Without scales this is ``torch.optim.SGD(momentum=...)``.
+        NeuRMS, variants U (no right) and F, momentum coupling; Structured-Fisher paper, Algorithm
+        1. Without scales this is ``torch.optim.SGD``.
 
     Example:
         >>> import torch
-        >>> w, v, g = torch.ones(1, 2), torch.zeros(1, 2), torch.ones(1, 2)
-        >>> s = torch.tensor([2.0])
-        >>> scaled_momentum_update_(w, v, g, s, None, torch.tensor(0.25), torch.tensor(0.5))
-        tensor([[0.5000, 0.5000]])
-        >>> v
-        tensor([[2., 2.]])
+        >>> w, b, s = torch.ones(2, 2), torch.ones(2), torch.tensor([1.0, 2.0])
+        >>> gradients = [w.clone(), b.clone()]
+        >>> apply_updates_([w, b], gradients, [None] * 2, [s, s], [None] * 2, [0.25] * 2, [1.0] * 2)
+        >>> w, b
+        (tensor([[0.7500, 0.7500],
+                [0.5000, 0.5000]]), tensor([0.7500, 0.5000]))
     """
-    check_same_shape("velocity", velocity, w)
-    check_same_shape("g", g, w)
-    left = _left(s, w)
-    right = _right(c, w)
-    step = _step_scale(left if scale_velocity else None, lr, w)
-    step_right = right if scale_velocity else None
-    mu = _scalar(momentum, velocity)
-    keep = None if decay is None else _scalar(decay, w)
-    if not is_tiled(w):
-        _accumulate_(velocity, g, left, right, mu)
-        _accumulate_(w, velocity, step, step_right, keep)
-        return w
-    axis = _tile_axis(w)
-    length = tile_length(w, axis)
-    for start in range(0, w.size(axis), length):
-        rows = min(length, w.size(axis) - start)
-        v_rows = velocity.narrow(axis, start, rows)
-        left_rows = part(left, axis, start, rows)
-        right_rows = part(right, axis, start, rows)
-        _accumulate_(v_rows, g.narrow(axis, start, rows), left_rows, right_rows, mu)
-        _accumulate_(
-            w.narrow(axis, start, rows),
-            v_rows,
-            part(step, axis, start, rows),
-            part(step_right, axis, start, rows),
-            keep,
+    _check(weights, gradients, velocities, lefts, rights)
+    flags = (scale_gradient, scale_velocity)
+    items = zip(weights, gradients, velocities, lefts, rights, rates, decays, strict=True)
+    sums = [
+        _move(
+            *(w, g, v, left, right, rate),
+            None if decay in (0.0, 1.0) else decay,
+            momentum,
+            None if fresh == 1.0 else fresh,
+            *flags,
+            decay == 0.0,
+            measure,
         )
-    return w
+        for w, g, v, left, right, rate, decay in items
+    ]
+    if not measure:
+        return None
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
 
-def _is_heavy_ball(
-    w: Tensor,
-    velocity: Tensor,
-    g: Tensor,
-    s: Tensor | None,
-    c: Tensor | None,
-    lr: Tensor,
-    momentum: Tensor,
-    decay: Tensor | None,
-    scale_velocity: bool,
-) -> bool:
-    return w.numel() >= LEAST_ELEMENTS and _is_any_heavy_ball(w, velocity, g, s, c, lr)
+def _check(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    velocities: Sequence[Tensor | None],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+) -> None:
+    for w, g, v, s, c in zip(weights, gradients, velocities, lefts, rights, strict=True):
+        check_same_shape("gradient", g, w)
+        if v is not None:
+            check_same_shape("velocity", v, w)
+        if s is not None:
+            along_units(s, w)
+        if c is not None:
+            along_features(c, w)
 
 
-def _is_any_heavy_ball(
-    w: Tensor,
-    velocity: Tensor,
-    g: Tensor,
-    s: Tensor | None,
-    c: Tensor | None,
-    lr: Tensor,
-    *rest: object,
-) -> bool:
-    shaped = velocity.shape == w.shape and fits(velocity)
-    return shaped and _is_any_matrix(w, g, s, c, lr, None)
-
-
-@scaled_momentum_update_.native(
-    _is_heavy_ball, mutates=("w", "velocity"), returns="w", fits=_is_any_heavy_ball
-)
-def _scaled_momentum_step_(
-    w: Tensor,
-    velocity: Tensor,
-    g: Tensor,
-    s: Tensor | None,
-    c: Tensor | None,
-    lr: Tensor,
-    momentum: Tensor,
-    decay: Tensor | None,
-    scale_velocity: bool,
-) -> Tensor:
-    kernels = library()
-    assert kernels is not None
-    kernels.neurms_scaled_momentum_step(
-        w.data_ptr(),
-        velocity.data_ptr(),
-        g.data_ptr(),
-        *w.shape,
-        None if s is None else s.data_ptr(),
-        None if c is None else c.data_ptr(),
-        float(lr),
-        float(momentum),
-        1.0 if decay is None else float(decay),
-        scale_velocity,
-        threads(),
-    )
-    increment_version((w, velocity))
-    return w
-
-
-@kernel
-def scale_gradient_(g: Tensor, s: Tensor | None, c: Tensor | None) -> Tensor:
-    """Scale a gradient in place: ``G <- S G C``.
+def scale_gradients_(
+    gradients: Sequence[Tensor], lefts: Sequence[Tensor | None], rights: Sequence[Tensor | None]
+) -> None:
+    """Scale gradients in place: ``G <- L G R``.
 
     Args:
-        g: Shape (m,), (m, n) or (groups, units, features, taps); overwritten.
-        s: Unit scales, shape (m,), or None for 1.
-        c: Feature scales, shape (n,), or None for 1; None for a (m,) gradient.
-
-    Returns:
-        ``g``.
+        gradients: Shapes (m,), (m, n) or (groups, units, features, taps); overwritten.
+        lefts: Unit scales, shape (m,), or None for 1.
+        rights: Feature scales, shape (n,), or None for 1; None for (m,) gradients.
 
     Raises:
         ValueError: If shapes do not fit; nothing is changed then.
@@ -330,34 +273,169 @@ def scale_gradient_(g: Tensor, s: Tensor | None, c: Tensor | None) -> Tensor:
 
     Example:
         >>> import torch
-        >>> scale_gradient_(torch.ones(2, 2), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]))
+        >>> g = torch.ones(2, 2)
+        >>> scale_gradients_([g], [torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 3.0])])
+        >>> g
         tensor([[1., 3.],
                 [2., 6.]])
     """
-    left = _left(s, g)
-    right = _right(c, g)
-    if left is None and right is None:
-        return g
-    if not is_tiled(g):
-        _scale_(g, left, right)
-        return g
-    axis = _tile_axis(g)
-    length = tile_length(g, axis)
-    for start in range(0, g.size(axis), length):
-        rows = min(length, g.size(axis) - start)
-        _scale_(
-            g.narrow(axis, start, rows),
-            part(left, axis, start, rows),
-            part(right, axis, start, rows),
+    count = len(gradients)
+    velocities = [None] * count
+    apply_updates_(gradients, gradients, velocities, lefts, rights, [-1.0] * count, [0.0] * count)
+
+
+# ------------------------------------------------------------- native
+
+
+def _fit(items: Sequence[Item]) -> list[bool]:
+    """Return which items have shapes that the native form serves as they are."""
+    return [
+        0 < w.ndim < 3
+        and g.shape == w.shape
+        and (v is None or v.shape == w.shape)
+        and (left is None or left.shape == w.shape[:1])
+        and (right is None or (w.ndim == 2 and right.shape == w.shape[1:]))
+        for w, g, v, left, right in items
+    ]
+
+
+def _as_rows(item: Item) -> Item | None:
+    """Return an item as matrices stored by rows, or as vectors; None where it cannot be one."""
+    w, g, velocity, left, right = item
+    if w.ndim == 2 and not w.is_contiguous():
+        v = None if velocity is None else velocity.mT
+        item = w.mT, g.mT, v, right, left
+    elif w.ndim == 4 and w.numel():
+        groups, units, _, taps = w.shape
+        blocks = [x for x in (w, g, velocity) if x is not None]
+        if (right is not None and groups > 1) or not are_plain(blocks):
+            return None
+        if any(x.shape != w.shape for x in blocks):
+            return None
+        shape = groups * units, -1
+        left = None if left is None else left.reshape(-1)
+        right = None if right is None else right.reshape(-1).repeat_interleave(taps)
+        v = None if velocity is None else velocity.view(shape)
+        item = w.view(shape), g.view(shape), v, left, right
+    return item if are_plain([x for x in item if x is not None]) and _fit([item])[0] else None
+
+
+def _have_rows(*columns: Sequence[Any]) -> list[bool]:
+    """Return which items the native form serves; plain ones are seen without a call for each."""
+    items: list[Item] = list(zip(*columns[:5], strict=True))
+    plain = are_plain([x for item in items for x in item if x is not None])
+    fit = _fit(items) if plain else [False] * len(items)
+    return [good or _as_rows(item) is not None for good, item in zip(fit, items, strict=True)]
+
+
+def _apply_natively(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    velocities: Sequence[Tensor | None],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+    rates: Sequence[float | Tensor],
+    decays: Sequence[float],
+    momentum: float,
+    fresh: float,
+    scale_gradient: bool,
+    scale_velocity: bool,
+    measure: bool,
+) -> Tensor | None:
+    kernels = library()
+    assert kernels is not None
+    items: Any = zip(weights, gradients, velocities, lefts, rights, strict=True)
+    stored = map(Tensor.is_contiguous, weights)
+    items = [
+        item if by_rows and item[0].ndim < 3 else _as_rows(item)
+        for by_rows, item in zip(stored, items, strict=True)
+    ]
+    # A vector is one row, whose elements have factors of their own.
+    items = [
+        (w, g, v, left, right) if w.ndim == 2 else (w, g, v, None, left)
+        for w, g, v, left, right in items
+    ]
+    w, g, v, left, right = zip(*items, strict=True)
+    measured = torch.empty(len(w), dtype=torch.float64) if measure else None
+    kernels.neurms_apply_updates(
+        len(w),
+        *map(addresses, (w, g, v)),
+        numbers("q", [x.shape[0] if x.ndim == 2 else 1 for x in w]),
+        numbers("q", [x.shape[-1] for x in w]),
+        *map(addresses, (left, right)),
+        numbers("f", rates),
+        numbers("f", decays),
+        momentum,
+        fresh,
+        scale_gradient,
+        scale_velocity,
+        None if measured is None else measured.data_ptr(),
+        threads(),
+    )
+    # Autograd must know, as of any write: a graph that is kept has saved these weights.
+    increment_version([*weights, *[x for x in velocities if x is not None]])
+    return measured
+
+
+# ------------------------------------------------------------- in graphs
+
+
+def _result(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    velocities: Sequence[Tensor],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+    rates: Sequence[float],
+    decays: Sequence[float],
+    momentum: float,
+    fresh: float,
+    scale_gradient: bool,
+    scale_velocity: bool,
+    measure: bool,
+) -> Tensor:
+    """Return what the operator does, uninitialised: a graph knows neither ``Tensor?`` results..."""
+    return weights[0].new_empty(len(weights) if measure else 0, dtype=torch.float64)
+
+
+def _run(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    velocities: Sequence[Tensor],
+    *rest: Any,
+) -> Tensor:
+    """...nor lists of ``Tensor?`` that are written into, for which empty ones stand."""
+    there = [v if v.shape == w.shape else None for v, w in zip(velocities, weights, strict=True)]
+    sums = apply_updates_.on("auto")(weights, gradients, there, *rest)
+    return _result(weights, gradients, velocities, *rest) if sums is None else sums
+
+
+_operator = operator(_result, _run, ("weights", "velocities"), None, "apply_updates_")
+
+
+def _in_graph(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    velocities: Sequence[Tensor | None],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+    rates: Sequence[float | Tensor],
+    decays: Sequence[float],
+    momentum: float = 0.0,
+    fresh: float = 1.0,
+    scale_gradient: bool = True,
+    scale_velocity: bool = False,
+    measure: bool = False,
+) -> Tensor | None:
+    flags = (momentum, fresh, scale_gradient, scale_velocity, measure)
+    traced = any(isinstance(rate, Tensor) for rate in rates) or not weights
+    if traced or _operator is None:
+        return apply_updates_.eager(
+            weights, gradients, velocities, lefts, rights, rates, decays, *flags
         )
-    return g
+    there = [w.new_empty(0, 0, 0) if v is None else v for v, w in zip(velocities, weights)]  # noqa: B905
+    sums: Tensor = _operator(weights, gradients, there, lefts, rights, rates, decays, *flags)
+    return sums if measure else None
 
 
-def _scale_(g: Tensor, left: Tensor | None, right: Tensor | None) -> None:
-    if g.dtype != accumulator(g.dtype):
-        g.copy_(_product(g.to(torch.float32), left, right))
-        return
-    if right is not None:
-        g.mul_(right)
-    if left is not None:
-        g.mul_(left)
+apply_updates_.native(_have_rows, _in_graph)(_apply_natively)

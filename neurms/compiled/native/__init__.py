@@ -8,9 +8,12 @@ uninterrupted one would.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
+from array import array
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +23,15 @@ from neurms.compiled.native.build import CACHE_VARIABLE, compiler, library, warm
 __all__ = [
     "CACHE_VARIABLE",
     "LEAST_ELEMENTS",
+    "addresses",
+    "are_plain",
     "bfloat16_engine",
     "compiler",
     "fits",
     "is_plain",
+    "is_signal",
     "library",
-    "pointer",
+    "numbers",
     "reads",
     "suits",
     "threads",
@@ -38,10 +44,7 @@ LEAST_ELEMENTS = 1 << 15
 
 def fits(*operands: Tensor | None) -> bool:
     """Return whether native kernels can read these operands, however small; builds the library."""
-    for operand in operands:
-        if operand is not None and not is_plain(operand):
-            return False
-    return library() is not None
+    return are_plain([x for x in operands if x is not None]) and library() is not None
 
 
 def suits(matrix: Tensor, *others: Tensor | None) -> bool:
@@ -54,13 +57,15 @@ def suits(matrix: Tensor, *others: Tensor | None) -> bool:
     return matrix.numel() >= LEAST_ELEMENTS and fits(matrix, *others)
 
 
+def is_signal(tensor: Tensor) -> bool:
+    """Return whether a tensor is plain, or would be in float32 and is bfloat16."""
+    stored = tensor.dtype is torch.bfloat16 and tensor.is_cpu and tensor.is_contiguous()
+    return is_plain(tensor) or (stored and type(tensor) in _PLAIN)
+
+
 def reads(*signals: Tensor) -> bool:
-    """Return whether native kernels can read these signals: as :func:`fits`, or bfloat16."""
-    for signal in signals:
-        stored = signal.dtype is torch.bfloat16 and signal.is_cpu and signal.is_contiguous()
-        if not (is_plain(signal) or (stored and type(signal) in _PLAIN)):
-            return False
-    return library() is not None
+    """Return whether native kernels can read these signals; builds the library."""
+    return all(map(is_signal, signals)) and library() is not None
 
 
 @functools.cache
@@ -70,9 +75,17 @@ def bfloat16_engine() -> int:
     return 0 if kernels is None else int(kernels.neurms_bf16_engine())
 
 
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    """Return where a tensor's elements begin."""
-    return ctypes.c_void_p(tensor.data_ptr())
+_NOTHING = torch.empty(0)
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> bytes:
+    """Return where the elements of several tensors begin, as an array of C; null for None."""
+    return numbers("Q", map(Tensor.data_ptr, [_NOTHING if x is None else x for x in tensors]))
+
+
+def numbers(kind: str, values: Iterable[Any]) -> bytes:
+    """Return numbers as an array of C; ``kind`` is a type code of :mod:`array`."""
+    return array(kind, values).tobytes()
 
 
 def threads() -> int:
@@ -96,7 +109,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_FLOAT = frozenset((torch.float32,))
+_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -106,4 +121,14 @@ def is_plain(tensor: Tensor) -> bool:
         and tensor.dtype is torch.float32
         and tensor.is_cpu
         and tensor.is_contiguous()
+    )
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all tensors are plain, in as many calls for ten as for one."""
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and _FLOAT.issuperset(map(_dtype, tensors))
+        and all(map(_is_cpu, tensors))
+        and all(map(Tensor.is_contiguous, tensors))
     )

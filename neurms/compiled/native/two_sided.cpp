@@ -291,17 +291,4 @@ double neurms_scaled_square_sum(const float* g, int64_t m, int64_t n, const floa
   return square_sum(g, m, n, left, right, threads);
 }
 
-// W <- decay W - step left_i g_ij right_j
-void neurms_scaled_update(float* w, const float* g, int64_t m, int64_t n, const float* left, const float* right,
-                          float step, float decay, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < m; ++i) {
-    const float l = left[i] * step;
-    float* wi = w + i * n;
-    const float* gi = g + i * n;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) wi[j] = decay * wi[j] - l * gi[j] * right[j];
-  }
-}
-
 }  // extern "C"

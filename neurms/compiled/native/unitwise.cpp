@@ -1,6 +1,6 @@
 // NeuRMS's passes: over D and H, tall matrices whose columns are units or features, and over W. Contiguous
-// row-major float32 like the other kernels; the eager definitions in neurms/compiled/{signals,reductions,update,
-// finite}.py are the specification. Threads share the rows of D and H and read them from end to end: columns, whose sums
+// row-major float32 like the other kernels; the eager definitions in neurms/compiled/{moments,signals,
+// reductions,update,finite}.py are the specification. Threads share the rows of D and H and read them from end to end: columns, whose sums
 // would then stay with one thread, lie a page apart from row to row.
 
 #include <algorithm>
@@ -12,15 +12,17 @@
 #include <omp.h>
 
 #include "common.h"
+#include "move.h"
 
 namespace {
 
 constexpr int64_t kStrip = 1024;    // columns taken together: their sums stay in the first-level cache
 constexpr int64_t kFlush = 32;      // rows summed in float32 before they enter the float64 totals
 constexpr int64_t kAlone = 1 << 14; // elements below which one thread is faster than two
+constexpr int64_t kBlock = 8192;    // elements looked at before a thread may stop
 
 struct Moments {
-  double beta, weight, correction, eps, v_min, low, high;
+  double beta, weight, correction, eps, v_min, low, high, kappa;
 };
 
 // A bfloat16 number is the upper half of a float32's bits.
@@ -110,18 +112,44 @@ int team(int64_t rows, int64_t columns, int threads) {
   return static_cast<int>(std::min<int64_t>(threads, (rows + kFlush - 1) / kFlush));
 }
 
+// The factor of one corrected moment, before it is clipped. NaN stays NaN: std::max would hide it.
+inline double inverse_root(double moment, const Moments& m) {
+  const double root = moment / m.correction + m.eps;
+  return 1.0 / std::sqrt(root < m.v_min ? m.v_min : root);
+}
+
+inline double clip(double x, double low, double high) {
+  const double raised = x < low ? low : x;
+  return raised > high ? high : raised;
+}
+
+// Within kappa of the median, of two middle ones the lower.
+void clip_to_median(float* s, int64_t count, double kappa) {
+  if (!count) return;
+  if (std::any_of(s, s + count, [](float x) { return std::isnan(x); })) {
+    std::fill(s, s + count, std::nanf(""));
+    return;
+  }
+  std::vector<float> sorted(s, s + count);
+  const auto middle = sorted.begin() + (count - 1) / 2;
+  std::nth_element(sorted.begin(), middle, sorted.end());
+  const float low = *middle / static_cast<float>(kappa), high = *middle * static_cast<float>(kappa);
+  for (int64_t j = 0; j < count; ++j) s[j] = static_cast<float>(clip(s[j], low, high));
+}
+
+// v moved towards the weighted squares, and the factors that it then gives; of v as it is without squares. A kappa of
+// 0 clips to [low, high]; else whoever has all factors clips.
 void factors(const float* squares, const float* v, const Moments& m, int64_t width, float* blended, float* out) {
   for (int64_t j = 0; j < width; ++j) {
-    // The steps of the eager definition, whose moment is float32 too: it overflows where that does.
-    const float sample = static_cast<float>(squares[j] * m.weight);
-    const double mixed = v[j] + (1.0 - m.beta) * (static_cast<double>(sample) - v[j]);
-    blended[j] = static_cast<float>(mixed);
-    const double root = std::max(blended[j] / m.correction + m.eps, m.v_min);
-    const double scale = 1.0 / std::sqrt(root);
-    // NaN stays NaN: std::max and std::min would hide it.
-    const double low = scale < m.low ? m.low : scale;
-    const double bounded = low > m.high ? m.high : low;
-    out[j] = static_cast<float>(std::isnan(blended[j]) ? static_cast<double>(blended[j]) : bounded);
+    float moment = v[j];
+    if (squares) {
+      // The steps of the eager definition, whose moment is float32 too: it overflows where that does.
+      const float sample = static_cast<float>(squares[j] * m.weight);
+      moment = static_cast<float>(moment + (1.0 - m.beta) * (static_cast<double>(sample) - moment));
+      blended[j] = moment;
+    }
+    const double scale = inverse_root(moment, m);
+    out[j] = static_cast<float>(m.kappa ? scale : clip(scale, m.low, m.high));
   }
 }
 
@@ -133,15 +161,6 @@ uint32_t exceeds(const Number* x, int64_t count, float bound) {
 #pragma omp simd reduction(max : peak)
   for (int64_t i = 0; i < count; ++i) peak = std::max(peak, bits(x[i]) & magnitude);
   return peak > bits(bound);
-}
-
-template <typename Number>
-int all_within(const Number* x, int64_t count, float bound, int threads) {
-  uint32_t bad = 0;
-#pragma omp parallel for num_threads(count < kAlone ? 1 : threads) schedule(static) reduction(| : bad)
-  for (int64_t block = 0; block < count; block += 8192)
-    bad |= exceeds(x + block, std::min<int64_t>(8192, count - block), bound);
-  return !bad;
 }
 
 template <typename Number>
@@ -180,49 +199,45 @@ void scaled_signal(const Number* x, int64_t rows, int64_t columns, const float* 
   }
 }
 
-// The pass over weights: step, decay and momentum of those that move together.
-struct Rates {
-  float step, momentum;
-  bool coupled;  // the velocity is scaled once more on its way into the weight
-};
-
-// A weight (m x n), or a bias (m x 1). Null factors are 1; a null velocity is none.
+// A weight (m x n). Null factors are 1; a null velocity is none.
 struct Target {
   float* w;
   const float* g;
   float* velocity;
   int64_t m, n;
   const float *left, *right;
-  float decay;
+  float rate, decay;
 };
 
-template <bool kWithRight, bool kWithVelocity>
-void move_row(float* w, const float* g, float* velocity, int64_t n, float l, const float* right, float decay,
-              const Rates& r) {
-  const float back = r.coupled ? l * r.step : r.step;
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const float scaled = kWithRight ? g[j] * right[j] : g[j];
-    if (kWithVelocity) {
-      velocity[j] = r.momentum * velocity[j] + l * scaled;
-      const float again = kWithRight && r.coupled ? velocity[j] * right[j] : velocity[j];
-      w[j] = decay * w[j] - back * again;
-    } else {
-      w[j] = decay * w[j] - l * r.step * scaled;
-    }
+void move_rows(const Target& t, const Rule& rule, Range rows) {
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const Row row = rule.row(t.velocity, t.left ? t.left[i] : 1.0f, t.right, t.rate, t.decay);
+    move<false>(row, t.w + i * t.n, t.g + i * t.n, t.velocity ? t.velocity + i * t.n : nullptr, t.n);
   }
 }
 
-void move_rows(const Target& t, const Rates& r, Range rows) {
+// The same; returns the sum of squares of what these rows moved by, but for the rate.
+double move_measured_rows(const Target& t, const Rule& rule, Range rows) {
+  double total = 0.0;
   for (int64_t i = rows.begin; i < rows.end; ++i) {
-    const float l = t.left ? t.left[i] : 1.0f;
-    float *w = t.w + i * t.n, *velocity = t.velocity ? t.velocity + i * t.n : nullptr;
-    const float* g = t.g + i * t.n;
-    if (t.right && velocity) move_row<true, true>(w, g, velocity, t.n, l, t.right, t.decay, r);
-    else if (t.right) move_row<true, false>(w, g, velocity, t.n, l, t.right, t.decay, r);
-    else if (velocity) move_row<false, true>(w, g, velocity, t.n, l, t.right, t.decay, r);
-    else move_row<false, false>(w, g, velocity, t.n, l, t.right, t.decay, r);
+    const double left = t.left && (!t.velocity || rule.scale_velocity) ? t.left[i] : 1.0;
+    Row row = rule.row(t.velocity, t.left ? t.left[i] : 1.0f, t.right, t.rate, t.decay);
+    double squares = 0.0;
+    for (int64_t j = 0; j < t.n; j += kStrip) {
+      const int64_t at = i * t.n + j, width = std::min(kStrip, t.n - j);
+      squares += move<true>(row, t.w + at, t.g + at, t.velocity ? t.velocity + at : nullptr, width);
+      if (row.right_in) row.right_in += width;
+      if (row.right_out) row.right_out += width;
+    }
+    total += left * left * squares;
   }
+  return total;
+}
+
+int64_t elements(int64_t count, const int64_t* sizes) {
+  int64_t total = 0;
+  for (int64_t k = 0; k < count; ++k) total += sizes[k];
+  return total;
 }
 
 }  // namespace
@@ -231,10 +246,23 @@ extern "C" {
 
 // Arguments `x` are float32, or bfloat16 if `rounded`.
 
-// Whether no magnitude exceeds `bound`.
-int neurms_all_within(const void* x, int rounded, int64_t count, float bound, int threads) {
-  return rounded ? all_within(static_cast<const uint16_t*>(x), count, bound, threads)
-                 : all_within(static_cast<const float*>(x), count, bound, threads);
+// Whether no magnitude in several arrays exceeds the array's bound.
+int neurms_within(int64_t count, const void* const* x, const int* rounded, const int64_t* sizes, const float* bounds,
+                  int threads) {
+  uint32_t bad = 0;
+#pragma omp parallel num_threads(elements(count, sizes) < kAlone ? 1 : threads) reduction(| : bad)
+  {
+    const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+    for (int64_t k = 0; k < count && !bad; ++k) {
+      const Range own = share(sizes[k], part, parts, kLine);
+      for (int64_t block = own.begin; block < own.end; block += kBlock) {
+        const int64_t width = std::min(kBlock, own.end - block);
+        bad |= rounded[k] ? exceeds(static_cast<const uint16_t*>(x[k]) + block, width, bounds[k])
+                          : exceeds(static_cast<const float*>(x[k]) + block, width, bounds[k]);
+      }
+    }
+  }
+  return !bad;
 }
 
 // squares_j = sum_i x_ij^2
@@ -250,72 +278,50 @@ void neurms_column_square_sum(const void* x, int rounded, int64_t rows, int64_t 
 void neurms_scaled_signal(const void* x, int rounded, int64_t rows, int64_t columns, const float* v, double weight,
                           double beta, double correction, double eps, double v_min, double low, double high,
                           float* out, float* sums, float* scaled, int threads) {
-  const Moments moments{beta, weight, correction, eps, v_min, low, high};
+  const Moments moments{beta, weight, correction, eps, v_min, low, high, 0.0};
   if (rounded) scaled_signal(static_cast<const uint16_t*>(x), rows, columns, v, moments, out, sums, nullptr, threads);
   else scaled_signal(static_cast<const float*>(x), rows, columns, v, moments, out, sums, scaled, threads);
 }
 
-// v moved towards the weighted squares, and the factors that it then gives.
-void neurms_moment_factors(float* v, const float* squares, int64_t count, double weight, double beta,
-                           double correction, double eps, double v_min, double low, double high, float* s) {
-  factors(squares, v, Moments{beta, weight, correction, eps, v_min, low, high}, count, v, s);
-}
-
-// W <- decay W - step left_i g_ij right_j; a null factor is 1.
-void neurms_scaled_step(float* w, const float* g, int64_t m, int64_t n, const float* left, const float* right,
-                        float step, float decay, int threads) {
-  const Target target{w, g, nullptr, m, n, left, right, decay};
-  const Rates rates{step, 0.0f, false};
-#pragma omp parallel for num_threads(m * n < kAlone ? 1 : threads) schedule(static)
-  for (int64_t i = 0; i < m; ++i) move_rows(target, rates, {i, i + 1});
-}
-
-// V <- momentum V + left_i g_ij right_j; W <- decay W - step V, or - step left_i V_ij right_j if `coupled`.
-void neurms_scaled_momentum_step(float* w, float* velocity, const float* g, int64_t m, int64_t n, const float* left,
-                                 const float* right, float step, float momentum, float decay, int coupled,
-                                 int threads) {
-  const Target target{w, g, velocity, m, n, left, right, decay};
-  const Rates rates{step, momentum, coupled != 0};
-#pragma omp parallel for num_threads(m * n < kAlone ? 1 : threads) schedule(static)
-  for (int64_t i = 0; i < m; ++i) move_rows(target, rates, {i, i + 1});
-}
-
-// neurms_moment_factors of several layers.
-void neurms_moment_factors_each(int64_t count, float* const* v, const float* const* squares, const int64_t* sizes,
-                                const double* weights, const double* corrections, double beta, double eps,
-                                double v_min, double low, double high, float* const* s) {
-  for (int64_t k = 0; k < count; ++k)
-    factors(squares[k], v[k], Moments{beta, weights[k], corrections[k], eps, v_min, low, high}, sizes[k], v[k], s[k]);
-}
-
-// The steps above for several weights and biases, which the threads take without waiting in between. A velocity may be
-// null for all of them alike.
-void neurms_scaled_steps_each(int64_t count, float* const* w, const float* const* g, float* const* velocity,
-                              const int64_t* m, const int64_t* n, const float* const* left, const float* const* right,
-                              const float* decay, float step, float momentum, int coupled, int threads) {
-  const Rates rates{step, momentum, coupled != 0};
-#pragma omp parallel num_threads(threads)
-  {
-    const int part = omp_get_thread_num(), parts = omp_get_num_threads();
-    for (int64_t k = 0; k < count; ++k)
-      move_rows({w[k], g[k], velocity ? velocity[k] : nullptr, m[k], n[k], left[k], right[k], decay[k]}, rates,
-                share(m[k], part, parts, 1));
+// For several vectors, of `sizes`: `factors`, with their moments moved into `moved` unless squares and moved are null. A
+// kappa of 0 clips factors to [low, high], another one to within kappa of their median.
+void neurms_move_moments(int64_t count, const float* const* v, const float* const* squares, const int64_t* sizes,
+                         const double* weights, const double* corrections, double beta, double eps, double v_min,
+                         double low, double high, double kappa, float* const* moved, float* const* made) {
+  for (int64_t k = 0; k < count; ++k) {
+    const Moments moments{beta, squares ? weights[k] : 0.0, corrections[k], eps, v_min, low, high, kappa};
+    factors(squares ? squares[k] : nullptr, v[k], moments, sizes[k], moved ? moved[k] : nullptr, made[k]);
+    if (kappa) clip_to_median(made[k], sizes[k], kappa);
   }
 }
 
-// Whether no magnitude in several arrays exceeds the array's bound.
-int neurms_all_within_each(int64_t count, const float* const* x, const int64_t* sizes, const float* bounds,
-                           int threads) {
-  uint32_t bad = 0;
-#pragma omp parallel num_threads(threads) reduction(| : bad)
+// For several weights (m x n), which the threads take without waiting in between: W <- decay W - rate L G R; with a
+// velocity, V <- momentum V + fresh L G R, or fresh G unless `scale_gradient`, and W <- decay W - rate V, or - rate L V
+// R if `scale_velocity`. W may be G where its decay is 0. Unless `measured` is null it becomes the sums of squares of
+// what the weights moved by, but for the rate.
+void neurms_apply_updates(int64_t count, float* const* w, const float* const* g, float* const* velocity,
+                          const int64_t* m, const int64_t* n, const float* const* left, const float* const* right,
+                          const float* rate, const float* decay, float momentum, float fresh, int scale_gradient,
+                          int scale_velocity, double* measured, int threads) {
+  const Rule rule{momentum, fresh, scale_gradient != 0, scale_velocity != 0};
+  int64_t total = 0;
+  for (int64_t k = 0; k < count; ++k) total += m[k] * n[k];
+  const int size = total < kAlone ? 1 : threads;
+  std::vector<double> sums(measured ? size * count : 0);
+#pragma omp parallel num_threads(size)
   {
     const int part = omp_get_thread_num(), parts = omp_get_num_threads();
     for (int64_t k = 0; k < count; ++k) {
-      const Range own = share(sizes[k], part, parts, kLine);
-      bad |= exceeds(x[k] + own.begin, own.end - own.begin, bounds[k]);
+      const Target target{w[k], g[k], velocity[k], m[k], n[k], left[k], right[k], rate[k], decay[k]};
+      const Range rows = share(m[k], part, parts, 1);
+      if (measured) sums[part * count + k] = move_measured_rows(target, rule, rows);
+      else move_rows(target, rule, rows);
     }
   }
-  return !bad;
+  for (int64_t k = 0; k < count && measured; ++k) {
+    measured[k] = 0.0;
+    for (int part = 0; part < size; ++part) measured[k] += sums[part * count + k];
+  }
 }
 
 }  // extern "C"

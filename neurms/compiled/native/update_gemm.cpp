@@ -15,6 +15,7 @@
 #include <omp.h>
 
 #include "common.h"
+#include "move.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define NEURMS_BF16 1
@@ -243,8 +244,8 @@ struct Update {
   float *w, *velocity;
   int64_t m, n;
   const float *s, *c;
-  float step, decay, momentum;
-  bool coupled;  // the velocity is scaled once more on its way into the weight
+  float step, decay;
+  Rule rule;
 };
 
 // Writes sums into W at (unit, feature), 32 units of `tiles` tiles, as far as W goes. Each row in one run: rows of W
@@ -255,27 +256,15 @@ void write_run(const Update& u, const float* sums, int64_t unit, int64_t feature
     float* w = u.w + (unit + i) * u.n + feature;
     const float* own = sums + i / kSide * 2 * kWords + i % kSide * kSide;
     float* velocity = u.velocity ? u.velocity + (unit + i) * u.n + feature : nullptr;
-    const float s = u.s ? u.s[unit + i] : 1.0f;
-    const __m512 left = _mm512_set1_ps(velocity ? s : u.step * s), decay = _mm512_set1_ps(u.decay);
-    const __m512 back = _mm512_set1_ps(u.coupled ? u.step * s : u.step), kept_velocity = _mm512_set1_ps(u.momentum);
+    alignas(64) float run[kRun * kSide];
     for (int64_t j = 0; j < width; j += kSide) {
-      const __mmask16 mask = static_cast<__mmask16>(width - j < kSide ? (1u << (width - j)) - 1 : 0xffff);
-      const __m512 right = u.c ? _mm512_maskz_loadu_ps(mask, u.c + feature + j) : _mm512_set1_ps(1.0f);
-      __m512 moved = _mm512_load_ps(own + j / (2 * kSide) * 4 * kWords + j / kSide % 2 * kWords), along = left;
-      moved = _mm512_mul_ps(moved, right);
-      if (velocity) {
-        const __m512 before = _mm512_mul_ps(kept_velocity, _mm512_maskz_loadu_ps(mask, velocity + j));
-        moved = _mm512_fmadd_ps(left, moved, before);
-        _mm512_mask_storeu_ps(velocity + j, mask, moved);
-        _mm_prefetch(reinterpret_cast<const char*>(velocity + j + kRun * kSide), _MM_HINT_T1);
-        if (u.coupled) moved = _mm512_mul_ps(moved, right);
-        along = back;
-      }
-      const __m512 kept = _mm512_mul_ps(decay, _mm512_maskz_loadu_ps(mask, w + j));
-      _mm512_mask_storeu_ps(w + j, mask, _mm512_fnmadd_ps(along, moved, kept));
+      _mm512_store_ps(run + j, _mm512_load_ps(own + j / (2 * kSide) * 4 * kWords + j / kSide % 2 * kWords));
       // The next run of this row, while there is time.
       _mm_prefetch(reinterpret_cast<const char*>(w + j + kRun * kSide), _MM_HINT_T1);
+      if (velocity) _mm_prefetch(reinterpret_cast<const char*>(velocity + j + kRun * kSide), _MM_HINT_T1);
     }
+    const float* c = u.c ? u.c + feature : nullptr;
+    move<false>(u.rule.row(velocity, u.s ? u.s[unit + i] : 1.0f, c, u.step, u.decay), w, run, velocity, width);
   }
 }
 
@@ -341,7 +330,7 @@ int neurms_update_gemm(float* w, float* velocity, int64_t m, int64_t n, const vo
                        float momentum, int coupled, int engine, int threads) {
 #ifdef NEURMS_BF16
   if (engine == kNone || (engine == kTiles && best_engine() != kTiles)) return 0;
-  const Update u{w, velocity, m, n, s, c, step, decay, momentum, velocity && coupled};
+  const Update u{w, velocity, m, n, s, c, step, decay, {momentum, 1.0f, true, coupled != 0}};
   return rounded ? update(u, static_cast<const uint16_t*>(errors), static_cast<const uint16_t*>(activations), rows,
                           engine, threads)
                  : update(u, static_cast<const float*>(errors), static_cast<const float*>(activations), rows, engine,

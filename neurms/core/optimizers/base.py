@@ -190,7 +190,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return self._movers[kind]
 
     def _made_mover(self, kind: str) -> Mover:
-        return FallbackMover() if kind == FALLBACK else RecipeMover(self.recipe_of)
+        return FallbackMover() if kind == FALLBACK else RecipeMover(self._recipes.of)
 
     @staticmethod
     def fallback_lr(group: Mapping[str, Any]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from neurms.core.routing import FALLBACK, Route
 from neurms.core.unitwise.engine import Engine
 from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.moves import Move, write_moves_
-from neurms.core.unitwise.rule import UnitwiseRule
+from neurms.core.unitwise.rule import Rules, UnitwiseRule
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["UnitwiseMover", "to_fallback", "velocity_like"]
@@ -44,20 +44,20 @@ class UnitwiseMover(Mover):
     """Commits what tapped layers have seen, and moves weights and biases by their factors.
 
     Args:
-        optimizer: Holds routes and state.
+        optimizer: Holds routes and state, and this; so it had better be a weak proxy.
         engine: Holds the layers.
-        rule_of: Returns what a group's settings say.
+        rules: What groups' settings say.
     """
 
     def __init__(
         self,
         optimizer: Reroutes,
         engine: Engine,
-        rule_of: Callable[[Mapping[str, Any]], UnitwiseRule],
+        rules: Rules,
     ) -> None:
         self._optimizer = optimizer
         self._engine = engine
-        self._rule_of = rule_of
+        self._rules = rules
 
     def prepare(self, views: Sequence[View]) -> None:
         """Sum statistics over ranks; give to AdamW what no backward pass has shown."""
@@ -115,7 +115,7 @@ class UnitwiseMover(Mover):
                 self._move(part)
 
     def _move(self, parts: Sequence[tuple[View, Factors]]) -> None:
-        rule = self._rule_of(parts[0][0].group)
+        rule = self._rules.of(parts[0][0].group)
         with span("update", [view.parameter for view, _ in parts]):
             moves = [self._move_of(view, factors, rule) for view, factors in parts]
             write_moves_([move for move in moves if move.target.numel()], rule)

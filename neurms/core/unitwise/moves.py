@@ -59,16 +59,17 @@ def write_moves_(moves: Sequence[Move], rule: UnitwiseRule) -> None:
 def _apply_(moves: Sequence[Move], rule: UnitwiseRule) -> None:
     seen = [_seen(move) for move in moves]
     velocities = [move.velocity for move in seen]
+    # B's gradients came out of backward scaled; its velocity may be scaled once more.
+    applied = not rule.upstream or (rule.momentum and rule.coupled)
     apply_updates_(
         [move.target for move in seen],
         [move.gradient for move in seen],
         velocities if rule.momentum else [None] * len(seen),
-        [move.factors[0] for move in seen],
-        [move.factors[1] for move in seen],
+        [move.factors[0] if applied else None for move in seen],
+        [move.factors[1] if applied else None for move in seen],
         [move.rate for move in seen],
         [move.decay for move in seen],
         momentum=rule.momentum,
-        # B's gradients came out of backward scaled.
         scale_gradient=not rule.upstream,
         scale_velocity=rule.coupled,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Never, Self, Unpack
 
@@ -25,7 +26,7 @@ from neurms.core.unitwise.mover import (
     velocity_like,
 )
 from neurms.core.unitwise.products import Product, write_product_
-from neurms.core.unitwise.rule import Gemm, LossReduction, UnitwiseRule, Variant, check_modes
+from neurms.core.unitwise.rule import Gemm, LossReduction, Rules, UnitwiseRule, Variant, check_modes
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["NeuRMS"]
@@ -175,7 +176,7 @@ class NeuRMS(PreconditionedOptimizer):
             backend=common.get("backend", "auto"),
             process_group=common.get("process_group"),
         )
-        self._rules: dict[int, tuple[dict[str, Any], UnitwiseRule]] = {}
+        self._rules = Rules()
         super().__init__(model, settings, common)
         self.layers.attach(
             [route for route in self.routes.values() if route.rule == self.rule],
@@ -236,7 +237,7 @@ class NeuRMS(PreconditionedOptimizer):
 
     def _made_mover(self, kind: str) -> Mover:
         if kind == self.rule:
-            return UnitwiseMover(self, self.layers, self._rule_for)
+            return UnitwiseMover(weakref.proxy(self), self.layers, self._rules)
         return super()._made_mover(kind)
 
     # ---------------------------------------------------------------- what layers ask for
@@ -252,18 +253,11 @@ class NeuRMS(PreconditionedOptimizer):
 
     def rule_of(self, weight: Tensor) -> UnitwiseRule:
         """Return what the settings of a weight's group say."""
-        return self._rule_for(self._view(weight).group)
+        return self._rules.of(self._view(weight).group)
 
     def _view(self, parameter: Tensor) -> View:
         # Asked by every layer in every backward; whether groups have changed, the step will see.
         return (self._work or self.work()).view_of(parameter)
-
-    def _rule_for(self, group: Mapping[str, Any]) -> UnitwiseRule:
-        known = self._rules.get(id(group))
-        # Asked several times a step; users may change any setting between two of them.
-        if known is None or known[0] != group:
-            known = self._rules[id(group)] = (dict(group), UnitwiseRule.of(group))
-        return known[1]
 
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
         """Return a parameter's state, empty before its first step."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from neurms.core.ground.errors import check_choice, check_fraction, check_real
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 
-__all__ = ["Gemm", "LossReduction", "UnitwiseRule", "Variant", "check_gemm", "check_modes"]
+__all__ = ["Gemm", "LossReduction", "Rules", "UnitwiseRule", "Variant", "check_gemm", "check_modes"]
 
 Variant = Literal["U", "B", "F"]
 LossReduction = Literal["mean", "sum"]
@@ -77,6 +77,21 @@ class UnitwiseRule:
     def variant(self) -> Variant:
         """The variant's letter."""
         return "B" if self.upstream else "F" if self.structure.factored else "U"
+
+
+class Rules:
+    """Makes each group's rule once, and anew only when a setting of it has changed."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[dict[str, Any], UnitwiseRule]] = {}
+
+    def of(self, group: Mapping[str, Any]) -> UnitwiseRule:
+        """Return what a group's settings say."""
+        known = self._made.get(id(group))
+        # Asked several times a step; users may change any setting between two of them.
+        if known is None or known[0] != group:
+            known = self._made[id(group)] = (dict(group), UnitwiseRule.of(group))
+        return known[1]
 
 
 def check_gemm(gemm: Any, update: str) -> None:

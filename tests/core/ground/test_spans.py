@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import neurms
 from neurms.compiled.backends import PROMPT, Kernel
+from neurms.compiled.moments import ema_, moment_factors, move_moments
 from neurms.compiled.reductions import column_square_sum
-from neurms.compiled.scaling import ema_, scale_factors
-from neurms.compiled.signals import moment_factors_, scaled_signal
+from neurms.compiled.signals import scaled_signal
 from neurms.core.ground import spans
 
 
@@ -108,8 +108,8 @@ def test_neurms_names_its_kernels_and_keeps_its_bookkeeping_apart(
     kernels = {
         column_square_sum: "reduce",
         ema_: "reduce",
-        scale_factors: "scale",
-        moment_factors_: "scale",
+        moment_factors: "scale",
+        move_moments: "scale",
         scaled_signal: "scale",
     }
     for kernel, form in itertools.product(kernels, ("auto", "eager", PROMPT)):
