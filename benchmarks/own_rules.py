@@ -19,7 +19,7 @@ from neurms.core.structures.shared_basis import SharedBasisBlocks
 from neurms.core.transforms.momentum import Momentum
 from neurms.core.transforms.safeguards import Grafted
 
-__all__ = ["OWN", "MomentumFirst", "Moments", "ProbedMoments", "create"]
+__all__ = ["OWN", "MomentumFirst", "Moments", "ProbedMoments", "TwoRates", "create"]
 
 
 class MomentumFirst(neurms.SharedBasis):
@@ -90,9 +90,35 @@ class ProbedMoments(GradientMoments):
         return self._averaged(update, state) * by_unit[..., :, None] * by_feature[..., None, :]
 
 
+class TwoRates(torch.optim.AdamW):
+    """AdamW with a rate and betas of its own for what other rules leave to their fallback.
+
+    What is left of a rule's lead over this is the rule's; the rest is that of two rates over one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        betas: tuple[float, float],
+        fallback_lr: float,
+        fallback_betas: tuple[float, float],
+        **settings: Any,
+    ) -> None:
+        plan = neurms.RMNP(model).plan()
+        outside = {row.name for row in plan if row.rule == "fallback"}
+        hidden, rest = (
+            [p for name, p in model.named_parameters() if (name in outside) == away]
+            for away in (False, True)
+        )
+        own = {"params": rest, "lr": fallback_lr, "betas": fallback_betas}
+        super().__init__([{"params": hidden}, own], lr=lr, betas=betas, **settings)
+
+
 OWN: dict[str, type[torch.optim.Optimizer]] = {
     "shared_basis, momentum first": MomentumFirst,
     "moments": Moments,
+    "adamw, two rates": TwoRates,
 }
 
 

@@ -19,8 +19,8 @@ from benchmarks.own_rules import create
 
 __all__ = ["Entrant", "images", "text"]
 
-PLAIN = ("sgd", "adamw")
-"""Rules of torch, which have no fallback; their fused kernels are used."""
+PLAIN = ("sgd", "adamw", "adamw, two rates")
+"""Torch's rules, whose fused kernels are used."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Entrant:
     def make(self, model: nn.Module, values: Mapping[str, float]) -> torch.optim.Optimizer:
         """Return the optimizer with the values that a search chose."""
         chosen: dict[str, Any] = {"lr": values["lr"], **self.settings}
-        if self.rule == "adamw":
+        if self.rule.startswith("adamw"):
             chosen["betas"] = (values["momentum"], values["memory"])
         else:
             chosen |= {
@@ -100,6 +100,9 @@ def text(fallback: float = 8e-3) -> dict[str, Entrant]:
     relative = {"clip": "relative", "kappa": 10.0}
     return {
         "AdamW": _entrant("adamw", 8e-3, momentum=0.7, memory=0.95, weight_decay=0.0),
+        "AdamW, two rates": _entrant(
+            "adamw, two rates", 8e-3, momentum=0.7, memory=0.95, weight_decay=0.0, **rest
+        ),
         "SGD": _entrant("sgd", 0.3, momentum=0.9),
         "RACS": _entrant("racs", 0.08, memory=0.9, **rest),
         "P": _entrant("moments", 8e-3, memory=0.95, **rest),
@@ -138,6 +141,9 @@ def images(fallback: float = 3e-3, *, norms: bool = False) -> dict[str, Entrant]
     own = rest if norms else {}
     return {
         "AdamW": _entrant("adamw", 2e-3, momentum=0.9, memory=0.99, weight_decay=0.0),
+        "AdamW, two rates": _entrant(
+            "adamw, two rates", 2e-3, momentum=0.9, memory=0.99, weight_decay=0.0, **rest
+        ),
         "SGD": _entrant("sgd", 0.1, momentum=0.9),
         "RACS": _entrant("racs", 0.04, memory=0.9, **rest),
         "P": _entrant("moments", 2e-3, memory=0.95, **rest),

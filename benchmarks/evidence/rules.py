@@ -12,8 +12,12 @@ __all__ = ["SEARCHED", "violations"]
 
 FALLBACK = frozenset({"fallback_lr", "fallback_momentum"})
 
+FUSED = ("adam", "adamw", "adamw, two rates", "sgd")
+"""Rules of torch that have a fused kernel."""
+
 SEARCHED: Mapping[str, frozenset[str]] = {
     "adamw": frozenset({"lr", "momentum", "memory"}),
+    "adamw, two rates": frozenset({"lr", "momentum", "memory"}) | FALLBACK,
     "sgd": frozenset({"lr", "momentum"}),
     "moments": frozenset({"lr", "memory"}) | FALLBACK,
     "racs": frozenset({"lr", "memory"}) | FALLBACK,
@@ -52,7 +56,9 @@ def _row(row: Row) -> Iterator[str]:
     required = SEARCHED.get(row.about["rule"], frozenset({"lr"}))
     if missing := sorted(required - set(row.about["axes"])):
         yield f"its search leaves out {missing}"
-    if row.about["rule"] in ("adamw", "adam", "sgd") and not row.about["settings"].get("fused"):
+    if row.about["rule"] in ("adamw", "adamw, two rates", "adam", "sgd") and not row.about[
+        "settings"
+    ].get("fused"):
         yield "torch's fused kernel is not used"
     if not row.reported:
         return

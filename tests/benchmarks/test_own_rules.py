@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import neurms
-from benchmarks.own_rules import Moments, MomentumFirst, ProbedMoments, create
+from benchmarks.own_rules import Moments, MomentumFirst, ProbedMoments, TwoRates, create
 from neurms.core.structures.base import Context
 from neurms.core.structures.gradient_moments import GradientMoments
 
@@ -51,3 +51,14 @@ def test_moments_leave_head_and_biases_to_the_fallback() -> None:
     rules = {row.name: row.rule for row in Moments(model).plan()}
     assert rules.pop("0.weight") == "moments"
     assert set(rules.values()) == {"fallback"}
+
+
+def test_two_rates_split_where_the_other_rules_do() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    optimizer = TwoRates(model, 0.1, (0.5, 0.9), 0.2, (0.7, 0.9), fused=True)
+    hidden, rest = optimizer.param_groups
+    assert [p.shape for p in hidden["params"]] == [(4, 3)]
+    assert {p.shape for p in rest["params"]} == {(4,), (2, 4), (2,)}
+    assert (hidden["lr"], hidden["betas"], rest["lr"]) == (0.1, (0.5, 0.9), 0.2)
+    assert hidden["fused"]
+    assert rest["fused"]
