@@ -9,19 +9,37 @@ may work on the same file at the same time.
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import tyro
 
 from benchmarks.evidence import contest, entrants, images, text
+from benchmarks.evidence.ledger import rows
 from benchmarks.harness import RESULTS
 
 TASKS = text.TASKS | images.TASKS
 
 
+def begun(methods: dict[str, entrants.Entrant], smaller: Path) -> dict[str, entrants.Entrant]:
+    """Return methods whose searches begin where those of a smaller scale ended."""
+    if not smaller.is_file():
+        return methods
+    ended = {row.name: dict(row.chosen) for row in rows(json.loads(smaller.read_text()))}
+    return {
+        name: replace(entrant, space=entrant.space.begun_at(ended[name]))
+        if name in ended
+        else entrant
+        for name, entrant in methods.items()
+    }
+
+
 def entrants_of(task: str) -> dict[str, entrants.Entrant]:
     """Return the methods that a task compares, by the name of their row."""
+    if task == "text-128":
+        return begun(entrants.text(), RESULTS / "contests" / "text-64.json")
     if task in text.TASKS:
         return entrants.text()
     return entrants.images(norms=task != "mnist")

@@ -65,6 +65,10 @@ class Space:
             for (name, axis), index in zip(self.axes.items(), point, strict=True)
         }
 
+    def begun_at(self, values: Mapping[str, float]) -> Space:
+        """Return the same space with the search beginning at these values."""
+        return Space({name: Axis(values[name], axis.choices) for name, axis in self.axes.items()})
+
     def moved(self, point: Point, axis: int, sign: int, stride: int) -> Point | None:
         """Return the neighbour along one axis, None where levels end."""
         index = list(self.axes.values())[axis].moved(point[axis], sign, stride)

@@ -79,3 +79,9 @@ def test_levels_hold_their_start() -> None:
 def test_a_search_without_trials_is_refused() -> None:
     with pytest.raises(ValueError, match="trials=0 must be 1 or more"):
         search(space(), lambda values: 0.0, 0)
+
+
+def test_a_search_can_begin_where_another_ended() -> None:
+    moved = space().begun_at({"lr": 0.3, "momentum": 0.8})
+    assert moved.values(moved.origin) == {"lr": 0.3, "momentum": 0.8}
+    assert list(moved.axes) == list(space().axes)
