@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.evidence.claims import CLAIMS, outcomes
 from benchmarks.evidence.ledger import Row, rows
 from benchmarks.evidence.verdicts import SURE, Verdict, verdicts
 from benchmarks.significance import spread
@@ -40,7 +41,7 @@ SECTION = """## {title}
 
 {table}
 
-{made}
+{claims}{made}
 """
 
 TITLES = {
@@ -79,8 +80,29 @@ def section(content: Content) -> str:
         seeds=len(design["seeds"]),
         details=", ".join(f"{k} {v}" for k, v in design["details"].items() if k not in HIDDEN),
         table=table(found, {name: verdict for (_, name), verdict in against.items()}),
+        claims=claims(design, scores),
         made=made_by(content),
     )
+
+
+def claims(design: Mapping[str, Any], scores: Mapping[str, Sequence[float]]) -> str:
+    """Return what was to be shown of a comparison, and how it came out; empty for nothing."""
+    lines = [
+        [
+            outcome.row,
+            str(claim),
+            f"{outcome.difference:+.4f}",
+            f"{outcome.p:.3f}",
+            "yes" if outcome.holds else "**not shown**",
+        ]
+        for claim in CLAIMS
+        if claim.task == design["task"]
+        for outcome in outcomes(claim, scores, design["better"])
+    ]
+    if not lines:
+        return ""
+    header = ["row", "was to be", "difference", "p", "holds"]
+    return f"Claims written down before the runs:\n\n{markdown(header, lines)}\n\n"
 
 
 def table(found: Sequence[Row], against: Mapping[str, Verdict]) -> str:
