@@ -48,7 +48,7 @@ class Outcome:
     Args:
         row: Its name.
         difference: Its mean figure less the other row's.
-        p: Of the claim's being false, after Holm's correction.
+        p: Of the claim's test, after Holm's correction.
         holds: Whether p is below .05 and the sign is the claimed one.
     """
 
