@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -19,7 +19,15 @@ from neurms.core.structures.shared_basis import SharedBasisBlocks
 from neurms.core.transforms.momentum import Momentum
 from neurms.core.transforms.safeguards import Grafted
 
-__all__ = ["OWN", "MomentumFirst", "Moments", "ProbedMoments", "TwoRates", "create"]
+__all__ = [
+    "OWN",
+    "MomentumFirst",
+    "Moments",
+    "NormalizedLength",
+    "ProbedMoments",
+    "TwoRates",
+    "create",
+]
 
 
 class MomentumFirst(neurms.SharedBasis):
@@ -115,10 +123,53 @@ class TwoRates(torch.optim.AdamW):
         super().__init__([{"params": hidden}, own], lr=lr, betas=betas, **settings)
 
 
+class NormalizedLength(neurms.NeuRMS):
+    """NeuRMS whose update has a known length: one more number of state a layer.
+
+    What a step did to a layer is divided by the bias-corrected average (decay .9) of its weight's
+    RMS, at a rate of 1. Bias and weight share the number.
+    """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take NeuRMS's step, then give each layer's change its length."""
+        if not hasattr(self, "_lengths"):
+            self._lengths = self._layers()
+        before = [[p.detach().clone() for p in layer] for layer, _ in self._lengths]
+        result = super().step(closure)
+        with torch.no_grad():
+            for (layer, state), old in zip(self._lengths, before, strict=True):
+                self._scale(layer, state, old)
+        return result
+
+    def _layers(self) -> list[tuple[list[Tensor], list[float]]]:
+        groups = self.param_groups
+        named = {
+            name: p for g in groups for name, p in zip(g["param_names"], g["params"], strict=True)
+        }
+        layers: dict[str, list[Tensor]] = {}
+        for row in self.plan():
+            if row.rule != "fallback":
+                layers.setdefault(row.name.rpartition(".")[0], []).append(named[row.name])
+        # The weight first: its RMS is the layer's.
+        return [(sorted(own, key=lambda p: -p.ndim), [0.0, 0.0]) for own in layers.values()]
+
+    def _scale(self, layer: list[Tensor], state: list[float], before: list[Tensor]) -> None:
+        lr = next(g["lr"] for g in self.param_groups if any(layer[0] is p for p in g["params"]))
+        if not lr:
+            return
+        moved = (layer[0] - before[0]).square().mean().sqrt().item() / float(lr)
+        state[0] = 0.9 * state[0] + 0.1 * moved
+        state[1] = 0.9 * state[1] + 0.1
+        if state[0]:
+            for weight, old in zip(layer, before, strict=True):
+                weight.sub_(old).mul_(state[1] / state[0]).add_(old)
+
+
 OWN: dict[str, type[torch.optim.Optimizer]] = {
     "shared_basis, momentum first": MomentumFirst,
     "moments": Moments,
     "adamw, two rates": TwoRates,
+    "neurms, normalized": NormalizedLength,
 }
 
 

@@ -124,6 +124,12 @@ def text(fallback: float = 8e-3) -> dict[str, Entrant]:
             **relative,
             **rest,
         ),
+        "NeuRMS-U normalized": _entrant(
+            "neurms, normalized", 8e-3, memory=0.99, variant="U", **relative, **rest
+        ),
+        "NeuRMS-F normalized": _entrant(
+            "neurms, normalized", 8e-3, memory=0.99, variant="F", **relative, **rest
+        ),
         "NeuRMS-F relative": _entrant(
             "neurms", 8e-3, momentum=0.8, memory=0.99, variant="F", **relative, **rest
         ),
@@ -153,5 +159,8 @@ def images(fallback: float = 3e-3, *, norms: bool = False) -> dict[str, Entrant]
         "Muon": _entrant("muon", 0.02, momentum=0.8, weight_decay=0.0, **rest),
         "NeuRMS-U": _entrant("neurms", 3e-3, momentum=0.9, memory=0.99, variant="U", **own),
         "NeuRMS-U plain": _entrant("neurms", 2e-2, memory=0.99, variant="U", **own),
+        "NeuRMS-U normalized": _entrant(
+            "neurms, normalized", 2e-3, memory=0.99, variant="U", **own
+        ),
         "NeuRMS-F": _entrant("neurms", 3e-3, momentum=0.9, memory=0.99, variant="F", **own),
     }

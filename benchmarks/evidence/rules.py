@@ -24,6 +24,7 @@ SEARCHED: Mapping[str, frozenset[str]] = {
     "rmnp": frozenset({"lr", "momentum"}) | FALLBACK,
     "muon": frozenset({"lr", "momentum"}) | FALLBACK,
     "neurms": frozenset({"lr", "memory"}),
+    "neurms, normalized": frozenset({"lr", "memory"}),
 }
 """What the search of a rule has to vary, by the rule's name."""
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 import neurms
-from benchmarks.own_rules import Moments, MomentumFirst, ProbedMoments, TwoRates, create
+from benchmarks.own_rules import (
+    Moments,
+    MomentumFirst,
+    NormalizedLength,
+    ProbedMoments,
+    TwoRates,
+    create,
+)
 from neurms.core.structures.base import Context
 from neurms.core.structures.gradient_moments import GradientMoments
 
@@ -62,3 +69,44 @@ def test_two_rates_split_where_the_other_rules_do() -> None:
     assert (hidden["lr"], hidden["betas"], rest["lr"]) == (0.1, (0.5, 0.9), 0.2)
     assert hidden["fused"]
     assert rest["fused"]
+
+
+def test_normalized_steps_have_the_length_of_their_rate_and_neurms_s_direction() -> None:
+    weights = {}
+    for rule, lr in ((neurms.NeuRMS, 1e-3), (NormalizedLength, 1e-2)):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = rule(model, lr=lr)
+        model(torch.randn(5, 3)).square().sum().backward()
+        optimizer.step()
+        weights[rule] = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    for plain, scaled in zip(*weights.values(), strict=True):
+        cosine = torch.cosine_similarity(plain.flatten(), scaled.flatten(), 0)
+        torch.testing.assert_close(cosine, torch.ones(()), rtol=1e-5, atol=0)
+    for weight in weights[NormalizedLength][::2]:
+        # At the first step the corrected average is the step's own RMS.
+        torch.testing.assert_close(weight.square().mean().sqrt().item(), 1e-2, rtol=1e-4, atol=0)
+
+
+def test_normalized_lengths_follow_their_average_through_a_schedule() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2, bias=False)
+    twin = torch.nn.Linear(3, 2, bias=False)
+    twin.load_state_dict(model.state_dict())
+    optimizer = NormalizedLength(model, lr=1e-2, head="rule")
+    plain = neurms.NeuRMS(twin, lr=1.0, head="rule")
+    average = 0.0
+    for step in range(1, 6):
+        optimizer.param_groups[0]["lr"] = lr = 1e-2 / step
+        inputs = torch.randn(5, 3)
+        twin.load_state_dict(model.state_dict())
+        before = model.weight.detach().clone()
+        for net, rule in ((model, optimizer), (twin, plain)):
+            rule.zero_grad()
+            net(inputs).square().sum().backward()
+            rule.step()
+        moved = (twin.weight - before).detach()
+        average = 0.9 * average + 0.1 * moved.square().mean().sqrt().item()
+        wanted = moved * lr / (average / (1 - 0.9**step))
+        torch.testing.assert_close(model.weight - before, wanted, rtol=1e-3, atol=1e-6)
