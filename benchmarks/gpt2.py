@@ -10,7 +10,6 @@ recorded over training.
 from __future__ import annotations
 
 import argparse
-import statistics
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from benchmarks.language import (
     train,
     tune,
 )
-from neurms.core.diagnostics.dominance import Dominance, row_dominance
+from neurms.core.diagnostics.dominance import Dominance, row_dominance, whitening_gap
 
 SCALE = Scale(width=128, layers=4, heads=4, batch=2, context=128, kind="gpt2")
 STEPS, SEEDS, LOOKS = 300, 3, 10
@@ -41,15 +40,14 @@ METHODS = {
 }
 
 
-def averages(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
-    """Return the averaged gradients of the blocks' matrices by the shape of the matrix."""
-    found: dict[str, list[Tensor]] = {}
+def averages(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the averaged gradients of the blocks' matrices by name."""
+    found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("blocks.") and parameter.ndim == 2:
             state = optimizer.state[parameter]
             average = state["momentum"] if "momentum" in state else state["exp_avg"]
-            shape = "x".join(map(str, parameter.shape))
-            found.setdefault(shape, []).append(average.reshape(parameter.shape))
+            found[name] = average.reshape(parameter.shape)
     return found
 
 
@@ -61,21 +59,20 @@ def dominance_watch(steps: int) -> Watch:
     ) -> dict[str, Any] | None:
         if step % max(1, steps // LOOKS):
             return None
-        return {
-            shape: _joined([r for v in buffers if (r := row_dominance(v)) is not None])
-            for shape, buffers in averages(model, optimizer).items()
-        }
+        return {name: _ratios(average) for name, average in averages(model, optimizer).items()}
 
     return watch
 
 
-def _joined(found: list[Dominance]) -> dict[str, float]:
-    """Return the layers' mean r_avg, least r_min and greatest r_max."""
-    return {
-        "r_avg": statistics.fmean(r.r_avg for r in found),
-        "r_min": min(r.r_min for r in found),
-        "r_max": max(r.r_max for r in found),
-    }
+def _ratios(average: Tensor) -> dict[str, float]:
+    """Return one matrix's r_avg, r_min and r_max, and how far Muon's update of it is from RMNP's.
+
+    The page's table joins the matrices: mean of r_avg, least r_min, greatest r_max, a departure
+    from the paper, which reports r_avg, r_min and r_max of each layer.
+    """
+    found = row_dominance(average) or Dominance(0.0, 0.0, 0.0)
+    ratios = {"r_avg": found.r_avg, "r_min": found.r_min, "r_max": found.r_max}
+    return ratios | {"whitening_gap": whitening_gap(average)}
 
 
 def main() -> None:

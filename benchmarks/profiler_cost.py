@@ -14,6 +14,7 @@ import argparse
 import itertools
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -143,6 +144,7 @@ def looking_away(width: int, rounds: int = 300, *, control: bool = False) -> dic
     pairs = [network(width), network(width)]
     inputs = torch.randn(256, width)
     never: dict[str, Any] = {"every_n_steps": 10**9, "warmup_steps": 10**9}
+    warnings.filterwarnings("ignore", "the profile is empty")
     ratios: list[float] = []
     medians = []
     for watched in (0, 1):

@@ -28,9 +28,9 @@ import neurms
 from benchmarks.harness import RESULTS
 from benchmarks.language import Scale, batch_of, prose
 from benchmarks.llama_model import Llama
-from neurms.callbacks.profiler import ProfilerReport
 from neurms.cli.data import load
 from neurms.cli.environment import environment, flush_denormals
+from neurms.report import ProfilerReport
 
 FOLDER = RESULTS / "profiler"
 Batches = Iterator[tuple[Tensor, Tensor]]

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import neurms
-from neurms.callbacks.profiler import Advice
+from neurms.report import Advice
 
 
 def parse_arguments() -> argparse.Namespace:

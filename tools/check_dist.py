@@ -33,6 +33,7 @@ EXTRAS = {
     "from neurms.integrations.lightning import optimizer_config": "lightning",
     "from neurms.integrations.keras import keras_racs": "keras",
     "from neurms.callbacks.keras import NeuRMSCallback": "keras",
+    "from neurms.callbacks.transformers import PreconditionerProfiler": "transformers",
     "from neurms.integrations.transformers import trainer_optimizers": "transformers",
     "from neurms import metrics": "report",
     PROFILE: "report",

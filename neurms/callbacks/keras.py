@@ -6,7 +6,6 @@ TensorBoard and the progress bar find them; it stands before those in the list o
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from neurms.core.ground.extras import require
@@ -14,17 +13,10 @@ from neurms.core.unitwise.scale_summary import scale_summary
 
 keras = require("keras", extra="keras")
 
-# The profiler knows Keras's layers, so it lives a floor above and is imported at first use.
-_EXPORTS = {"PreconditionerProfiler": "neurms.integrations.keras.profiler"}
+from neurms.callbacks.profiler.keras import PreconditionerProfiler  # noqa: E402
+from neurms.integrations.keras.owners import innermost  # noqa: E402
 
-__all__ = ["NeuRMSCallback", *_EXPORTS]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from its home module at first use (PEP 562)."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+__all__ = ["NeuRMSCallback", "PreconditionerProfiler"]
 
 
 class NeuRMSCallback(keras.callbacks.Callback):  # type: ignore[name-defined]
@@ -87,10 +79,7 @@ class NeuRMSCallback(keras.callbacks.Callback):  # type: ignore[name-defined]
         return {f"neurms/{name}": float(value) for name, value in found.items()}
 
     def _optimizer(self) -> Any:
-        optimizer = self.model.optimizer
-        while hasattr(optimizer, "inner_optimizer"):
-            optimizer = optimizer.inner_optimizer
-        # Not by its class: integrations stand on callbacks, which know nothing of them.
+        optimizer = innermost(self.model.optimizer)
         if not hasattr(type(optimizer), "layers"):
             raise TypeError(
                 f"NeuRMSCallback logs what NeuRMS does, and the model was compiled with "

@@ -10,15 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from neurms.callbacks.trainer_checks import (
-    check_agreement,
-    check_backward_update,
-    check_layers_are_optimized,
-    check_optimizers,
-    check_scaler,
-    check_strategy,
-    scaler_of,
-)
 from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.ground.extras import require
 from neurms.core.optimizers.plan import Plan
@@ -31,6 +22,15 @@ from neurms.core.unitwise.preconditioner import GradientPreconditioner
 from neurms.core.unitwise.rule import Gemm, LossReduction, Variant
 from neurms.core.unitwise.scale_summary import scale_summary
 from neurms.core.unitwise.tapped import TappedLayer
+from neurms.integrations.trainer_checks import (
+    check_agreement,
+    check_backward_update,
+    check_layers_are_optimized,
+    check_optimizers,
+    check_scaler,
+    check_strategy,
+    scaler_of,
+)
 
 require("lightning", extra="lightning")
 

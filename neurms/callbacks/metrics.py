@@ -20,10 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.compiled.correlation import correlation_from_sums, correlation_sums
+from neurms.compiled.correlation import correlation_from_sums
 from neurms.core.diagnostics.dominance import row_dominance
+from neurms.core.diagnostics.factorization import (
+    factor_sums,
+    factorization_error,
+    row_products,
+    signal_rows,
+)
+from neurms.core.diagnostics.unit_statistics import dead_units, subspace_energies
 from neurms.core.ground.extras import require
 from neurms.core.ground.layout import Layout, default_layout
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
+from neurms.core.unitwise.scale_summary import at_bounds
 
 require("torchmetrics", extra="report")
 
@@ -39,11 +48,19 @@ __all__ = [
 ]
 
 
-def _zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64)
+class _Statistic(Metric):
+    """A metric made of sums; ``settings`` are those of ``torchmetrics.Metric``."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    def _sums(self, **shapes: tuple[int, ...]) -> None:
+        """Begin sums over steps and ranks, float64."""
+        for name, shape in shapes.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
 
-class FactorizationCorrelation(Metric):
+class FactorizationCorrelation(_Statistic):
     """Pearson's correlation of G_ij^2 and v_i u_j over all entries of all updates.
 
     Five sums in float64, from one pass over G without ever forming v u^T. Sums of row blocks of G
@@ -63,17 +80,14 @@ class FactorizationCorrelation(Metric):
         tensor(1., dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     sums: Tensor
     count: Tensor
 
     def __init__(self, layout: Layout | None = None, **settings: Any) -> None:
         super().__init__(**settings)
         self.layout = layout
-        self.add_state("sums", _zeros(5), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self._sums(sums=(5,), count=())
 
     def update(self, gradient: Tensor, v: Tensor, u: Tensor) -> None:
         """Take one gradient.
@@ -84,9 +98,7 @@ class FactorizationCorrelation(Metric):
             u: Feature second moments (features,).
         """
         layout = self.layout or default_layout(gradient)
-        plain = layout.groups == layout.taps == 1
-        g = layout.matrix(gradient) if plain else layout.blocks(gradient)
-        self.sums += correlation_sums.eager(g.detach(), v, u).to(self.sums)
+        self.sums += factor_sums(gradient, layout, v, u).to(self.sums)
         self.count += gradient.numel()
 
     def compute(self) -> Tensor:
@@ -94,7 +106,7 @@ class FactorizationCorrelation(Metric):
         return correlation_from_sums(self.sums, int(self.count))
 
 
-class FactorizationError(Metric):
+class FactorizationError(_Statistic):
     """|| E[d^2 h^2] - E[d^2] E[h^2] ||_F / || E[d^2 h^2] ||_F over all rows seen.
 
     Args:
@@ -109,9 +121,7 @@ class FactorizationError(Metric):
         tensor(0., dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     joint: Tensor
     unit_sums: Tensor
     feature_sums: Tensor
@@ -119,28 +129,26 @@ class FactorizationError(Metric):
 
     def __init__(self, units: int, features: int, **settings: Any) -> None:
         super().__init__(**settings)
-        self.add_state("joint", _zeros(units, features), dist_reduce_fx="sum")
-        self.add_state("unit_sums", _zeros(units), dist_reduce_fx="sum")
-        self.add_state("feature_sums", _zeros(features), dist_reduce_fx="sum")
-        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+        self._sums(
+            joint=(1, units, features, 1), unit_sums=(units,), feature_sums=(features,), rows=()
+        )
 
     def update(self, errors: Tensor, inputs: Tensor) -> None:
         """Take rows of D (..., units) and H (..., features), their leading axes alike."""
-        d = errors.detach().reshape(-1, errors.shape[-1]).double().square()
-        h = inputs.detach().reshape(-1, inputs.shape[-1]).double().square()
-        self.joint += d.T @ h
-        self.unit_sums += d.sum(0)
-        self.feature_sums += h.sum(0)
+        d = signal_rows(errors.detach(), (-1,))
+        h = signal_rows(inputs.detach(), (-1,))
+        self.joint += row_products(d, h)
+        self.unit_sums += d.double().square().sum(0)
+        self.feature_sums += h.double().square().sum(0)
         self.rows += d.shape[0]
 
     def compute(self) -> Tensor:
         """Return the error, 0-d float64; NaN before anything was seen."""
-        factored = self.unit_sums[:, None] * self.feature_sums / self.rows
-        error: Tensor = (self.joint - factored).norm() / self.joint.norm()
-        return error
+        rows = int(self.rows)
+        return factorization_error(self.joint, self.unit_sums, self.feature_sums, rows, rows)
 
 
-class UnitMoments(Metric):
+class UnitMoments(_Statistic):
     """Mean square of every unit's error signal, or of every feature's input.
 
     Args:
@@ -151,22 +159,19 @@ class UnitMoments(Metric):
         >>> metric = UnitMoments(2)
         >>> metric.update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         >>> metric.compute(), metric.dead()
-        (tensor([5., 0.], dtype=torch.float64), tensor(1))
+        (tensor([5., 0.], dtype=torch.float64), 1)
     """
 
-    is_differentiable = False
-    full_state_update = False
     sums: Tensor
     rows: Tensor
 
     def __init__(self, count: int, **settings: Any) -> None:
         super().__init__(**settings)
-        self.add_state("sums", _zeros(count), dist_reduce_fx="sum")
-        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+        self._sums(sums=(count,), rows=())
 
     def update(self, signals: Tensor) -> None:
         """Take rows of D or H, shape (..., count)."""
-        rows = signals.detach().reshape(-1, signals.shape[-1]).double()
+        rows = signal_rows(signals.detach(), (-1,)).double()
         self.sums += rows.square().sum(0)
         self.rows += rows.shape[0]
 
@@ -174,12 +179,12 @@ class UnitMoments(Metric):
         """Return the mean squares, shape (count,), float64."""
         return self.sums / self.rows
 
-    def dead(self) -> Tensor:
+    def dead(self) -> int:
         """Return the number of units that never had a signal on this rank."""
-        return (self.sums == 0).sum()
+        return dead_units(self.sums)
 
 
-class RowDominance(Metric):
+class RowDominance(_Statistic):
     """r_i = (V V^T)_ii / mean_{j != i} |(V V^T)_ij|: mean of r_avg, least r_min, greatest r_max.
 
     Args:
@@ -192,8 +197,6 @@ class RowDominance(Metric):
         {'r_avg': 1.5, 'r_min': 1.0, 'r_max': 2.0}
     """
 
-    is_differentiable = False
-    full_state_update = False
     total: Tensor
     seen: Tensor
     least: Tensor
@@ -201,10 +204,10 @@ class RowDominance(Metric):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.add_state("total", _zeros(), dist_reduce_fx="sum")
-        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("least", _zeros() + torch.inf, dist_reduce_fx="min")
-        self.add_state("greatest", _zeros() - torch.inf, dist_reduce_fx="max")
+        self._sums(total=(), seen=())
+        infinity = torch.tensor(torch.inf, dtype=torch.float64)
+        self.add_state("least", infinity, dist_reduce_fx="min")
+        self.add_state("greatest", -infinity, dist_reduce_fx="max")
 
     def update(self, matrix: Tensor) -> None:
         """Take a momentum V (m, n); one without two rows that are not zero is passed over."""
@@ -221,7 +224,7 @@ class RowDominance(Metric):
         return {"r_avg": self.total / self.seen, "r_min": self.least, "r_max": self.greatest}
 
 
-class ClippedFraction(Metric):
+class ClippedFraction(_Statistic):
     """Share of factors that stand at a bound.
 
     Args:
@@ -236,20 +239,18 @@ class ClippedFraction(Metric):
         tensor(0.5000, dtype=torch.float64)
     """
 
-    is_differentiable = False
-    full_state_update = False
     clipped: Tensor
     seen: Tensor
 
     def __init__(self, low: float, high: float, **settings: Any) -> None:
         super().__init__(**settings)
-        self.low, self.high = low, high
-        self.add_state("clipped", _zeros(), dist_reduce_fx="sum")
-        self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
+        self.bounds = low, high
+        self.structure = UnitFeatureDiagonal(s_min=low, s_max=high)
+        self._sums(clipped=(), seen=())
 
     def update(self, factors: Tensor) -> None:
         """Take a layer's factors, any shape."""
-        self.clipped += ((factors <= self.low) | (factors >= self.high)).sum()
+        self.clipped += at_bounds(factors, self.structure, self.bounds).sum()
         self.seen += factors.numel()
 
     def compute(self) -> Tensor:
@@ -257,7 +258,7 @@ class ClippedFraction(Metric):
         return self.clipped / self.seen
 
 
-class SubspaceEnergy(Metric):
+class SubspaceEnergy(_Statistic):
     """||U^T G||^2 / ||G||^2 over all updates: what a low-rank method keeps of the gradients.
 
     Args:
@@ -271,22 +272,19 @@ class SubspaceEnergy(Metric):
         tensor(0.3600, dtype=torch.float64)
     """
 
-    is_differentiable = False
-    full_state_update = False
     kept: Tensor
     total: Tensor
 
     def __init__(self, on_features: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
         self.on_features = on_features
-        self.add_state("kept", _zeros(), dist_reduce_fx="sum")
-        self.add_state("total", _zeros(), dist_reduce_fx="sum")
+        self._sums(kept=(), total=())
 
     def update(self, gradient: Tensor, basis: Tensor) -> None:
         """Take G (m, n) and an orthonormal basis U."""
-        g, u = gradient.detach().double(), basis.detach().double()
-        self.kept += (g @ u if self.on_features else u.T @ g).square().sum()
-        self.total += g.square().sum()
+        kept, total = subspace_energies(gradient, basis, on_features=self.on_features)
+        self.kept += kept
+        self.total += total
 
     def compute(self) -> Tensor:
         """Return the share, 0-d float64."""

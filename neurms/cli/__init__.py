@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import neurms
+
 __all__ = ["main"]
 
 _EXTRA = {
-    "rich": "cli",
-    "tyro": "cli",
+    "rich": "report",
+    "tyro": "report",
     "lightning": "demo",
     "pytorch_lightning": "demo",
     "sklearn": "demo",
@@ -30,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ``SystemExit``, with code 2 too.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        # Before any import that an extra brings.
+        print(f"neurms {neurms.__version__}")
+        return 0
     try:
         from neurms.cli.commands import dispatch
 

@@ -19,8 +19,10 @@ _DESCRIPTION = """Optimizers that precondition a layer by the statistics of its 
 Start with `neurms demo`; if something does not work, with `neurms doctor`.
 
 Exit codes: 0 all went well; 1 it did not, and the last line says why; 2 the command line is
-wrong; 130 interrupted. Completion: `neurms --tyro-write-completion bash FILE` (zsh and tcsh, too),
-then have your shell source FILE."""
+wrong; 130 interrupted. `neurms --version` prints the version.
+
+Completion: `neurms --tyro-write-completion bash FILE` (zsh and tcsh, too), then have your shell
+source FILE."""
 
 
 def dispatch(words: Sequence[str]) -> int:

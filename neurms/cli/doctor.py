@@ -11,11 +11,11 @@ from typing import Literal, NamedTuple
 import torch
 
 import neurms
-from neurms.cli.environment import compiler, environment, flush_denormals, versions
+from neurms.cli.environment import environment, flush_denormals, versions
 from neurms.cli.kernel_times import kernel_times
 from neurms.compiled.backends import BACKENDS, use_backend
 from neurms.compiled.native import bfloat16_engine
-from neurms.compiled.native.build import cache_folder, library
+from neurms.compiled.native.build import cache_folder, compiler, library
 from neurms.compiled.reductions import column_square_sum
 
 __all__ = ["Finding", "examine", "findings"]
@@ -25,7 +25,9 @@ _OPTIONAL = {
     "keras": "keras",
     "transformers": "transformers",
     "rich": "report",
-    "matplotlib": "report",
+    "tyro": "report",
+    "psutil": "report",
+    "torchmetrics": "report",
     "scikit-learn": "demo",
     "optuna": "bench",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 import neurms
 
-__all__ = ["checkout", "compiler", "environment", "flush_denormals", "versions"]
+__all__ = ["checkout", "environment", "flush_denormals", "versions"]
 
 PACKAGES = ("torch", "lightning", "keras", "transformers", "numpy", "scikit-learn", "scipy")
 
@@ -34,12 +33,6 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-def compiler() -> str | None:
-    """Return the path of the C++ compiler that torch.compile would call, or None."""
-    names = [os.environ.get("CXX"), "g++", "clang++"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def flush_denormals() -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from neurms.callbacks.profiler.report import ProfilerReport
-from neurms.callbacks.profiler.table import comparison_table
+from neurms.report.report import ProfilerReport
+from neurms.report.tables import comparison_table
 
 __all__ = ["show"]
 

@@ -11,8 +11,9 @@ from rich.table import Table
 from neurms.cli.methods import Method
 from neurms.cli.timing import StepTime
 from neurms.cli.training import Outcome
+from neurms.report.formats import bytes_text
 
-__all__ = ["comparison", "factorization", "footnote", "readable_bytes"]
+__all__ = ["comparison", "factorization", "footnote"]
 
 
 def comparison(
@@ -39,7 +40,7 @@ def comparison(
             f"{method.lr:g}",
             f"{outcome.accuracy:.2%}",
             f"{outcome.seconds:.1f}",
-            readable_bytes(outcome.state_bytes),
+            bytes_text(outcome.state_bytes),
             f"{step.milliseconds:.2f}",
             f"{step.ratio:.2f}x",
         )
@@ -72,20 +73,6 @@ def footnote(environment: Mapping[str, Any], width: int, validated: int, seconds
         f"{threads} thread{'s' if threads > 1 else ''}, denormals "
         f"{'' if flushed else 'not '}flushed; SGD and AdamW are torch's fused kernels.{small}\n"
         "Training seconds include Lightning, validation and the probe of rho. rho: mean over "
-        "training; a single gradient of normal noise shows .58 at most, however well v and u fit.\n"
+        "training; one gradient of normal noise typically shows .58 at most, if v and u fit.\n"
         f"All of it measured in this run, in {seconds:.0f} s."
     )
-
-
-def readable_bytes(count: int) -> str:
-    """Return a number of bytes as people read it.
-
-    Example:
-        >>> readable_bytes(2088), readable_bytes(1_072_000), readable_bytes(0)
-        ('2.1 kB', '1.07 MB', '0 B')
-    """
-    if count < 1000:
-        return f"{count} B"
-    if count < 1_000_000:
-        return f"{count / 1e3:.1f} kB"
-    return f"{count / 1e6:.2f} MB"

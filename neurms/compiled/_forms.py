@@ -78,8 +78,10 @@ class InductorForm:
         variant = self._variants.get(key)
         if variant is None:
             variant = self._add_variant(key)
-        # Detached, because TorchDynamo would fix the sizes of an nn.Parameter to each layer's own.
-        return variant(*[arg.detach() if isinstance(arg, Tensor) else arg for arg in args])
+        # Detached, because TorchDynamo would fix the sizes of an nn.Parameter to each layer's own;
+        # one that comes twice stays one, for it takes no two arguments of the same memory.
+        detached = {id(arg): arg.detach() for arg in args if isinstance(arg, Tensor)}
+        return variant(*[detached.get(id(arg), arg) for arg in args])
 
     def _add_variant(self, key: tuple[Any, ...]) -> Callable[..., Any]:
         with self._lock:

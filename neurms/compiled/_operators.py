@@ -27,6 +27,7 @@ def operator(
     mutates: tuple[str, ...],
     returns: str | None,
     name: str | None = None,
+    schema: str | None = None,
 ) -> Callable[..., Any] | None:
     """Register a kernel and return the operator, called as the kernel is.
 
@@ -36,13 +37,14 @@ def operator(
         mutates: Names of the arguments that are written into.
         returns: Name of the argument that the kernel returns, None for a fresh result.
         name: The operator's, None for the definition's.
+        schema: The operator's, None for what the definition's annotations say.
 
     Returns:
         None for what a graph cannot hold: a kernel whose result is no tensor.
     """
     if not returns_tensors(definition):
         return None
-    schema = torch.library.infer_schema(definition, mutates_args=mutates)
+    schema = schema or torch.library.infer_schema(definition, mutates_args=mutates)
     if returns:  # which an operator may not do
         schema = schema.rpartition("->")[0] + "-> ()"
 

@@ -24,32 +24,58 @@ __all__ = [
 
 NOISE = 16.0
 """Rounding errors of a rotated vector, in ulps of its norm, that may add up in its coordinates."""
+LEAK = 4.0
+"""Errors of a computed eigenvector along another one, in ulps of lambda_1 / lambda_l."""
+DROP = 0.1
+"""Share of the next larger row's energy below which a row may belong to a null space."""
 
 
 def noise_floor(squares: Tensor) -> Tensor:
     """Return the mean square (..., r, n) below which a rotated coordinate is rounding noise.
 
-    A rotation mixes the entries of a column, so every coordinate inherits an error of a few ulps of
-    the column's norm. A direction k of the null space inherits more: computed eigenvectors are off
-    by ulp lambda_1 / lambda_l along the l-th one. A method that divides by a coordinate's own size
-    would blow such errors up to full updates. Row sums of the squares stand in for the eigenvalues;
-    a row below r ulps of the largest one is taken for a null direction.
+    A method that divides by a coordinate's own size would blow noise up to full updates, and there
+    are two kinds of it:
+
+    - A rotation mixes the entries of a column, so every coordinate inherits an error of a few ulps
+      of the column's norm.
+    - A direction of the null space inherits more: computed eigenvectors are off by ulp lambda_1 /
+      lambda_l along the l-th one, which leaves (ulp lambda_1)^2 sum_l 1 / lambda_l of energy in a
+      row that should be zero. Rows are taken for such a null space from the first one on that holds
+      less than 16 times that and less than a tenth of the next larger row. Without the drop, small
+      rows of a decaying spectrum would be lost: they mix with each other, but hold no noise.
+
+    Row sums of the squares stand in for the eigenvalues.
 
     Args:
         squares: Mean squares of the coordinates, columns along axis -2, shape (..., r, n).
+
+    Returns:
+        The floor, infinite in the rows of a null space.
+
+    Example:
+        >>> import torch
+        >>> noise_floor(torch.tensor([[4.0], [4e-8], [4e-15]])).isinf().ravel()
+        tensor([False, False,  True])
     """
     ulp = torch.finfo(squares.dtype).eps
-    energy = squares.sum(-1, keepdim=True)
-    top = energy.amax(-2, keepdim=True)
-    resolved = energy > top * (ulp * squares.shape[-2])
-    leak = torch.where(resolved, top / energy, 0.0).square_()
-    rounding = squares.sum(-2, keepdim=True)
-    return torch.where(resolved, rounding, leak.mT @ squares) * (NOISE * ulp) ** 2
+    energy, order = squares.sum(-1).sort(dim=-1, descending=True)
+    top = energy[..., :1]
+    shares = torch.where(energy > 0, top / energy, 0.0).cumsum(-1)
+    leak = torch.cat([torch.zeros_like(top), shares[..., :-1]], dim=-1) * top * (LEAK * ulp) ** 2
+    larger = torch.cat([top, energy[..., :-1]], dim=-1)
+    begun = ((energy < leak) & (energy < DROP * larger)).cumsum(-1) > 0
+    null = torch.empty_like(begun).scatter_(-1, order, begun)
+    rounding = squares.sum(-2, keepdim=True) * (NOISE * ulp) ** 2
+    return torch.where(null[..., None], torch.inf, rounding)
 
 
 def descending_eigenvectors(matrix: Tensor) -> Tensor:
-    """Return the eigenvectors (..., d, d) of symmetric matrices, largest eigenvalue first."""
-    return eigh(matrix)[1].flip(-1)
+    """Return the eigenvectors (..., d, d) of symmetric matrices, largest eigenvalue first.
+
+    Computed in float64: float32's routine is off by ulp lambda_1 in every entry, which loses the
+    small eigenvectors of matrices whose rows differ in scale, at half of the time.
+    """
+    return eigh(matrix.double())[1].flip(-1).to(matrix.dtype)
 
 
 def leading_basis(gradient: Tensor, rank: int) -> Tensor:
@@ -79,7 +105,7 @@ def subspace_iteration(
 
     Args:
         gradient: G, shape (..., m, n).
-        basis: U, orthonormal columns, shape (..., m, r).
+        basis: U, shape (..., m, r), of any columns.
         tracked: Qr, shape (..., r, r), or None where ``decay`` is 0.
         decay: Weight of the tracked part.
 
@@ -88,7 +114,7 @@ def subspace_iteration(
     """
     image = (1.0 - decay) * (gradient @ (gradient.mT @ basis))
     if tracked is not None:
-        image = image + decay * (basis @ tracked)
+        image = image + decay * (basis @ (tracked @ (basis.mT @ basis)))
     return ritz_basis(torch.linalg.qr(image)[0], gradient, basis, tracked, decay)
 
 

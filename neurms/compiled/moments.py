@@ -40,7 +40,7 @@ def bounded_roots(
     return torch.minimum(torch.maximum(s, median / kappa), median * kappa)
 
 
-def _moved(
+def _moved_vector(
     v: Tensor,
     squares: Tensor,
     weight: Tensor,
@@ -57,7 +57,7 @@ def _moved(
 
 
 # Numbers that change from step to step go as they are; compiled forms get them as 0-d tensors.
-_move: Kernel[..., Any] = kernel(_moved)
+_move: Kernel[..., Any] = kernel(_moved_vector)
 _factors: Kernel[..., Any] = kernel(bounded_roots)
 
 
@@ -176,8 +176,8 @@ def _move_moments(
     *root: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
     moved, factors = _fresh(moments, 2)
-    given: tuple[Any, ...] = addresses(squares), numbers("d", weights), corrections, beta, *root
-    _run(moments, *given, addresses(moved), factors)
+    given = addresses(squares), numbers("d", weights), addresses(moved)
+    _run(moments, given, factors, corrections, beta, *root)
     return moved, factors
 
 
@@ -186,8 +186,7 @@ def _moment_factors(
     moments: Sequence[Tensor], corrections: Sequence[float], *root: Any
 ) -> list[Tensor]:
     (factors,) = _fresh(moments, 1)
-    given: tuple[Any, ...] = None, None, corrections, 1.0, *root
-    _run(moments, *given, None, factors)
+    _run(moments, (None, None, None), factors, corrections, 1.0, *root)
     return factors
 
 
@@ -200,8 +199,8 @@ def _fresh(moments: Sequence[Tensor], count: int) -> list[list[Tensor]]:
 
 def _run(
     moments: Sequence[Tensor],
-    squares: bytes | None,
-    weights: bytes | None,
+    given: tuple[bytes | None, bytes | None, bytes | None],
+    factors: Sequence[Tensor],
     corrections: Sequence[float],
     beta: float,
     eps: float,
@@ -209,9 +208,8 @@ def _run(
     low: float,
     high: float,
     kappa: float | None,
-    moved: bytes | None,
-    factors: Sequence[Tensor],
 ) -> None:
+    squares, weights, moved = given
     kernels = library()
     assert kernels is not None
     kernels.neurms_move_moments(

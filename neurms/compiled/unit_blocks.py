@@ -51,10 +51,10 @@ def move_unit_blocks_(
     """Take each unit's gradient g_i into B R_i B^T + rho_i I in a new basis B', and root it.
 
     In a frame whose first vectors are B', with M_i = B R_i B^T + g_i g_i^T and P_i = B'^T M_i B':
-    ``rho_i <- rho_i + ||M_i - B' P_i B'^T||_2``, ``R_i <- P_i - sigma_min(P_i) I``, and then
+    ``R_i <- P_i - sigma_min(P_i) I``, ``rho_i <- rho_i + ||M_i - B' R_i B'^T||_2``, and then
     ``(R_i + (rho_i + eps) I)^(-1/2) c_i`` and ``(rho_i + eps)^(-1/2)``. Eigenvalues below rounding
-    (k ulp of a unit's largest) count as that much. Without a frame B' spans everything: nothing is
-    cut off, and R_i = P_i.
+    (k ulp of a unit's largest) count as that much. Without a frame B' spans everything, and the
+    norm is sigma_min(P_i) itself.
 
     Args:
         blocks: R_i, shape (..., m, k, k), symmetric; overwritten.
@@ -90,14 +90,16 @@ def move_unit_blocks_(
     turned = turn @ blocks @ turn.mT
     projected = (turned + turned.mT).mul_(0.5)
     projected.addcmul_(coordinates[..., :, None], coordinates[..., None, :])
+    peak = projected.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    values, vectors = eigh(projected)
+    shift = values[..., :1].clamp(min=0.0)
+    values = values - shift
+    projected.diagonal(dim1=-2, dim2=-1).sub_(shift)
     if further is not None and beyond is not None:
         outer = torch.cat([coordinates, further, beyond], dim=-1)
-        rho.add_(_residual_norm(blocks, to_old, projected, outer, iterations))
-    values, vectors = eigh(projected)
-    if further is not None:
-        shift = values[..., :1].clamp(min=0.0)
-        values = values - shift
-        projected.diagonal(dim1=-2, dim2=-1).sub_(shift)
+        rho.add_(_residual_norm(blocks, to_old, projected, outer, peak, iterations))
+    else:
+        rho.add_(shift[..., 0])
     blocks.copy_(projected)
     return rooted(values, vectors, coordinates, rho[..., None] + eps)
 
@@ -116,13 +118,17 @@ def rooted(
 
 
 def _residual_norm(
-    blocks: Tensor, to_old: Tensor, projected: Tensor, outer: Tensor, iterations: int
+    blocks: Tensor,
+    to_old: Tensor,
+    projected: Tensor,
+    outer: Tensor,
+    peak: Tensor,
+    iterations: int,
 ) -> Tensor:
-    """Return ||B R_i B^T + g_i g_i^T - B' P_i B'^T||_2 (..., m), ``outer`` g_i in the frame."""
+    """Return ||B R_i B^T + g_i g_i^T - B' R_i' B'^T||_2 (..., m), ``outer`` g_i in the frame."""
     k = blocks.shape[-1]
-    # A unit's matrices enter in units of |g_i|^2 or of R_i, or the iteration would leave float32.
+    # A unit's matrices enter in units of |g_i|^2 or ``peak``, or the iteration would leave float32.
     # The vectors that they meet are scaled, of length 1, instead of k^2 numbers of each unit.
-    peak = projected.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
     scale = torch.maximum(peak, outer.square().sum(-1, keepdim=True))
     scale = torch.where(scale > 0, scale, 1.0).clamp(min=torch.finfo(scale.dtype).tiny)
     outer = outer / scale.sqrt()

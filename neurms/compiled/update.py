@@ -116,7 +116,7 @@ def _move_tile(
     return total
 
 
-def _moved(
+def _moved_weight(
     w: Tensor,
     g: Tensor,
     velocity: Tensor | None,
@@ -159,7 +159,7 @@ def _moved(
 
 
 # Numbers that change from step to step go as they are; compiled forms get them as 0-d tensors.
-_move: Kernel[..., Any] = kernel(_moved)
+_move: Kernel[..., Any] = kernel(_moved_weight)
 
 
 @list_kernel
@@ -238,14 +238,8 @@ def apply_updates_(
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
 
-def _check(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    velocities: Sequence[Tensor | None],
-    lefts: Sequence[Tensor | None],
-    rights: Sequence[Tensor | None],
-) -> None:
-    for w, g, v, s, c in zip(weights, gradients, velocities, lefts, rights, strict=True):
+def _check(*columns: Sequence[Any]) -> None:
+    for w, g, v, s, c in zip(*columns, strict=True):
         check_same_shape("gradient", g, w)
         if v is not None:
             check_same_shape("velocity", v, w)
@@ -332,16 +326,9 @@ def _apply_natively(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
     velocities: Sequence[Tensor | None],
-    lefts: Sequence[Tensor | None],
-    rights: Sequence[Tensor | None],
-    rates: Sequence[float | Tensor],
-    decays: Sequence[float],
-    momentum: float,
-    fresh: float,
-    scale_gradient: bool,
-    scale_velocity: bool,
-    measure: bool,
+    *rest: Any,
 ) -> Tensor | None:
+    lefts, rights, rates, decays, *numbers_and_flags, measure = rest
     kernels = library()
     assert kernels is not None
     items: Any = zip(weights, gradients, velocities, lefts, rights, strict=True)
@@ -365,10 +352,7 @@ def _apply_natively(
         *map(addresses, (left, right)),
         numbers("f", rates),
         numbers("f", decays),
-        momentum,
-        fresh,
-        scale_gradient,
-        scale_velocity,
+        *numbers_and_flags,
         None if measured is None else measured.data_ptr(),
         threads(),
     )
@@ -380,62 +364,46 @@ def _apply_natively(
 # ------------------------------------------------------------- in graphs
 
 
-def _result(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    velocities: Sequence[Tensor],
-    lefts: Sequence[Tensor | None],
-    rights: Sequence[Tensor | None],
-    rates: Sequence[float],
-    decays: Sequence[float],
-    momentum: float,
-    fresh: float,
-    scale_gradient: bool,
-    scale_velocity: bool,
-    measure: bool,
-) -> Tensor:
-    """Return what the operator does, uninitialised: a graph knows neither ``Tensor?`` results..."""
-    return weights[0].new_empty(len(weights) if measure else 0, dtype=torch.float64)
+def _result(weights: Sequence[Tensor], *rest: Any) -> Tensor:
+    """Return what the operator does, uninitialised."""
+    return weights[0].new_empty(len(weights) if rest[-1] else 0, dtype=torch.float64)
 
 
 def _run(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    velocities: Sequence[Tensor],
-    *rest: Any,
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], velocities: Sequence[Tensor], *rest: Any
 ) -> Tensor:
-    """...nor lists of ``Tensor?`` that are written into, for which empty ones stand."""
     there = [v if v.shape == w.shape else None for v, w in zip(velocities, weights, strict=True)]
     sums = apply_updates_.on("auto")(weights, gradients, there, *rest)
-    return _result(weights, gradients, velocities, *rest) if sums is None else sums
+    return _result(weights, *rest) if sums is None else sums
 
 
-_operator = operator(_result, _run, ("weights", "velocities"), None, "apply_updates_")
+# A graph can hold no lists of absent tensors that are written into, for which empty ones stand, and
+# no result that may be absent.
+_operator = operator(
+    _result,
+    _run,
+    ("weights", "velocities"),
+    None,
+    "apply_updates_",
+    "(Tensor(a0!)[] weights, Tensor[] gradients, Tensor(a2!)[] velocities, Tensor?[] lefts, "
+    "Tensor?[] rights, float[] rates, float[] decays, float momentum, float fresh, "
+    "bool scale_gradient, bool scale_velocity, bool measure) -> Tensor",
+)
 
 
 def _in_graph(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
     velocities: Sequence[Tensor | None],
-    lefts: Sequence[Tensor | None],
-    rights: Sequence[Tensor | None],
-    rates: Sequence[float | Tensor],
-    decays: Sequence[float],
-    momentum: float = 0.0,
-    fresh: float = 1.0,
-    scale_gradient: bool = True,
-    scale_velocity: bool = False,
-    measure: bool = False,
+    *rest: Any,
 ) -> Tensor | None:
-    flags = (momentum, fresh, scale_gradient, scale_velocity, measure)
-    traced = any(isinstance(rate, Tensor) for rate in rates) or not weights
-    if traced or _operator is None:
-        return apply_updates_.eager(
-            weights, gradients, velocities, lefts, rights, rates, decays, *flags
-        )
+    # rest[2] are the rates; its last five have defaults.
+    rest = (*rest, *(0.0, 1.0, True, False, False)[len(rest) - 4 :])
+    if not weights or _operator is None or any(isinstance(rate, Tensor) for rate in rest[2]):
+        return apply_updates_.eager(weights, gradients, velocities, *rest)
     there = [w.new_empty(0, 0, 0) if v is None else v for v, w in zip(velocities, weights)]  # noqa: B905
-    sums: Tensor = _operator(weights, gradients, there, lefts, rights, rates, decays, *flags)
-    return sums if measure else None
+    sums: Tensor = _operator(weights, gradients, there, *rest)
+    return sums if rest[-1] else None
 
 
 apply_updates_.native(_have_rows, _in_graph)(_apply_natively)

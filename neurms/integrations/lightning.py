@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from neurms.callbacks.trainer_checks import check_backward_update, scaler_of
 from neurms.core.ground.extras import require
 from neurms.core.optimizers.base import Params
 from neurms.core.optimizers.registry import create
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.integrations.schedules import Schedule, WarmupDecay, checked_decay
+from neurms.integrations.trainer_checks import check_backward_update, scaler_of
 
 require("lightning", extra="lightning")
 

@@ -3,7 +3,7 @@ import subprocess
 import torch
 
 from neurms.cli import environment as module
-from neurms.cli.environment import compiler, environment, flush_denormals, versions
+from neurms.cli.environment import environment, flush_denormals, versions
 
 
 def test_versions_are_the_metadata_s() -> None:
@@ -36,17 +36,6 @@ def test_commit_is_that_of_the_checkout(monkeypatch, tmp_path) -> None:
     assert environment(denormals_flushed=False)["commit"] == head
     (tmp_path / "neurms" / "x.py").write_text("a = 2\n")
     assert environment(denormals_flushed=False)["commit"] == f"{head}+changes"
-
-
-def test_compiler_obeys_cxx(monkeypatch, tmp_path) -> None:
-    mine = tmp_path / "my-cxx"
-    mine.write_text("#!/bin/sh\n")
-    mine.chmod(0o755)
-    monkeypatch.setenv("CXX", str(mine))
-    assert compiler() == str(mine)
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX")
-    assert compiler() is None
 
 
 def test_flushing_denormals() -> None:

@@ -38,7 +38,7 @@ def test_unknown_option_is_a_usage_error(capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "extra"), [("lightning", "demo"), ("sklearn", "demo"), ("tyro", "cli")]
+    ("name", "extra"), [("lightning", "demo"), ("sklearn", "demo"), ("tyro", "report")]
 )
 def test_missing_package_names_its_extra(monkeypatch, capsys, name, extra) -> None:
     for module in [m for m in sys.modules if m.startswith(("neurms.cli.", f"{name}."))]:
@@ -46,6 +46,18 @@ def test_missing_package_names_its_extra(monkeypatch, capsys, name, extra) -> No
     monkeypatch.setitem(sys.modules, name, None)
     assert main(["demo", "--epochs", "1"]) == 1
     assert f'pip install "neurms[{extra}]"' in capsys.readouterr().err
+
+
+def test_version_needs_no_extra() -> None:
+    source = """
+import sys
+sys.modules["tyro"] = sys.modules["rich"] = None
+from neurms.cli import main
+raise SystemExit(main(["--version"]))
+"""
+    command = [sys.executable, "-c", source]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout) == (0, f"neurms {neurms.__version__}\n"), ended.stderr
 
 
 def test_interrupt(monkeypatch, capsys) -> None:

@@ -118,7 +118,30 @@ def test_noise_floor_is_a_few_ulps_of_the_column() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("spread", [0, 1, 2])
+@pytest.mark.parametrize("spread", [0, 2, 4, 6])
+@pytest.mark.parametrize("shape", [(20, 30), (300, 40), (128, 512)])
+def test_no_row_of_a_gradient_of_full_rank_lies_below_the_noise_floor(
+    shape: tuple[int, int], spread: int, dtype: torch.dtype
+) -> None:
+    # What is left of small rows is right beside the same rotation's product in float64.
+    m, n = min(shape), max(shape)
+    scales = torch.logspace(0, -spread, m, dtype=torch.float64)[:, None]
+    for gradient in (
+        randn(m, n, seed=1) * scales,
+        torch.linalg.qr(randn(m, m))[0] @ (randn(m, n, seed=1) * scales),
+        randn(m, n) + 300 * randn(m, 1, seed=1) @ randn(1, n, seed=2),
+    ):
+        given = gradient.to(dtype)
+        basis = descending_eigenvectors(given @ given.mT)
+        z = basis.mT @ given
+        floor = noise_floor(z.square())
+        assert floor.isfinite().all()
+        error = z.double() - basis.double().mT @ given.double()
+        assert (error.square() <= floor).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0, 1, 2, 3])
 def test_noise_floor_lies_above_rounding_in_a_null_space(dtype: torch.dtype, spread: int) -> None:
     scales = torch.logspace(0, -spread, 5, dtype=torch.float64)
     gradient = ((randn(20, 5) * scales) @ randn(5, 30, seed=1)).to(dtype)

@@ -5,7 +5,7 @@ from torch import nn
 from neurms.compiled.backends import PROMPT
 from neurms.compiled.gemm import _multiplies, bfloat16_gemm_, update_gemm_
 from neurms.compiled.native import bfloat16_engine, library
-from neurms.compiled.update import scaled_update_
+from neurms.compiled.update import apply_updates_
 
 
 def assert_close64(result, truth, rtol=1e-6):
@@ -65,7 +65,7 @@ def test_velocity_then_update_is_torchs_momentum():
         layer.weight.grad = d.t() @ h
         sgd.step()
         update_gemm_(velocity, d, h, -1.0, 0.9)
-        scaled_update_(w, velocity, None, None, torch.tensor(0.1))
+        apply_updates_([w], [velocity], [None], [None], [None], [0.1], [1.0])
     torch.testing.assert_close(w, layer.weight.detach())
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from neurms.compiled import use_backend
-from neurms.compiled.finite import all_finite, are_finite
+from neurms.compiled.finite import GREATEST, within
 from neurms.compiled.native import LEAST_ELEMENTS, compiler, suits
 from neurms.compiled.native import build as native_build
 from neurms.compiled.row_update import row_normalized_update_
@@ -19,9 +21,8 @@ from neurms.compiled.two_sided import (
     scaled_square_sum,
     two_sided_fit,
     two_sided_scales_,
-    two_sided_update_,
 )
-from neurms.compiled.update import scaled_update_
+from neurms.compiled.update import apply_updates_
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
 
@@ -32,6 +33,12 @@ ONE = torch.tensor(1.0, dtype=torch.float64)
 def matrix(shape: tuple[int, int], scale: float = 1.0, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator) * scale
+
+
+def move(
+    form: Callable[..., Any], w: Tensor, g: Tensor, left: Tensor, right: Tensor, decay: float
+) -> None:
+    form([w], [g], [None], [left], [right], [0.1], [decay])
 
 
 @pytest.fixture(params=SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
@@ -80,8 +87,10 @@ def test_updates_of_a_weight_stored_by_columns(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(
         total.double(), scaled_square_sum.eager(*wide[1:]), rtol=3e-6, atol=0
     )
-    two_sided_update_(w, gradient, left, right, ONE * 0.1, ONE * 0.9)
-    two_sided_update_.eager(*wide, ONE * 0.1, ONE * 0.9)
+    version = w._version
+    move(apply_updates_, w, gradient, left, right, 0.9)
+    move(apply_updates_.eager, *wide, 0.9)
+    assert w._version > version
     torch.testing.assert_close(w.double(), wide[0], rtol=1e-5, atol=1e-5)
 
 
@@ -129,29 +138,11 @@ def test_scaled_square_sum_and_update(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(
         total.double(), scaled_square_sum.eager(*wide[1:]), rtol=1e-6, atol=0
     )
-    two_sided_update_(w, gradient, left, right, ONE * 0.1, ONE * 0.9)
-    two_sided_update_.eager(*wide, ONE * 0.1, ONE * 0.9)
+    version = w._version
+    move(apply_updates_, w, gradient, left, right, 0.9)
+    move(apply_updates_.eager, *wide, 0.9)
+    assert w._version > version
     torch.testing.assert_close(w.double(), wide[0], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("decay", [None, 0.9])
-def test_scaled_update_with_both_scales(shape: tuple[int, int], decay: float | None) -> None:
-    gradient, w = matrix(shape), matrix(shape, seed=1)
-    s, c = torch.rand(shape[0]) + 0.1, torch.rand(shape[1]) + 0.1
-    wide = [x.double() for x in (w, gradient, s, c)]
-    keep = None if decay is None else ONE * decay
-    scaled_update_(w, gradient, s, c, ONE * 0.1, keep)
-    scaled_update_.eager(*wide, ONE * 0.1, keep)
-    torch.testing.assert_close(w.double(), wide[0], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("position", [0, 16_383, 16_384, 99_999])
-def test_all_finite(bad: float, position: int) -> None:
-    x = torch.full((100_000,), 3e38)  # their sum overflows, they do not
-    assert all_finite(x)
-    x[position] = bad
-    assert not all_finite(x)
 
 
 def test_choice_goes_by_shape_dtype_and_strides() -> None:
@@ -168,10 +159,11 @@ def test_eager_backend_leaves_native_alone(monkeypatch: pytest.MonkeyPatch) -> N
         raise AssertionError("the native library was asked for")
 
     monkeypatch.setattr("neurms.compiled.finite.library", refuse)
+    large = [torch.zeros(LEAST_ELEMENTS)], [GREATEST]
     with use_backend("eager"):
-        assert all_finite(torch.zeros(LEAST_ELEMENTS))
+        assert within(*large)
     with pytest.raises(AssertionError, match="native library"):
-        all_finite(torch.zeros(LEAST_ELEMENTS))
+        within(*large)
 
 
 def test_without_a_compiler_warns_once_and_serves_eager(tmp_path: Path) -> None:
@@ -269,5 +261,16 @@ def test_what_is_written_natively_is_seen_by_autograd() -> None:
 @pytest.mark.parametrize("backend", ["inductor", "torchscript"])
 def test_gradients_are_checked_whatever_the_backend(backend: str) -> None:
     with use_backend(backend):
-        assert are_finite([torch.ones(3), torch.ones(LEAST_ELEMENTS)])
-        assert not are_finite([torch.tensor([float("nan")])])
+        assert within([torch.ones(3), torch.ones(LEAST_ELEMENTS)], [GREATEST] * 2)
+        assert not within([torch.tensor([float("nan")])], [GREATEST])
+
+
+def test_compiler_obeys_cxx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = tmp_path / "my-cxx"
+    mine.write_text("#!/bin/sh\n")
+    mine.chmod(0o755)
+    monkeypatch.setenv("CXX", str(mine))
+    assert compiler() == str(mine)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX")
+    assert compiler() is None

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from neurms.compiled.update import scale_gradient_, scaled_momentum_update_, scaled_update_
+from neurms.compiled.backends import PROMPT, use_backend
+from neurms.compiled.update import apply_updates_, scale_gradients_
 
 SHAPES = {"bias": (7,), "matrix": (7, 5), "blocks": (2, 3, 4, 5), "depthwise": (6, 1, 1, 9)}
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -27,14 +28,16 @@ def assert_moved(w, truth, size, rtol):
     assert bool((error <= rtol * size).all()), f"{(error / size).max():.2e} > {rtol:.1e}"
 
 
+def move(form, w, g, s, c, rate=1.0, decay=1.0, velocity=None, **more):
+    return form([w], [g], [velocity], [s], [c], [rate], [decay], **more)
+
+
 def check_update(form, shape, *, dtype=torch.float32, features=True, size=1.0, decayed=True):
     w = (torch.randn(shape) * size).to(dtype)
     g = (torch.randn(shape) * size).to(dtype)
     start, gradient = w.clone().double(), g.clone()
     s, c, s_full, c_full = scales(shape, features)
-    rate = torch.tensor(0.05, dtype=torch.float64)
-    decay = torch.tensor(0.9, dtype=torch.float64) if decayed else None
-    form(w, g, s, c, rate, decay)
+    move(form, w, g, s, c, 0.05, 0.9 if decayed else 1.0)
     step = 0.05 * s_full * gradient.double() * c_full
     truth = (0.9 if decayed else 1.0) * start - step
     assert torch.equal(g, gradient)
@@ -45,45 +48,46 @@ class TestScaledUpdate:
     @pytest.mark.parametrize("features", [False, True])
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
     def test_against_float64(self, backend, shape, features):
-        check_update(scaled_update_.on(backend), shape, features=features)
+        check_update(apply_updates_.on(backend), shape, features=features)
 
     @pytest.mark.parametrize("dtype", ROUNDING)
     @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5)])
     def test_dtypes_round_once(self, patient_backend, dtype, shape):
-        check_update(scaled_update_.on(patient_backend), shape, dtype=dtype)
-        check_update(scaled_update_.on(patient_backend), shape, dtype=dtype, decayed=False)
+        check_update(apply_updates_.on(patient_backend), shape, dtype=dtype)
+        check_update(apply_updates_.on(patient_backend), shape, dtype=dtype, decayed=False)
 
     @pytest.mark.parametrize("size", [1e-30, 1e30])
     def test_extreme_scales(self, backend, size):
-        check_update(scaled_update_.on(backend), (7, 5), size=size)
+        check_update(apply_updates_.on(backend), (7, 5), size=size)
 
     def test_denormals(self, backend):
         w, g = torch.zeros(3, 2), torch.full((3, 2), 1e-40)
-        scaled_update_.on(backend)(w, g, torch.full((3,), 100.0), None, torch.tensor(1.0))
+        move(apply_updates_.on(backend), w, g, torch.full((3,), 100.0), None)
         torch.testing.assert_close(w, torch.full((3, 2), -1e-38), rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("shape", [(33, 7), (1, 100), (1, 40, 3, 2), (40, 1, 3, 2), (70,)])
     @pytest.mark.parametrize("features", [False, True])
     @pytest.mark.usefixtures("small_tiles")
     def test_tiles(self, shape, features):
-        check_update(scaled_update_.eager, shape, features=features)
+        check_update(apply_updates_.eager, shape, features=features)
 
     def test_a_large_weight(self, patient_backend):
-        check_update(scaled_update_.on(patient_backend), (1201, 1003))
+        check_update(apply_updates_.on(patient_backend), (1201, 1003))
 
     def test_views_reach_the_parameter(self, patient_backend):
         conv = torch.nn.Conv2d(4, 6, 3, groups=2).to(memory_format=torch.channels_last)
         weight = conv.weight.detach()
         before, g = weight.clone(), torch.randn_like(weight)
         s, c = torch.rand(6), torch.rand(4)
-        scaled_update_.on(patient_backend)(
+        move(
+            apply_updates_.on(patient_backend),
             weight.view(2, 3, 2, 3, 3).movedim(2, 2).flatten(3)
             if weight.is_contiguous()
             else weight.unflatten(0, (2, 3)).flatten(3),
             g.unflatten(0, (2, 3)).flatten(3),
             s,
             c,
-            torch.tensor(0.5),
+            0.5,
         )
         per_input = torch.stack([c[:2]] * 3 + [c[2:]] * 3)[:, :, None, None]
         truth = before - 0.5 * s.view(6, 1, 1, 1) * g * per_input
@@ -92,15 +96,15 @@ class TestScaledUpdate:
     def test_transposed_weight(self, patient_backend):
         kernel = torch.zeros(5, 7)
         g, s = torch.randn(5, 7), torch.rand(7)
-        scaled_update_.on(patient_backend)(kernel.t(), g.t(), s, None, torch.tensor(1.0))
+        move(apply_updates_.on(patient_backend), kernel.t(), g.t(), s, None)
         torch.testing.assert_close(kernel, -g * s)
 
     def test_zero_rows_and_empty_weights(self, backend):
         w, g = torch.ones(2, 3), torch.randn(2, 3)
-        scaled_update_.on(backend)(w, g, torch.tensor([0.0, 1.0]), None, torch.tensor(1.0))
+        move(apply_updates_.on(backend), w, g, torch.tensor([0.0, 1.0]), None)
         assert w[0].tolist() == [1.0] * 3
         empty = torch.ones(0, 3)
-        scaled_update_.on(backend)(empty, empty.clone(), torch.ones(0), None, torch.tensor(1.0))
+        move(apply_updates_.on(backend), empty, empty.clone(), torch.ones(0), None)
 
     def test_without_scales_is_torchs_sgd(self, backend):
         w = torch.randn(9, 4)
@@ -108,12 +112,13 @@ class TestScaledUpdate:
         sgd = torch.optim.SGD([theirs], lr=0.03)
         for _ in range(20):
             theirs.grad = torch.randn(9, 4)
-            scaled_update_.on(backend)(w, theirs.grad, None, None, torch.tensor(0.03))
+            move(apply_updates_.on(backend), w, theirs.grad, None, None, 0.03)
             sgd.step()
         torch.testing.assert_close(w, theirs.detach(), rtol=1e-7 * 20, atol=1e-7)
 
     @pytest.mark.parametrize("bad", ["s", "c", "g", "bias"])
-    def test_what_does_not_fit_is_refused_before_anything_changes(self, bad, lr):
+    @pytest.mark.parametrize("form", [apply_updates_.eager, apply_updates_.on(PROMPT)])
+    def test_what_does_not_fit_is_refused_before_anything_changes(self, form, bad):
         w, g, s, c = torch.ones(4, 3), torch.ones(4, 3), torch.ones(4), torch.ones(3)
         match bad:
             case "s":
@@ -121,12 +126,17 @@ class TestScaledUpdate:
             case "c":
                 c, message = torch.ones(4), r"c of shape .*4.* every feature of w"
             case "g":
-                g, message = torch.ones(3), r"g of shape .*3.* shape of w"
+                g, message = torch.ones(3), r"gradient of shape .*3.* shape of w"
             case "bias":
                 w, g, message = torch.ones(4), torch.ones(4), r"c of shape .*3"
+        first = torch.ones(2)
         with pytest.raises(ValueError, match=message):
-            scaled_update_.eager(w, g, s, c, lr, torch.tensor(0.5))
+            form(
+                *([first, w], [torch.ones(2), g], [None] * 2, [None, s], [None, c]),
+                *([1.0] * 2, [0.5] * 2),
+            )
         assert bool((w == 1).all())
+        assert bool((first == 1).all())
 
 
 def momentum_truth(w, gradients, s, c, scale_velocity):
@@ -142,10 +152,10 @@ def check_momentum(form, shape, *, dtype=torch.float32, scale_velocity=False, fe
     gradients = [torch.randn(shape).to(dtype) for _ in range(3)]
     s, c, s_full, c_full = scales(shape, features)
     truth, v_truth = momentum_truth(w, gradients, s_full, c_full, scale_velocity)
-    rate, mu, decay = (torch.tensor(x, dtype=torch.float64) for x in (0.05, 0.9, 0.99))
     for g in gradients:
         kept = g.clone()
-        form(w, velocity, g, s, c, rate, mu, decay, scale_velocity)
+        more = {"momentum": 0.9, "scale_velocity": scale_velocity}
+        move(form, w, g, s, c, 0.05, 0.99, velocity, **more)
         assert torch.equal(g, kept)
     rtol = ROUNDING[dtype] * 3
     torch.testing.assert_close(w.double(), truth, rtol=rtol, atol=rtol)
@@ -156,26 +166,26 @@ class TestScaledMomentumUpdate:
     @pytest.mark.parametrize("scale_velocity", [False, True])
     @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5)])
     def test_against_float64(self, backend, shape, scale_velocity):
-        check_momentum(scaled_momentum_update_.on(backend), shape, scale_velocity=scale_velocity)
+        check_momentum(apply_updates_.on(backend), shape, scale_velocity=scale_velocity)
 
     @pytest.mark.parametrize("scale_velocity", [False, True])
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
     def test_unit_scales_only(self, patient_backend, shape, scale_velocity):
-        form = scaled_momentum_update_.on(patient_backend)
+        form = apply_updates_.on(patient_backend)
         check_momentum(form, shape, scale_velocity=scale_velocity, features=False)
 
     @pytest.mark.parametrize("dtype", ROUNDING)
     def test_dtypes(self, patient_backend, dtype):
-        check_momentum(scaled_momentum_update_.on(patient_backend), (7, 5), dtype=dtype)
+        check_momentum(apply_updates_.on(patient_backend), (7, 5), dtype=dtype)
 
     @pytest.mark.parametrize("shape", [(33, 7), (1, 40, 3, 2), (40, 1, 3, 2)])
     @pytest.mark.parametrize("scale_velocity", [False, True])
     @pytest.mark.usefixtures("small_tiles")
     def test_tiles(self, shape, scale_velocity):
-        check_momentum(scaled_momentum_update_.eager, shape, scale_velocity=scale_velocity)
+        check_momentum(apply_updates_.eager, shape, scale_velocity=scale_velocity)
 
     def test_a_large_weight(self, patient_backend):
-        check_momentum(scaled_momentum_update_.on(patient_backend), (1201, 1003))
+        check_momentum(apply_updates_.on(patient_backend), (1201, 1003))
 
     def test_without_scales_is_torchs_sgd(self, backend):
         w = torch.randn(9, 4)
@@ -184,51 +194,60 @@ class TestScaledMomentumUpdate:
         sgd = torch.optim.SGD([theirs], lr=0.03, momentum=0.9)
         for _ in range(20):
             theirs.grad = torch.randn(9, 4)
-            scaled_momentum_update_.on(backend)(
-                w, velocity, theirs.grad, None, None, torch.tensor(0.03), torch.tensor(0.9)
-            )
+            form = apply_updates_.on(backend)
+            move(form, w, theirs.grad, None, None, 0.03, 1.0, velocity, momentum=0.9)
             sgd.step()
         torch.testing.assert_close(w, theirs.detach(), rtol=1e-7 * 20, atol=2e-7)
 
-    def test_what_does_not_fit_is_refused_before_anything_changes(self, lr):
+    def test_what_does_not_fit_is_refused_before_anything_changes(self):
         w, velocity, g = torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 3)
-        mu = torch.tensor(0.5)
         with pytest.raises(ValueError, match="s of shape"):
-            scaled_momentum_update_.eager(w, velocity, g, torch.ones(3), None, lr, mu)
+            move(apply_updates_, w, g, torch.ones(3), None, velocity=velocity)
         with pytest.raises(ValueError, match="velocity of shape"):
-            scaled_momentum_update_.eager(w, torch.ones(3), g, None, None, lr, mu)
+            move(apply_updates_, w, g, None, None, velocity=torch.ones(3))
         assert bool((velocity == 1).all())
         assert bool((w == 1).all())
 
 
-class TestScaleGradient:
-    @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5)])
+def scale(backend, g, s, c):
+    with use_backend(backend):
+        scale_gradients_([g], [s], [c])
+
+
+class TestScaleGradients:
+    @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5), (300, 200)])
     def test_against_float64(self, backend, shape):
-        g = torch.randn(shape)
-        s, c, s_full, c_full = scales(shape)
-        truth = s_full * g.double() * c_full
-        result = scale_gradient_.on(backend)(g, s, c)
-        assert result.data_ptr() == g.data_ptr()
-        torch.testing.assert_close(g.double(), truth, rtol=1e-6, atol=0)
+        for form in (backend, "auto"):
+            g = torch.randn(shape)
+            s, c, s_full, c_full = scales(shape)
+            truth = s_full * g.double() * c_full
+            scale(form, g, s, c)
+            torch.testing.assert_close(g.double(), truth, rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize("dtype", ROUNDING)
     def test_dtypes_round_once(self, patient_backend, dtype):
         g = torch.randn(7, 5).to(dtype)
         s, c, s_full, c_full = scales((7, 5))
         truth = s_full * g.double() * c_full
-        scale_gradient_.on(patient_backend)(g, s, c)
+        scale(patient_backend, g, s, c)
         torch.testing.assert_close(g.double(), truth, rtol=ROUNDING[dtype], atol=0)
 
     def test_one_side_or_none(self, patient_backend):
-        form = scale_gradient_.on(patient_backend)
         g = torch.ones(2, 3)
-        assert torch.equal(form(g, None, None), torch.ones(2, 3))
-        form(g, None, torch.tensor([1.0, 2.0, 3.0]))
-        form(g, torch.tensor([1.0, 10.0]), None)
+        scale(patient_backend, g, None, None)
+        assert torch.equal(g, torch.ones(2, 3))
+        scale(patient_backend, g, None, torch.tensor([1.0, 2.0, 3.0]))
+        scale(patient_backend, g, torch.tensor([1.0, 10.0]), None)
         assert g.tolist() == [[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]
         bias = torch.ones(2)
-        form(bias, torch.tensor([1.0, 10.0]), None)
+        scale(patient_backend, bias, torch.tensor([1.0, 10.0]), None)
         assert bias.tolist() == [1.0, 10.0]
+
+    def test_an_infinity_stays_one(self, patient_backend):
+        for shape in ((2, 3), (200, 300)):
+            g = torch.full(shape, torch.inf)
+            scale("auto" if shape[0] == 200 else patient_backend, g, torch.ones(shape[0]), None)
+            assert bool((g == torch.inf).all())
 
     @pytest.mark.usefixtures("small_tiles")
     def test_tiles(self):
@@ -236,5 +255,5 @@ class TestScaleGradient:
             g = torch.randn(shape)
             s, c, s_full, c_full = scales(shape)
             truth = s_full * g.double() * c_full
-            scale_gradient_.eager(g, s, c)
+            scale("eager", g, s, c)
             torch.testing.assert_close(g.double(), truth, rtol=1e-6, atol=0)

@@ -14,7 +14,7 @@ from neurms.callbacks.profiler.optimizer_view import OptimizerView
 from neurms.callbacks.profiler.sampling import Sampler
 from neurms.callbacks.profiler.schedule import Schedule
 from neurms.callbacks.profiler.subjects import subjects_of
-from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
+from neurms.core.ground.errors import check_positive_int
 from neurms.core.taps.hooks import forget_compiled_graphs
 from neurms.core.unitwise.rule import LossReduction
 from neurms.core.unitwise.tapped import TappedLayer
@@ -53,7 +53,12 @@ class Profiler(Sampler):
         beta: Decay of the averages of v and u for each step, where the optimizer keeps none.
         loss_reduction: Whether the loss is a ``"mean"`` or a ``"sum"`` over rows.
         loss_scale: Callable that returns a GradScaler's current scale, or None.
-        output: Folder for the run file, which grows as training goes on; None keeps all in memory.
+        output: Folder for the run file, which grows as training goes on, and for ``report.html`` at
+            its end; None keeps all in memory. A folder that holds a run already is left as it is,
+            and its neighbour ``output-2``, ... taken, which :attr:`folder` tells.
+        overwrite: Whether a new run replaces the one in ``output``.
+        first_step: The step that training goes on with after a checkpoint: its run file is appended
+            to, and steps count from there.
         max_elements: Entries of a weight beyond which E[d^2 h^2] is formed for a part of its units.
         preconditioner: The
             :class:`~neurms.core.unitwise.preconditioner.GradientPreconditioner` beside a foreign
@@ -98,16 +103,14 @@ class Profiler(Sampler):
         loss_reduction: LossReduction = "mean",
         loss_scale: Callable[[], Tensor | float | None] | None = None,
         output: str | Path | None = None,
+        overwrite: bool = False,
+        first_step: int = 0,
         max_elements: int = 2**22,
         preconditioner: Iterable[TappedLayer] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={type(model).__name__} must be an nn.Module, which has layers")
-        check_positive_int("every_n_steps", every_n_steps)
-        check_positive_int("warmup_steps", warmup_steps, low=0)
-        check_positive_int("max_elements", max_elements)
-        check_fraction("beta", beta)
-        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        check_positive_int("first_step", first_step, low=0)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         if not optimizers or not all(isinstance(o, Optimizer) for o in optimizers):
             raise TypeError(f"optimizer={optimizer!r} must be a torch optimizer or several of them")
@@ -117,6 +120,8 @@ class Profiler(Sampler):
             OptimizerView(optimizers, preconditioner),
             Schedule(every_n_steps, warmup_steps),
             output,
+            overwrite=overwrite,
+            first_step=first_step,
             beta=beta,
             loss_reduction=loss_reduction,
             loss_scale=loss_scale or (lambda: None),
@@ -140,18 +145,18 @@ class Profiler(Sampler):
         self.begin_step()
         return self
 
-    def detach(self) -> None:
+    def detach(self, *, failed: bool = False) -> None:
         """Look no more: take every hook off and close the run file. A step under way is dropped."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        super().detach()
+        super().detach(failed=failed)
 
     def __enter__(self) -> Self:
         return self.attach()
 
-    def __exit__(self, *error: object) -> None:
-        self.detach()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.detach(failed=kind is not None)
 
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -178,30 +183,5 @@ def _is_compiled(model: nn.Module) -> bool:
     )
 
 
-def profile(
-    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], **settings: Any
-) -> Profiler:
-    """Profile a plain training loop: ``with neurms.profile(model, optimizer) as profiler:``.
-
-    Args:
-        model: The model.
-        optimizer: Its optimizer, this library's or another's, or several.
-        **settings: As for :class:`Profiler`: ``every_n_steps``, ``warmup_steps``, ``layers``,
-            ``beta``, ``loss_reduction``, ``loss_scale``, ``output``, ``max_elements``.
-
-    Returns:
-        A context manager; ``profiler.report()`` works inside and after it.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(4, 2)
-        >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> with profile(model, optimizer, every_n_steps=1, warmup_steps=0) as profiler:
-        ...     for _ in range(3):
-        ...         optimizer.zero_grad()
-        ...         model(torch.randn(8, 4)).square().mean().backward()
-        ...         optimizer.step()
-        >>> print([row.layer for row in profiler.report()])
-        ['Linear']
-    """
-    return Profiler(model, optimizer, **settings)
+profile = Profiler
+"""The same for plain loops: ``with neurms.profile(model, optimizer) as profiler:``."""

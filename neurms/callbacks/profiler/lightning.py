@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from neurms.callbacks.profiler.engine import Profiler
-from neurms.callbacks.profiler.report import ProfilerReport
-from neurms.callbacks.profiler.scalars import layer_scalars
+from neurms.callbacks.profiler.callback import ProfilesTraining
 from neurms.core.ground.extras import require
 from neurms.core.unitwise.rule import LossReduction
+from neurms.report.scalars import MEANS
 
 require("lightning", extra="lightning")
 
@@ -21,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 __all__ = ["PreconditionerProfiler"]
 
 
-class PreconditionerProfiler(Callback):
+class PreconditionerProfiler(ProfilesTraining, Callback):
     """Shows what each layer pays for its preconditioner, and whether the factorisation holds.
 
     Every ``every_n_steps`` optimizer steps one is looked at (see
@@ -36,7 +35,10 @@ class PreconditionerProfiler(Callback):
         layers: Name patterns of the layers to profile; None takes all.
         beta: Decay of the averages of v and u for each step, where the optimizer keeps none.
         loss_reduction: Whether the loss is a ``"mean"`` or a ``"sum"`` over rows.
-        output: Folder for the run file that ``neurms report`` reads; None writes none.
+        output: Folder for the run file that ``neurms report`` reads, and for ``report.html`` at the
+            end; None writes none. A resumed training appends to the run there; another one gets a
+            folder of its own, ``output-2``, ...
+        overwrite: Whether a new run replaces the one in ``output`` instead.
         max_elements: Entries of a weight beyond which a part of its units is looked at.
         log: Whether numbers go to loggers and progress bar.
         print_table: Whether a table is printed when training ends.
@@ -58,89 +60,54 @@ class PreconditionerProfiler(Callback):
         beta: float = 0.99,
         loss_reduction: LossReduction = "mean",
         output: str | Path | None = None,
+        overwrite: bool = False,
         max_elements: int = 2**22,
         log: bool = True,
         print_table: bool = True,
     ) -> None:
-        self.settings: dict[str, Any] = {
-            "every_n_steps": every_n_steps,
-            "warmup_steps": warmup_steps,
-            "layers": layers,
-            "beta": beta,
-            "loss_reduction": loss_reduction,
-            "max_elements": max_elements,
-        }
-        self.output = output
+        given = dict(locals())
+        super().__init__("call trainer.fit", given)
         self.log = log
-        self.print_table = print_table
-        self.profiler: Profiler | None = None
-        self._logged = 0
-
-    def report(self) -> ProfilerReport:
-        """Return the report of the last fit, finished or not.
-
-        Raises:
-            RuntimeError: No fit has started.
-        """
-        if self.profiler is None:
-            raise RuntimeError("PreconditionerProfiler has seen no training yet; call trainer.fit")
-        return self.profiler.report()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin: optimizers are as they will stay, and their state has been restored."""
-        if self.profiler is not None:
-            self.profiler.detach()
-        self.profiler = Profiler(
+        self._begin(
             pl_module,
             list(trainer.optimizers),
+            writes=trainer.is_global_zero,
+            # A resumed training counts on, so that steps are those of the loggers.
+            first_step=trainer.global_step,
             loss_scale=_loss_scale(trainer),
-            output=self.output if trainer.is_global_zero else None,
             preconditioner=_preconditioner(_callbacks(trainer)),
-            **self.settings,
         )
-        # A resumed training counts on, so that steps are those of the loggers.
-        self.profiler.step = trainer.global_step
-        self._logged = 0
-        self.profiler.attach()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a step that was looked at."""
-        profiler = self.profiler
-        if profiler is None or len(profiler.samples) == self._logged:
-            return
-        self._logged = len(profiler.samples)
-        if not self.log or trainer.barebones:
-            return
-        scalars = layer_scalars(profiler.samples[-1])
-        for name in ("neurms/rho", "neurms/overhead"):
-            if name in scalars:
-                pl_module.log(name, scalars.pop(name), prog_bar=True, on_step=True, on_epoch=False)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
+        for scalars in self._new_scalars():
+            if not self.log or trainer.barebones:
+                continue
+            for name in sorted(MEANS & scalars.keys()):
+                value = scalars.pop(name)
+                pl_module.log(name, value, prog_bar=True, on_step=True, on_epoch=False)
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the run and print the table."""
-        if self.profiler is None:
-            return
-        self.profiler.detach()
-        if self.print_table and trainer.is_global_zero and self.profiler.samples:
-            rich: Any = require("rich", extra="report")
-            rich.print(self.report().table())
+        self._finish(speaks=trainer.is_global_zero)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take every hook off."""
-        if self.profiler is not None:
-            self.profiler.detach()
+        self._stop()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Take every hook off, since Lightning may end without a teardown; keep what was found."""
-        if self.profiler is not None:
-            self.profiler.detach()
+        self._stop()
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

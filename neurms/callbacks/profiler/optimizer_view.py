@@ -15,6 +15,7 @@ from neurms.core.diagnostics.unit_statistics import limiter_hit, subspace_energy
 from neurms.core.low_rank.extension import LowRank, flips
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.plan import meta_like, tensor_bytes
+from neurms.core.structures.base import Context
 from neurms.core.structures.shared_basis import SharedBasisBlocks
 from neurms.core.unitwise.scale_summary import at_bounds
 from neurms.core.unitwise.statistics import PendingSums
@@ -48,13 +49,21 @@ class OptimizerView:
         names += ["NeuRMSCallback"] if self._preconditioner is not None else []
         return " + ".join(dict.fromkeys(names)) or "unknown"
 
-    def optimizer_of(self, parameter: Tensor) -> Optimizer | None:
-        """Return the optimizer that moves a parameter."""
+    def _found(self, parameter: Tensor) -> tuple[Optimizer | None, Mapping[str, Any]]:
+        """Return the optimizer that moves a parameter, and the group that it is in."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 if any(p is parameter for p in group["params"]):
-                    return optimizer
-        return None
+                    return optimizer, group
+        return None, {}
+
+    def optimizer_of(self, parameter: Tensor) -> Optimizer | None:
+        """Return the optimizer that moves a parameter."""
+        return self._found(parameter)[0]
+
+    def group_of(self, parameter: Tensor) -> Mapping[str, Any]:
+        """Return the settings that hold for a parameter."""
+        return self._found(parameter)[1]
 
     def rule_of(self, parameter: Tensor) -> str:
         """Return the name of the rule that moves a parameter."""
@@ -103,20 +112,20 @@ class OptimizerView:
         layer = self.tapped(weight)
         if layer is None or layer.rule.upstream:
             return None
-        structure, state = layer.rule.structure, layer.state
-        moments = layer.moments(pending)
-        blended: list[Tensor | None] = []
-        for key, sample in (("v", moments.units), ("u", moments.features)):
-            if sample is None or (key == "u" and not structure.factored):
-                blended.append(None)
-                continue
-            last = state[key].to(sample) if key in state else torch.zeros_like(sample)
-            steps = state.get("step", 0) + 1
-            correction = 1.0 - structure.beta**steps if structure.bias_correction else 1.0
-            blended.append(last.lerp(sample, 1.0 - structure.beta) / correction)
-        v, u = blended
-        if v is None:
+        structure, moments = layer.rule.structure, layer.moments(pending)
+        if moments.units is None:
             return None
+        state, step = layer.state, int(layer.state.get("step", 0)) + 1
+        sights = {"v": moments.units, "u": moments.features if structure.factored else None}
+        # A copy, which the structure moves as it will move its own.
+        blended = {
+            key: state[key].to(sight, copy=True) if key in state else torch.zeros_like(sight)
+            for key, sight in sights.items()
+            if sight is not None
+        }
+        structure.observe(weight, blended, Context(step, moments=moments))
+        found = {key: moment / structure.divisor(step) for key, moment in blended.items()}
+        v, u = found["v"], found.get("u")
         if layer.heads:
             v = v.repeat_interleave(layer.route.layout.units // layer.heads)
         return v, u
@@ -187,15 +196,6 @@ class OptimizerView:
         state: dict[str, Any] = dict(optimizer.state.get(parameter, {})) if optimizer else {}
         extra = getattr(self._preconditioner, "state", {})
         return {**state, **extra.get(parameter, {})}
-
-    def group_of(self, parameter: Tensor) -> Mapping[str, Any]:
-        """Return the settings that hold for a parameter."""
-        optimizer = self.optimizer_of(parameter)
-        groups = optimizer.param_groups if optimizer is not None else []
-        for group in groups:
-            if any(p is parameter for p in group["params"]):
-                return group
-        return {}
 
     def state_bytes(self, parameters: Iterable[Tensor]) -> int:
         """Return the measured bytes of the parameters' state."""

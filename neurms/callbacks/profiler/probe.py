@@ -13,7 +13,7 @@ from neurms.callbacks.profiler.clock import Stopwatch
 from neurms.callbacks.profiler.subjects import Subject
 from neurms.callbacks.profiler.timing import LayerTimer
 from neurms.core.diagnostics.factorization import (
-    correlation_ceiling,
+    expected_correlation,
     factor_correlation,
     factorization_error,
     gradient_margins,
@@ -22,6 +22,7 @@ from neurms.core.diagnostics.factorization import (
     square_products,
 )
 from neurms.core.diagnostics.unit_statistics import dead_units, levels
+from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
 from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.rule import LossReduction
@@ -43,7 +44,7 @@ class Averages:
     """
 
     def __init__(self, beta: float) -> None:
-        self.beta = beta
+        self.beta = check_fraction("beta", beta)
         self.pair: tuple[Tensor, Tensor] | None = None
         self._weight: float | None = None
         self._step = 0
@@ -91,12 +92,15 @@ class LayerProbe:
         self.products: Tensor | None = None
         self.gradient: Tensor | None = None
         self.keep_gradient = False
-        self.loss_reduction: LossReduction = loss_reduction
+        self.loss_reduction: LossReduction = check_choice(
+            "loss_reduction", loss_reduction, ("mean", "sum")
+        )
         self._loss_scale = loss_scale
         self._moments, self._margins = Averages(beta), Averages(beta)
         layout = subject.layout
         entries = max(layout.matrix_shape[1], 1)
-        self.units = spaced(layout.units, max(max_elements // entries, 1), subject.weight.device)
+        kept = check_positive_int("max_elements", max_elements) // entries
+        self.units = spaced(layout.units, max(kept, 1), subject.weight.device)
         self._stopwatch: Stopwatch | None = None
         self._signals: tuple[Tensor, Tensor] | None = None
         self._gemms: list[tuple[Any, Any]] = []
@@ -219,7 +223,7 @@ class LayerProbe:
             if own is not None:
                 v, u = own[0].double(), u if own[1] is None else own[1].double()
             values |= {"v": levels(v), "u": levels(u), "dead_units": dead_units(moments.units)}
-            values["rho_ceiling"] = float(correlation_ceiling(layout, v, u))
+            values["rho_expected"] = float(expected_correlation(layout, v, u))
             if gradient is not None:
                 values["rho"] = float(factor_correlation(gradient, layout, v, u))
                 batch = factor_correlation(gradient, layout, moments.units, moments.features)
@@ -250,7 +254,7 @@ class LayerProbe:
             return {}
         return {
             "rho_gradient": float(factor_correlation(gradient, layout, *before)),
-            "rho_gradient_ceiling": float(correlation_ceiling(layout, *before)),
+            "rho_gradient_expected": float(expected_correlation(layout, *before)),
         }
 
     def _gradient(self) -> Tensor | None:

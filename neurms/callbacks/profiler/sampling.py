@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,8 +18,6 @@ from neurms.callbacks.profiler.optimizer_view import OptimizerView
 from neurms.callbacks.profiler.probe import LayerProbe, Values
 from neurms.callbacks.profiler.process import process_memory
 from neurms.callbacks.profiler.ranks import sum_over_ranks
-from neurms.callbacks.profiler.report import ProfilerReport
-from neurms.callbacks.profiler.runs import Run, RunWriter
 from neurms.callbacks.profiler.samples import (
     descriptions,
     environment,
@@ -29,6 +28,9 @@ from neurms.callbacks.profiler.schedule import Look, Schedule
 from neurms.callbacks.profiler.subjects import Subject
 from neurms.callbacks.profiler.window import OPTIMIZER, Window
 from neurms.core.ground.spans import observed_by
+from neurms.report.report import ProfilerReport
+from neurms.report.runs import Run
+from neurms.report.writer import RunWriter
 
 __all__ = ["Sampler"]
 
@@ -41,7 +43,9 @@ class Sampler:
         subjects: The layers to look at.
         view: The optimizers.
         schedule: Which steps are looked at.
-        output: Folder for the run file, or None.
+        output: Folder for the run file and its page, or None.
+        overwrite: Whether a new run replaces the one in ``output``.
+        first_step: Number of the first step; not 0 where a training is resumed.
         **settings: Those of :class:`~neurms.callbacks.profiler.probe.LayerProbe`.
 
     Raises:
@@ -56,6 +60,9 @@ class Sampler:
         view: OptimizerView,
         schedule: Schedule,
         output: str | Path | None,
+        *,
+        overwrite: bool = False,
+        first_step: int = 0,
         **settings: Any,
     ) -> None:
         self.model = model
@@ -67,7 +74,7 @@ class Sampler:
         span_cost(self.device.type)
         self.probes = [LayerProbe(subject, **settings) for subject in subjects]
         self.samples: list[Values] = []
-        self.step = 0
+        self.step = self.first_step = first_step
         self._owners = {
             p: probe.subject.name for probe in self.probes for p in probe.subject.parameters
         }
@@ -84,20 +91,57 @@ class Sampler:
         self._stay = False
         self._finished = False
         self._forecast: dict[str, int] | None = None
-        self._writer = RunWriter.opened(output, self._header()) if output is not None else None
+        self._writer: RunWriter | None = None
+        if output is not None:
+            self._writer = RunWriter.opened(
+                output, self._header(), first_step=first_step, overwrite=overwrite
+            )
 
-    def detach(self) -> None:
-        """Look no more: take every hook off and close the run file. A step under way is dropped."""
+    @property
+    def folder(self) -> Path | None:
+        """Where the run file is: ``output``, or its numbered neighbour."""
+        return None if self._writer is None else self._writer.path.parent
+
+    def detach(self, *, failed: bool = False) -> None:
+        """Look no more: take every hook off and close the run file. A step under way is dropped.
+
+        Args:
+            failed: Whether training ended in an error, beside which an empty profile is no news.
+        """
         self._stop_looking()
         for probe in self.probes:
             probe.detach()
-        if self._writer is not None and not self._finished:
-            self._finished = True
-            self._writer.close(self._totals())
+        if self._finished:
+            return
+        self._finished = True
+        if self._writer is not None:
+            self._writer.close(self.report())
+        if not self.samples and not failed:
+            self._say_that_it_is_empty()
 
     def report(self) -> ProfilerReport:
-        """Return what was found so far: rows, tables, files, advice."""
-        return ProfilerReport(Run(self._header(), list(self.samples), self._totals()))
+        """Return what was found so far, before a resumption too: rows, tables, files, advice."""
+        earlier = [] if self._writer is None else self._writer.earlier
+        return ProfilerReport(Run(self._header(), earlier + self.samples, self._totals()))
+
+    def _say_that_it_is_empty(self) -> None:
+        trained, schedule = self.step - self.first_step, self.schedule
+        due = schedule.due_after(self.first_step) - self.first_step
+        if not trained:
+            warnings.warn(
+                "the profile is empty: no step of the optimizer was seen; profile the optimizer "
+                "that the training steps",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
+        warnings.warn(
+            f"the profile is empty: {trained} steps were trained, and statistics were due after "
+            f"{due} (warmup_steps={schedule.warmup_steps}, every_n_steps="
+            f"{schedule.every_n_steps}); set warmup_steps=0, or train more than {due} steps",
+            UserWarning,
+            stacklevel=4,
+        )
 
     @property
     def looking(self) -> bool:

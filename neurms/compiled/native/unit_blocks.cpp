@@ -1,5 +1,5 @@
-// SharedBasis's work on each unit, in one visit of its k x k block: the block turned into the new basis, the norm of
-// what that leaves out, the smallest eigenvalue, and the inverse root of the result times the unit's gradient.
+// SharedBasis's work on each unit, in one visit of its k x k block: the block turned into the new basis, the smallest
+// eigenvalue, the norm of what is left out, and the inverse root of the result times the unit's gradient.
 //
 // No eigenvectors: a block is reduced to a tridiagonal one by Householder reflections, whose QL iteration, for 16 units
 // at a time, turns the unit's vector along; the rotations are kept to turn the result back. Everything but that
@@ -87,7 +87,7 @@ struct Scratch {
   static constexpr int64_t kWide = kLines * kLine;
   alignas(64) float block[kWide * kWide] = {};
   alignas(64) float product[kWide * kWide] = {};
-  alignas(64) float projected[kWide * kWide] = {};
+  alignas(64) float projected[kUnits][kWide * kWide] = {};
   alignas(64) float reflectors[kUnits][kWide * kWide];
   float weights[kUnits][kWide];
   int exponents[kUnits];
@@ -97,33 +97,36 @@ struct Scratch {
   Rotations rotations;
 };
 
-// P = (T S T^T + its transpose) / 2 + c c^T
+// P = (T S T^T + its transpose) / 2 + c c^T, of unit u.
 template <int kLines>
-void project(const Frame<kLines>& frame, const float* c, Scratch<kLines>& own) {
+void project(const Frame<kLines>& frame, const float* c, int u, Scratch<kLines>& own) {
   constexpr int64_t kWide = kLines * kLine;
   const int64_t k = frame.k;
   multiply<kLines>(frame.turn, own.block, own.product, k);
-  multiply<kLines>(own.product, frame.turn_back, own.projected, k);
-  float* p = own.projected;
+  float* p = own.projected[u];
+  multiply<kLines>(own.product, frame.turn_back, p, k);
   for (int64_t i = 0; i < k; ++i)
     for (int64_t j = 0; j <= i; ++j)
       p[i * kWide + j] = p[j * kWide + i] = 0.5f * (p[i * kWide + j] + p[j * kWide + i]) + c[i] * c[j];
 }
 
-// Lanczos for the norm of B S B^T + g g^T - B' P B'^T, in the frame: writes the tridiagonal matrix as unit u's.
+// Lanczos for the norm of B S B^T + g g^T - B' (P - shift I) B'^T, in the frame: writes the tridiagonal matrix as unit
+// u's, and takes the shift off P.
 template <int kLines>
-void residual_chain(const Frame<kLines>& frame, const float* c, const float* further, float beyond, int count, int u,
-                    Scratch<kLines>& own) {
+void residual_chain(const Frame<kLines>& frame, const float* c, const float* further, float beyond, double shift,
+                    int count, int u, Scratch<kLines>& own) {
   constexpr int64_t kWide = kLines * kLine, kLong = 2 * kWide;
   constexpr int kTwice = 2 * kLines;
   const int64_t k = frame.k, d = frame.d;
+  float* projected = own.projected[u];
   alignas(64) float outer[kLong] = {}, x[kLong] = {}, last[kLong] = {}, image[kLong], head[kLong];
   alignas(64) float inner[kWide], moved[kWide];
   double square = static_cast<double>(beyond) * beyond, peak = 0;
   for (int64_t i = 0; i < k; ++i) {
     outer[i] = c[i];
     square += static_cast<double>(c[i]) * c[i];
-    peak = std::max(peak, static_cast<double>(own.projected[i * kWide + i]));
+    peak = std::max(peak, static_cast<double>(projected[i * kWide + i]));
+    projected[i * kWide + i] -= static_cast<float>(shift);
   }
   for (int64_t i = k; i < d; ++i) {
     outer[i] = further[i - k];
@@ -142,7 +145,7 @@ void residual_chain(const Frame<kLines>& frame, const float* c, const float* fur
     combine<kLines>(head, frame.old, d, kWide, inner);
     combine<kLines>(inner, own.block, k, kWide, moved);
     combine<kTwice>(moved, frame.old_back, k, kLong, image);
-    combine<kLines>(head, own.projected, k, kWide, moved);
+    combine<kLines>(head, projected, k, kWide, moved);
     for (int64_t l = 0; l < kLong; l += kLine) store(image + l, load(image + l) + along * load(outer + l));
     for (int64_t l = 0; l < kWide; l += kLine) store(image + l, load(image + l) - load(moved + l));
     image_end = outer_end * along;
@@ -184,15 +187,16 @@ bool tridiagonalise(const float* c, int64_t k, int u, Scratch<kLines>& own) {
   constexpr int64_t kWide = kLines * kLine;
   alignas(64) float vector[kWide] = {}, image[kWide];
   float* a = own.product;
+  const float* projected = own.projected[u];
   float peak = 0;
   double sum = 0;
 #pragma omp simd reduction(max : peak) reduction(+ : sum)
-  for (int64_t i = 0; i < k * kWide; ++i) peak = std::max(peak, std::abs(own.projected[i])), sum += own.projected[i];
+  for (int64_t i = 0; i < k * kWide; ++i) peak = std::max(peak, std::abs(projected[i])), sum += projected[i];
   if (!std::isfinite(sum)) return false;
   std::frexp(peak, &own.exponents[u]);
   own.exponents[u] = std::min(std::max(own.exponents[u], -120), 120);
   const float scale = static_cast<float>(std::ldexp(1.0, -own.exponents[u]));
-  for (int64_t i = 0; i < k * kWide; i += kLine) store(a + i, load(own.projected + i) * scale);
+  for (int64_t i = 0; i < k * kWide; i += kLine) store(a + i, load(projected + i) * scale);
   std::copy(c, c + k, vector);
   for (int64_t j = 0; j + 2 < k; ++j) {
     float* v = own.reflectors[u] + j * kWide;
@@ -250,54 +254,78 @@ struct Operands {
   float *inside, *factors;
 };
 
-// Up to kUnits units from `first` on; returns whether all their eigenproblems were solved.
+// The norms of what B' leaves out of the units from `first` on, added to their rho; false if one is not finite.
 template <int kLines>
-bool take_group(const Frame<kLines>& frame, const Operands& of, int64_t first, int held, Scratch<kLines>& own) {
+bool add_residuals(const Frame<kLines>& frame, const Operands& of, int64_t first, int held, const double* shifts,
+                   Scratch<kLines>& own) {
   constexpr int64_t kWide = kLines * kLine;
   const int64_t k = frame.k, e = frame.d - k;
-  const bool framed = of.beyond != nullptr;
   const int count = static_cast<int>(std::min<int64_t>(of.iterations, frame.d + 1));
-  std::fill(own.d[0], own.d[0] + k * kUnits, 0.0);
-  std::fill(own.e[0], own.e[0] + k * kUnits, 0.0);
-  std::fill(own.z[0], own.z[0] + k * kUnits, 0.0);
   own.chain_d.assign(static_cast<size_t>(count) * kUnits, 0.0);
   own.chain_e.assign(static_cast<size_t>(count) * kUnits, 0.0);
   for (int u = 0; u < held; ++u) {
     const int64_t unit = first + u;
-    const float* c = of.coordinates + unit * k;
-    float* stored = of.blocks + unit * k * k;
+    const float* stored = of.blocks + unit * k * k;
     for (int64_t i = 0; i < k; ++i) std::copy(stored + i * k, stored + (i + 1) * k, own.block + i * kWide);
-    project<kLines>(frame, c, own);
-    if (framed) residual_chain<kLines>(frame, c, of.further + unit * e, of.beyond[unit], count, u, own);
-    if (!tridiagonalise<kLines>(c, k, u, own)) return false;
-    for (int64_t i = 0; i < k; ++i)
-      std::copy(own.projected + i * kWide, own.projected + i * kWide + k, stored + i * k);
+    residual_chain<kLines>(frame, of.coordinates + unit * k, of.further + unit * e, of.beyond[unit], shifts[u], count,
+                           u, own);
   }
-  if (framed) {
-    Units* chain = reinterpret_cast<Units*>(own.chain_d.data());
-    if (!diagonalise(chain, reinterpret_cast<Units*>(own.chain_e.data()), nullptr, count, nullptr)) return false;
-    for (int u = 0; u < held; ++u) {
-      double norm = 0;
-      for (int i = 0; i < count; ++i) norm = std::abs(chain[i][u]) <= norm ? norm : std::abs(chain[i][u]);
-      if (!std::isfinite(norm)) return false;
-      of.rho[first + u] += static_cast<float>(norm * own.residual_scales[u]);
-    }
+  Units* chain = reinterpret_cast<Units*>(own.chain_d.data());
+  if (!diagonalise(chain, reinterpret_cast<Units*>(own.chain_e.data()), nullptr, count, nullptr)) return false;
+  for (int u = 0; u < held; ++u) {
+    double norm = 0;
+    for (int i = 0; i < count; ++i) norm = std::abs(chain[i][u]) <= norm ? norm : std::abs(chain[i][u]);
+    if (!std::isfinite(norm)) return false;
+    of.rho[first + u] += static_cast<float>(norm * own.residual_scales[u]);
+  }
+  return true;
+}
+
+// Up to kUnits units from `first` on; returns whether all their eigenproblems were solved.
+template <int kLines>
+bool take_group(const Frame<kLines>& frame, const Operands& of, int64_t first, int held, Scratch<kLines>& own) {
+  constexpr int64_t kWide = kLines * kLine;
+  const int64_t k = frame.k;
+  double shifts[kUnits] = {}, most[kUnits];
+  std::fill(own.d[0], own.d[0] + k * kUnits, 0.0);
+  std::fill(own.e[0], own.e[0] + k * kUnits, 0.0);
+  std::fill(own.z[0], own.z[0] + k * kUnits, 0.0);
+  for (int u = 0; u < held; ++u) {
+    const float* stored = of.blocks + (first + u) * k * k;
+    const float* c = of.coordinates + (first + u) * k;
+    for (int64_t i = 0; i < k; ++i) std::copy(stored + i * k, stored + (i + 1) * k, own.block + i * kWide);
+    project<kLines>(frame, c, u, own);
+    if (!tridiagonalise<kLines>(c, k, u, own)) return false;
   }
   own.rotations.clear();
   if (!diagonalise(own.d, own.e, own.z, static_cast<int>(k), &own.rotations)) return false;
   for (int u = 0; u < held; ++u) {
+    const double scale = std::ldexp(1.0, own.exponents[u]);
+    double least = own.d[0][u];
+    most[u] = least;
+    for (int64_t i = 1; i < k; ++i) least = std::min(least, own.d[i][u]), most[u] = std::max(most[u], own.d[i][u]);
+    shifts[u] = std::max(least * scale, 0.0);
+    most[u] = std::max(most[u] * scale - shifts[u], 0.0);
+  }
+  if (of.beyond != nullptr) {
+    if (!add_residuals<kLines>(frame, of, first, held, shifts, own)) return false;
+  } else {
+    for (int u = 0; u < held; ++u) {
+      of.rho[first + u] += static_cast<float>(shifts[u]);
+      for (int64_t i = 0; i < k; ++i) own.projected[u][i * (kWide + 1)] -= static_cast<float>(shifts[u]);
+    }
+  }
+  for (int u = 0; u < held; ++u) {
     const double scale = std::ldexp(1.0, own.exponents[u]), damping = of.rho[first + u] + of.eps;
-    double least = own.d[0][u], most = least;
-    for (int64_t i = 1; i < k; ++i) least = std::min(least, own.d[i][u]), most = std::max(most, own.d[i][u]);
-    const double shift = framed ? std::max(least * scale, 0.0) : 0.0;
-    const double floor = std::max(most * scale - shift, 0.0) * kUlp * static_cast<double>(k);
+    const double floor = most[u] * kUlp * static_cast<double>(k);
     for (int64_t i = 0; i < k; ++i) {
-      const double value = std::max(own.d[i][u] * scale - shift, 0.0) + damping;
+      const double value = std::max(own.d[i][u] * scale - shifts[u], 0.0) + damping;
       own.z[i][u] /= std::sqrt(std::max(value, floor));
     }
     of.factors[first + u] = static_cast<float>(1.0 / std::sqrt(std::max(damping, floor)));
-    float* diagonal = of.blocks + (first + u) * k * k;
-    for (int64_t i = 0; i < k; ++i) diagonal[i * (k + 1)] -= static_cast<float>(shift);
+    float* stored = of.blocks + (first + u) * k * k;
+    for (int64_t i = 0; i < k; ++i)
+      std::copy(own.projected[u] + i * kWide, own.projected[u] + i * kWide + k, stored + i * k);
   }
   own.rotations.turn_back(own.z);
   for (int u = 0; u < held; ++u) {
@@ -330,8 +358,8 @@ int64_t take_all(const float* to_old, Operands of, int64_t m, int64_t k, int64_t
 extern "C" {
 
 // For each of m units, with S its block and P = T S T^T + c c^T where T, the first k rows of to_old (d, k), is B'^T B:
-//   rho   <- rho + ||B S B^T + g g^T - B' P B'^T||, if there is a frame (beyond is not null)
-//   block <- P - shift I, shift its smallest eigenvalue if there is a frame
+//   block <- P - shift I, shift P's smallest eigenvalue
+//   rho   <- rho + ||B S B^T + g g^T - B' block B'^T||, which is the shift where there is no frame (beyond is null)
 //   inside = (block + (rho + eps) I)^(-1/2) c,   factor = (rho + eps)^(-1/2), eigenvalues not below rounding
 // Returns how many groups of units had an eigenproblem that did not converge (NaN), -1 for a k that is not served.
 int64_t neurms_move_unit_blocks(float* blocks, float* rho, const float* to_old, const float* coordinates,

@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from neurms.compiled.normalization import newton_schulz, row_normalize
 from neurms.core.diagnostics.factorization import spaced
+from neurms.core.ground.errors import check_positive_int
+from neurms.core.structures.one_sided_full import MUON_COEFFICIENTS
 
-__all__ = ["Dominance", "row_dominance"]
+__all__ = ["Dominance", "row_dominance", "whitening_gap"]
 
 _BLOCK = 256
 _EXACT = 2**28
@@ -63,6 +66,42 @@ def row_dominance(matrix: Tensor, max_rows: int = 1024) -> Dominance | None:
     if not r.numel():
         return None
     return Dominance(float(r.mean()), float(r.min()), float(r.max()), r.numel())
+
+
+@torch.no_grad()
+def whitening_gap(matrix: Tensor, steps: int = 5) -> float:
+    """Return ||U_NS - U_row|| / ||U_row||: how far Muon's update of a momentum is from RMNP's.
+
+    U_NS is ``steps`` rounds of Newton-Schulz, U_row has rows of norm 1. The premise of RMNP is that
+    they are alike where V V^T is nearly diagonal. Orthogonal rows still leave what the rounds do to
+    singular values of 1, up to .3; a matrix of more rows than columns has no orthogonal ones.
+
+    Args:
+        matrix: V, shape (m, n).
+        steps: Rounds of Newton-Schulz; Muon has 5.
+
+    Returns:
+        The relative distance, 0 for a matrix of zeros.
+
+    Raises:
+        ValueError: ``steps`` is below 1.
+
+    Reference:
+        RMNP, arXiv 2603.20527, whose comparison is of the plain norm; divided by ||U_row||, the
+        root of the number of rows that are not zero, matrices of different shapes compare.
+
+    Example:
+        >>> import torch
+        >>> whitening_gap(torch.eye(4)) < 0.35 < whitening_gap(torch.ones(4, 4))
+        True
+    """
+    check_positive_int("steps", steps)
+    rows = row_normalize(matrix, torch.finfo(matrix.dtype).tiny)
+    norm = torch.linalg.vector_norm(rows)
+    if norm == 0:
+        return 0.0
+    whitened = newton_schulz(matrix, steps, *MUON_COEFFICIENTS)
+    return float(torch.linalg.vector_norm(whitened - rows) / norm)
 
 
 def _ratios(block: Tensor, matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a layer's second moment factors: rho, its ceiling, and the error of the factorisation."""
+"""Whether a layer's second moment factors: rho, what rho to expect, the factorisation's error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from neurms.core.ground.layout import Layout
 from neurms.core.taps.activity import Activity
 
 __all__ = [
-    "correlation_ceiling",
+    "expected_correlation",
     "factor_correlation",
+    "factor_sums",
     "factorization_error",
     "gradient_margins",
+    "row_products",
     "signal_rows",
     "spaced",
     "square_products",
@@ -47,22 +49,38 @@ def factor_correlation(
         >>> factor_correlation(g, Layout((2, 2), (0,), (1,)), v, u)
         tensor(1., dtype=torch.float64)
     """
-    plain = layout.groups == layout.taps == 1
-    g = layout.matrix(gradient) if plain else layout.blocks(gradient)
-    return correlation_from_sums(correlation_sums.on(backend)(g, v, u), g.numel())
+    return correlation_from_sums(factor_sums(gradient, layout, v, u, backend), gradient.numel())
 
 
 @torch.no_grad()
-def correlation_ceiling(layout: Layout, v: Tensor, u: Tensor) -> Tensor:
-    """Return the rho that a layer would show if its second moment did factor exactly.
+def factor_sums(
+    gradient: Tensor, layout: Layout, v: Tensor, u: Tensor, backend: str = "auto"
+) -> Tensor:
+    """Return the five sums that rho is made of; those of row blocks, or of steps, add up.
+
+    Args:
+        gradient: G in the parameter's shape.
+        layout: How G is seen as units x features.
+        v: Unit second moments (units,).
+        u: Feature second moments (features,).
+        backend: How the kernel runs.
+    """
+    plain = layout.groups == layout.taps == 1
+    g = layout.matrix(gradient) if plain else layout.blocks(gradient)
+    return correlation_sums.on(backend)(g, v, u)
+
+
+@torch.no_grad()
+def expected_correlation(layout: Layout, v: Tensor, u: Tensor) -> Tensor:
+    """Return the rho that a layer would typically show if its second moment did factor exactly.
 
     One gradient is a noisy sight of E[G^2]. For independent normal entries of variance y_ij = v_i
     u_j, G_ij^2 / y_ij is chi-squared with one degree of freedom, and over many entries
 
         corr(G^2, y) = sqrt((E[y^2] - E[y]^2) / (3 E[y^2] - E[y]^2)),
 
-    at most 1/sqrt(3) = .577 however well y describes G. rho is therefore judged against this
-    number, not against 1; gradients of few rows, whose entries are far from normal, may exceed it.
+    below 1/sqrt(3) = .577 however well y describes G. rho is therefore judged against this number,
+    not against 1. It is no bound: single gradients scatter around it, those of small layers widely.
 
     Args:
         layout: Gives the groups, within which units and features meet.
@@ -78,7 +96,7 @@ def correlation_ceiling(layout: Layout, v: Tensor, u: Tensor) -> Tensor:
 
     Example:
         >>> v, u = torch.tensor([1.0, 100.0]), torch.ones(3)
-        >>> round(correlation_ceiling(Layout((2, 3), (0,), (1,)), v, u).item(), 3)
+        >>> round(expected_correlation(Layout((2, 3), (0,), (1,)), v, u).item(), 3)
         0.444
     """
     v, u = _relative(v).view(layout.groups, -1), _relative(u).view(layout.groups, -1)
@@ -129,9 +147,8 @@ def square_products(
         Shape (groups, units/groups, features/groups, taps), float64 on the CPU, float32 elsewhere;
         None for other modules, and for a part of the units of a grouped or transposed convolution.
     """
-    wide = torch.float64 if errors.device.type == "cpu" else torch.float32
     if isinstance(module, nn.modules.conv._ConvNd):
-        d, h = errors.to(wide).square(), inputs.to(wide).square()
+        d, h = _squares(errors), _squares(inputs)
         products = _convolution_products(module, d, h, units)
         if products is None or units is not None:
             return None if products is None else products.flatten(2)[None]
@@ -140,8 +157,20 @@ def square_products(
         return None
     d = signal_rows(errors, activity.unit_axes)
     d = d if units is None else d[:, units]
-    h = signal_rows(inputs, activity.feature_axes)
-    return (d.to(wide).square().T @ h.to(wide).square())[None, :, :, None]
+    return row_products(d, signal_rows(inputs, activity.feature_axes))
+
+
+def row_products(errors: Tensor, inputs: Tensor) -> Tensor:
+    """Return sum_rows d_i^2 h_j^2 of D (rows, units) and H (rows, features) as one group's.
+
+    Returns:
+        Shape (1, units, features, 1), as :func:`square_products`.
+    """
+    return (_squares(errors).T @ _squares(inputs))[None, :, :, None]
+
+
+def _squares(signal: Tensor) -> Tensor:
+    return signal.to(torch.float64 if signal.device.type == "cpu" else torch.float32).square()
 
 
 def signal_rows(signal: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from neurms.compiled.backends import validate_backend
 from neurms.core.diagnostics.factorization import factor_correlation
-from neurms.core.ground.errors import check_choice, check_fraction
+from neurms.core.ground.errors import check_choice
 from neurms.core.routing import Route
-from neurms.core.structures.base import Moments
+from neurms.core.structures.base import Context, Moments
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.hooks import HookTap, forget_compiled_graphs
 from neurms.core.taps.protocol import Sums
@@ -83,7 +84,8 @@ class FactorizationProbe:
         exclude: Sequence[str] = (),
         backend: str = "auto",
     ) -> None:
-        self.beta = check_fraction("beta", beta)
+        # No bias correction: the correlation is the same whatever factor v and u carry.
+        self.structure = UnitFeatureDiagonal(beta=beta, factored=True)
         self.loss_reduction: LossReduction = check_choice(
             "loss_reduction", loss_reduction, ("mean", "sum")
         )
@@ -184,8 +186,9 @@ class _ProbedLayer:
             torch.zeros_like(moments.units),
             torch.zeros_like(moments.features),
         )
-        weight = 1.0 - self._probe.beta
-        return v.lerp(moments.units, weight), u.lerp(moments.features, weight)
+        state = {"v": v.clone(), "u": u.clone()}
+        self._probe.structure.observe(self.weight, state, Context(1, moments=moments))
+        return state["v"], state["u"]
 
     def commit(self) -> None:
         """Make the averages of now those that the next window starts from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LEVELS", "dead_units", "levels", "limiter_hit", "subspace_energy"]
+__all__ = ["LEVELS", "dead_units", "levels", "limiter_hit", "subspace_energies", "subspace_energy"]
 
 LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """The quantiles that :func:`levels` gives."""
@@ -49,12 +49,23 @@ def subspace_energy(gradient: Tensor, basis: Tensor, *, on_features: bool) -> fl
     Returns:
         A number in [0, 1], None for an all-zero gradient.
     """
+    kept, total = subspace_energies(gradient, basis, on_features=on_features)
+    return float(kept) / float(total) if total > 0 else None
+
+
+@torch.no_grad()
+def subspace_energies(
+    gradient: Tensor, basis: Tensor, *, on_features: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the energy that a basis keeps of a gradient, and all of it; 0-d float64.
+
+    Args:
+        gradient: G, shape (m, n).
+        basis: U, shape (m, r) or (n, r), orthonormal columns.
+        on_features: Which of the two.
+    """
     g, u = gradient.double(), basis.double()
-    total = float(g.square().sum())
-    if not total > 0:
-        return None
-    kept = g @ u if on_features else u.T @ g
-    return float(kept.square().sum()) / total
+    return (g @ u if on_features else u.T @ g).square().sum(), g.square().sum()
 
 
 def limiter_hit(before: float, after: float, gamma: float) -> bool | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neurms.core.ground.errors import check_choice, check_real
 from neurms.core.low_rank.residuals import Projection, Residual
-from neurms.core.low_rank.subspaces import RandomSubspace, Subspace
+from neurms.core.low_rank.subspaces import Subspace
 from neurms.core.structures.base import Context, State, Structure
 
 __all__ = ["LowRank", "Transpose", "flips"]
@@ -80,8 +80,11 @@ class LowRank(Structure):
             raise ValueError(
                 f"structure={self.structure!r} needs weights, which have no form in the subspace"
             )
-        if self.rotate_moments and isinstance(self.subspace, RandomSubspace):
-            raise ValueError("rotate_moments=True needs orthonormal bases; a random one is not")
+        if self.rotate_moments and not self.subspace.orthonormal:
+            raise ValueError(
+                "rotate_moments=True needs orthonormal bases, which random columns are not; pass "
+                "rotate_moments=False"
+            )
         if self.rotate_moments and not isinstance(self.structure, _Rotatable):
             raise ValueError(
                 f"rotate_moments=True needs a structure with rotate_(), not {self.structure!r}; "

@@ -18,6 +18,8 @@ from neurms.core.transforms.safeguards import limited
 __all__ = ["OptimalCompensation", "Projection", "Residual", "ScaledResidual", "column_scale"]
 
 _TINY_NORM = 1e-8
+_ROUNDING = 256.0
+"""Ulps of a column that rounding may leave outside of a subspace that the column lies in."""
 
 
 class Projection(NamedTuple):
@@ -63,31 +65,34 @@ class OptimalCompensation(Residual):
         compensation: alpha_c, not negative.
         beta: b1 in [0, 1).
         gamma: Bound on the growth of C's norm from step to step, at least 1.
-        floor: Share of a column's energy below which p is taken for rounding.
+        floor: Share of a column's energy below which p is taken for rounding; None for (256 ulp)^2
+            of the gradient's dtype, which is 1e-9 in float32.
 
     Raises:
         ValueError: A setting is out of its range.
 
     Reference:
-        Structured-Fisher paper, Theorem 5.1 and Algorithm 2: s_j = E[colsum(G.^2) - colsum(z.^2)]_j
+        Structured-Fisher paper, Theorem 5.1 and Algorithm 3: s_j = E[colsum(G.^2) - colsum(z.^2)]_j
         / (m - r) is the least-squares fit of s U_c U_c^T to the j-th block of the Fisher matrix
         outside of the subspace. Settled here: the difference of the two sums is taken as the sum of
         squares of G - U z, equal to it for an orthonormal U and free of its cancellation; a column
         whose p is below ``floor`` of its energy (p plus the average of colsum(z.^2), both
         corrected for their start at zero) gets no compensation, because rounding is all that is
-        left of it.
+        left of it: a few ulps of the column, times the ratio of the largest singular value to the
+        least one within the subspace.
     """
 
     compensation: float = 0.4
     beta: float = 0.9
     gamma: float = 1.01
-    floor: float = 1e-5
+    floor: float | None = None
 
     def __post_init__(self) -> None:
         check_real("compensation", self.compensation)
         check_fraction("beta", self.beta)
         check_real("gamma", self.gamma, low=1.0)
-        check_fraction("floor", self.floor)
+        if self.floor is not None:
+            check_fraction("floor", self.floor)
 
     def init(self, matrix: Tensor, knows_energy: bool) -> State:
         """Return p and perhaps the energy within (..., n), and the last norm (...)."""
@@ -119,7 +124,8 @@ class OptimalCompensation(Residual):
 
     def _scale(self, p: Tensor, energy: Tensor, residual: Tensor, z: Tensor) -> Tensor:
         outside = residual.shape[-2] - z.shape[-2]
-        kept = (p > 0) & (p >= self.floor * energy)
+        floor = (_ROUNDING * torch.finfo(p.dtype).eps) ** 2 if self.floor is None else self.floor
+        kept = (p > 0) & (p >= floor * energy)
         return torch.where(kept, math.sqrt(outside) * p.rsqrt(), 0.0)
 
 

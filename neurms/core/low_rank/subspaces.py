@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,9 +25,17 @@ from neurms.core.ground.errors import check_choice, check_fraction, check_positi
 from neurms.core.structures.base import Context, State
 from neurms.core.structures.eigen_basis import due
 
-__all__ = ["FirstBasis", "RandomSubspace", "SingularSubspace", "Subspace", "TrackedSubspace"]
+__all__ = [
+    "FirstBasis",
+    "RandomSubspace",
+    "SingularSubspace",
+    "Subspace",
+    "Switching",
+    "TrackedSubspace",
+]
 
 FirstBasis = Literal["gradient", "identity"]
+Switching = Literal["complement", "full_basis", "gaussian_mix", "gaussian"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,11 @@ class Subspace(ABC):
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive_int("interval", self.interval)
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether the columns of the basis are."""
+        return True
 
     def size(self, matrix: Tensor) -> int:
         """Return r = min(rank, m, n)."""
@@ -88,6 +101,11 @@ class RandomSubspace(Subspace):
     step: m r draws a step instead of m r numbers of state.
     """
 
+    @property
+    def orthonormal(self) -> bool:
+        """Whether the columns of the basis are: no."""
+        return False
+
     def init(self, matrix: Tensor) -> State:
         """Return no state."""
         return {}
@@ -119,23 +137,31 @@ class TrackedSubspace(Subspace):
         tracking: Keep Qr.
         first_basis: ``"gradient"`` starts from the eigenvectors of G G^T, ``"identity"`` from the
             first r axes.
+        switching: What takes the place of the r - ``leading`` other directions. ``"complement"``:
+            directions uniform in the orthogonal complement of those kept. ``"full_basis"``: picked
+            with equal chances from an orthonormal basis of all but those kept, the iteration's own
+            further directions among it. ``"gaussian_mix"``: columns of independent normal numbers
+            of variance 1/m, which are not orthonormal. ``"gaussian"``: all r columns such ones,
+            and none kept.
 
     Raises:
         ValueError: ``rank`` below 1, ``leading`` above ``rank``, or another setting out of its
             range.
 
     Reference:
-        Structured-Fisher paper, Algorithms 3 and 4 and section 5. Settled here: the first basis is
-        the gradient's, because the paper's U_0 = 0 makes the first QR return the axes e_1 ... e_r;
-        draws depend on seed and step alone, so that a resumed run repeats them; they keep away from
-        rows that the gradient leaves zero (a dead unit stays where it is) as long as enough rows
-        are left to draw from.
+        Structured-Fisher paper, Algorithms 2 (switching), 4 and 10 (the iteration). Settled here:
+        the first basis is the gradient's, because the paper's U_0 = 0 makes the first QR return the
+        axes e_1 ... e_r; the other directions come from the complement of those kept; draws depend
+        on seed and step alone, so that a resumed run repeats them; they keep away from rows that
+        the gradient leaves zero (a dead unit stays where it is) as long as enough rows are left to
+        draw from.
     """
 
     leading: int = 40
     beta: float = 0.999
     tracking: bool = True
     first_basis: FirstBasis = "gradient"
+    switching: Switching = "complement"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,6 +173,12 @@ class TrackedSubspace(Subspace):
             )
         check_fraction("beta", self.beta)
         check_choice("first_basis", self.first_basis, ("gradient", "identity"))
+        check_choice("switching", self.switching, get_args(Switching))
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether the columns of the basis are."""
+        return self.switching in ("complement", "full_basis")
 
     def due(self, step: int) -> bool:
         """Return whether this is the first step or an ``interval``-th one."""
@@ -181,16 +213,40 @@ class TrackedSubspace(Subspace):
         return ritz_basis(axes.expand(old.shape), gradient, old, tracked, beta)
 
     def _switched(self, basis: Tensor, gradient: Tensor, context: Context) -> Tensor:
-        leading = min(self.leading, basis.shape[-1])
-        drawn = basis.shape[-1] - leading
-        if not drawn:
+        size = basis.shape[-1]
+        leading = 0 if self.switching == "gaussian" else min(self.leading, size)
+        if leading == size:
             return basis
-        kept = basis[..., :leading]
-        draws = normal_draws((*basis.shape[:-1], drawn), gradient, context)
+        kept, others = basis[..., :leading], basis[..., leading:]
+        # In float64, so that a model in another dtype draws the same directions.
+        draws = normal_draws(others.shape, gradient.double(), context).to(basis.dtype)
         alive = (gradient != 0).any(-1, keepdim=True)
-        enough = alive.sum(-2, keepdim=True) >= basis.shape[-1]
+        enough = alive.sum(-2, keepdim=True) >= size
         draws = torch.where(alive | ~enough, draws, 0.0)
-        return torch.cat([kept, complement_frame(kept, draws)], dim=-1)
+        if not self.orthonormal:
+            return torch.cat([kept, draws / math.sqrt(basis.shape[-2])], dim=-1)
+        if self.switching == "complement":
+            return torch.cat([kept, complement_frame(kept, draws)], dim=-1)
+        outside = complement_frame(basis, draws[..., : basis.shape[-2] - size])
+        total = basis.shape[-2] - leading
+        return torch.cat([kept, _picked(others, outside, total, context)], dim=-1)
+
+
+def _picked(tracked: Tensor, outside: Tensor, total: int, context: Context) -> Tensor:
+    """Return c of ``total`` directions: c tracked ones (..., m, c), and all outside of the basis.
+
+    Each of them with the same chance; ``outside`` holds c uniform ones of the latter, or all.
+    """
+    *batch, _, c = tracked.shape
+    picks = [
+        torch.randperm(total, generator=context.generator(index, stream=1))[:c]
+        for index in range(math.prod(batch))
+    ]
+    pick = torch.stack(picks).reshape(*batch, c).to(tracked.device)
+    # Which of the outside ones fill the places that no tracked one takes: the first, in order.
+    number = ((pick >= c).cumsum(-1) + c - 1).where(pick >= c, pick)
+    joint = torch.cat([tracked, outside], dim=-1)
+    return joint.gather(-1, number[..., None, :].expand(tracked.shape))
 
 
 def normal_draws(shape: tuple[int, ...], like: Tensor, context: Context) -> Tensor:

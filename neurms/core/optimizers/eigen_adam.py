@@ -40,7 +40,7 @@ class EigenAdam(PreconditionedOptimizer):
 
     Reference:
         "Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a
-        Low-Rank Extension", Algorithms 2 and 7; also known as AdaDiag and one-sided SOAP. Settled
+        Low-Rank Extension", Algorithm 7; also known as AdaDiag and one-sided SOAP. Settled
         here: coordinates that hold rounding noise only get no update.
 
     Example:

@@ -35,8 +35,9 @@ class LARS(PreconditionedOptimizer):
 
     Reference:
         You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks", 2017, Algorithm
-        1. Departure: lr stands outside the velocity, as in torch.optim.SGD, which is the same for a
-        constant lr.
+        1. Departures: lr stands outside the velocity, as in torch.optim.SGD, which is the same for
+        a constant lr. With decay the ratio's denominator is ||G + wd W||, the length of what it
+        scales, as in optax and timm; the paper has ||G|| + wd ||W||, which is never smaller.
 
     Example:
         >>> import torch, neurms

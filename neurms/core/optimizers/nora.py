@@ -37,7 +37,7 @@ class Nora(PreconditionedOptimizer):
     Reference:
         Nora, with the look-ahead, the factor of the shape and the order of its authors' code: the
         averaged gradient is projected, then normalised. Settled: a unit whose weights are all zero
-        keeps its whole row.
+        keeps its whole row. A matrix of one feature is all radial, and never moves.
 
     Example:
         >>> import torch, neurms

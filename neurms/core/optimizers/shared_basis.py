@@ -20,7 +20,7 @@ class SharedBasis(PreconditionedOptimizer):
 
     Row i of the update is (B R_i B^T + (rho_i + eps) I)^(-1/2) g_i, where g_i is row i of G, B (n x
     k) an orthonormal basis of the leading eigenspace of sum_i M_i^2 by one subspace iteration a
-    step, R_i (k x k) unit i's second moment in it and rho_i the mass cut off; see
+    step, R_i (k x k) unit i's second moment in it and rho_i a bound on what is cut off; see
     :class:`~neurms.core.structures.shared_basis.SharedBasisBlocks`. The result is grafted to
     another method's length, then momentum: V <- momentum V + U ; W <- W - lr V. State: nk + m k^2 +
     m numbers, and mn each for grafting (except "sgd") and momentum. For convolutions the blocks are
@@ -36,6 +36,11 @@ class SharedBasis(PreconditionedOptimizer):
         momentum: Heavy-ball momentum of the grafted update.
         grafting: ``None``, ``"sgd"``, ``"adam"``, ``"rmsprop"`` or ``"rmsprop_normalized"``: whose
             length the update gets.
+        oversampling: Further directions p iterated along with the k, of which the best k are taken;
+            np numbers of state.
+        iterations: Rounds of subspace iteration in each step.
+        norm_iterations: Products for the spectral norm in rho_i, which it approaches from below: 8
+            come within about a percent, 16 within rounding.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
 
     Raises:
@@ -68,6 +73,9 @@ class SharedBasis(PreconditionedOptimizer):
         eps: float = 1e-6,
         momentum: float = 0.9,
         grafting: Grafting | None = "rmsprop_normalized",
+        oversampling: int = 0,
+        iterations: int = 1,
+        norm_iterations: int = 8,
         **common: Unpack[CommonSettings],
     ) -> None:
         settings = {
@@ -77,12 +85,22 @@ class SharedBasis(PreconditionedOptimizer):
             "eps": eps,
             "momentum": momentum,
             "grafting": grafting,
+            "oversampling": oversampling,
+            "iterations": iterations,
+            "norm_iterations": norm_iterations,
         }
         super().__init__(params, settings, common)
 
     @classmethod
     def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
         """Return the grafted shared-basis structure followed by momentum."""
-        blocks = SharedBasisBlocks(settings["rank"], settings["decay"], settings["eps"])
+        blocks = SharedBasisBlocks(
+            settings["rank"],
+            settings["decay"],
+            settings["eps"],
+            settings["norm_iterations"],
+            settings["oversampling"],
+            settings["iterations"],
+        )
         grafted = Grafted(blocks, settings["grafting"])
         return Recipe((grafted, Momentum(settings["momentum"], average=False)))

@@ -35,9 +35,10 @@ class SWAN(PreconditionedOptimizer):
 
     Reference:
         Ma et al., "SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training",
-        arXiv 2412.13148, Algorithms 1 to 3. Settled: constant rows, whose standard deviation is
-        rounding noise, get zero updates; the matrix enters the iteration divided by its Frobenius
-        norm, without which it diverges.
+        arXiv 2412.13148, Algorithms 1 to 3. Settled: the standard deviation is about the row's
+        mean, divided by n, with nothing added to it; constant rows, where it is rounding noise, get
+        zero updates, and so does every matrix of one feature. The matrix enters the iteration
+        divided by its Frobenius norm, without which it diverges.
 
     Example:
         >>> import torch, neurms

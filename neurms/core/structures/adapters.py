@@ -1,4 +1,4 @@
-"""Adapters that let a structure run on averaged gradients, on tiles or on a flattened matrix."""
+"""Adapters that let a structure run on averaged gradients, on tiles, flattened or transposed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from neurms.core.ground.errors import check_fraction, check_positive_int
 from neurms.core.structures.base import Context, State, Structure, Transform
 
-__all__ = ["Averaged", "Flattened", "Tiled"]
+__all__ = ["Averaged", "Flattened", "Tiled", "Transposed"]
 
 
 @dataclass(frozen=True)
@@ -139,3 +139,55 @@ class Flattened(Transform):
         if matrix.shape[-2] * matrix.shape[-1] > self.limit:
             return matrix
         return matrix.flatten(-2).unsqueeze(-2)
+
+
+@dataclass(frozen=True)
+class Transposed(Structure):
+    """Show a structure G^T: its units are the features, its features the units.
+
+    Around :class:`~neurms.core.structures.block_diagonal.BlockDiagonal` with blocks as large as a
+    column it gives the general block-diagonal Fisher matrix Diag_B(M_1, ..., M_n): a full m x m
+    matrix for each feature. State: the structure's, m^2 n numbers there.
+
+    Args:
+        structure: Runs on (..., n, m).
+
+    Reference:
+        Structured-Fisher paper, section 3: the most general block-diagonal structure, whose best
+        fit has M_j = E[g_j g_j^T] for the columns g_j.
+
+    Example:
+        >>> import torch
+        >>> from neurms.core.structures.block_diagonal import BlockDiagonal
+        >>> structure = Transposed(BlockDiagonal(beta=0.0, eps=1e-12, block_size=2))
+        >>> gradient = torch.tensor([[3.0, 0.0], [4.0, 5.0]])
+        >>> structure(gradient, structure.init(gradient), Context(step=1))
+        tensor([[0.6000, 0.0000],
+                [0.8000, 1.0000]])
+    """
+
+    structure: Structure
+
+    @property
+    def needs_weight(self) -> bool:  # type: ignore[override]
+        """Whether the structure reads the weight."""
+        return self.structure.needs_weight
+
+    def init(self, matrix: Tensor) -> State:
+        """Return the structure's state for matrices (..., n, m)."""
+        return self.structure.init(matrix.mT)
+
+    def observe(self, gradient: Tensor, state: State, context: Context) -> None:
+        """Let the structure observe G^T."""
+        self.structure.observe(gradient.mT, state, self._turned(context))
+
+    def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
+        """Return the preconditioned gradient (..., m, n)."""
+        return self.structure.precondition(gradient.mT, state, self._turned(context)).mT
+
+    def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
+        """Return what the structure makes of the transpose, transposed back (..., m, n)."""
+        return self.structure(update.mT, state, self._turned(context)).mT
+
+    def _turned(self, context: Context) -> Context:
+        return context if context.weight is None else replace(context, weight=context.weight.mT)

@@ -95,6 +95,11 @@ class Transform(ABC):
     """Whether it works at any magnitude, its squares or their overflow doing no harm. Elsewhere
     gradients whose squares could overflow are refused, for state made of them would be lost."""
 
+    least_features: int = 1
+    """Fewest features n of a matrix that it can move at all: its updates are zero below."""
+    least_units: int = 1
+    """Fewest units m of a matrix that it can move at all."""
+
     def init(self, matrix: Tensor) -> State:
         """Return the state for matrices like ``matrix`` (..., m, n), possibly on meta."""
         return {}

@@ -44,7 +44,7 @@ class EigenBasis(Structure):
         ValueError: A setting is out of its range.
 
     Reference:
-        Structured-Fisher paper, Algorithms 2 and 7 (Eigen-Adam; known as AdaDiag and one-sided
+        Structured-Fisher paper, Algorithm 7 (Eigen-Adam; known as AdaDiag and one-sided
         SOAP). The paper corrects no average for its start at zero, nor does this. Settled here: a
         rotated entry whose mean square is rounding noise beside its column's energy gets no update,
         as the null space of a rank-deficient Q holds nothing else, nor does a unit that never had a

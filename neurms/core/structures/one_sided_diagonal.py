@@ -50,11 +50,15 @@ class RowStandardized(Transform):
     U_ij = (G_ij - mean_j G_ij) / std_j G_ij. Settled: a row whose spread is within rounding of its
     mean (a constant row, where the quotient would be noise of size 1) gets no update.
 
+    A row of one entry is its own mean, so a matrix of one feature never moves.
+
     Reference:
-        Ma et al., "SWAN", arXiv 2412.13148, Algorithm 3 (GradNorm).
+        Ma et al., "SWAN", arXiv 2412.13148, Algorithm 3 (GradNorm): the deviation is taken about
+        the row's mean, divided by n and not by n - 1, and nothing is added to it.
     """
 
     row_local = True
+    least_features = 2
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the standardised matrix (..., m, n)."""
@@ -72,7 +76,8 @@ class WithoutRadialPart(Transform):
     """Remove from each unit's row its component along the unit's weights.
 
     U_i = R_i - (R_i . W_i / ||W_i||^2) W_i, so that a step turns the weights of a unit and leaves
-    their norm to first order. A row of zero weights keeps its update.
+    their norm to first order. A row of zero weights keeps its update. All of a row of one entry is
+    along the weight, so a matrix of one feature never moves once its weights are not zero.
 
     Reference:
         Nora. The component is the Gram-Schmidt projection on the weight's own row.
@@ -80,6 +85,7 @@ class WithoutRadialPart(Transform):
 
     needs_weight = True
     row_local = True
+    least_features = 2
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the projected matrix (..., m, n)."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neurms.compiled.bases import descending_eigenvectors
 from neurms.compiled.roots import eigh, orthonormal, positive_qr
 from neurms.compiled.unit_blocks import mover, rooted
 from neurms.core.ground.errors import check_fraction, check_positive_int, check_real
@@ -24,16 +25,18 @@ class SharedBasisBlocks(Structure):
 
     With g_i the i-th row of G and M_i = decay B R_i B^T + g_i g_i^T, one step is
 
-        B' = orth((sum_i M_i M_i^T) B)               R_i' = B'^T M_i B'
-        rho_i <- decay rho_i + ||M_i - B' R_i' B'^T||_2   R_i <- R_i' - sigma_min(R_i') I
+        B' = orth((sum_i M_i M_i^T) B)          R_i' = B'^T M_i B'
+        R_i <- R_i' - sigma_min(R_i') I         rho_i <- decay rho_i + ||M_i - B' R_i B'^T||_2
         u_i = (B' R_i B'^T + (rho_i + eps) I)^(-1/2) g_i
 
-    Neither M_i nor any other n x n matrix is formed: products with M_i come from its factors,
+    So B R_i B^T + rho_i I is at least the (decayed) sum of g_i g_i^T, and with k = n equal to it:
+    then this is block-diagonal AdaGrad. Neither M_i nor any other n x n matrix is formed: products
+    with M_i come from its factors, with c_i = B^T g_i,
 
-        (sum_i M_i^2) B = B sum_i (R_i^2 + R_i c_i c_i^T) + sum_i g_i (R_i c_i + |g_i|^2 c_i)^T
-        with c_i = B^T g_i,
+        (sum_i M_i^2) Y = B sum_i (R_i^2 B^T Y + R_i c_i g_i^T Y)
+                        + sum_i g_i (c_i^T R_i B^T Y + |g_i|^2 g_i^T Y),
 
-    the root from k x k eigenproblems, and the spectral norm by power iteration in an orthonormal
+    the root from k x k eigenproblems, and the spectral norm by Lanczos iteration in an orthonormal
     basis of span(B', B, g_i), whose vectors have 2k + 1 entries instead of n.
 
     Args:
@@ -42,17 +45,19 @@ class SharedBasisBlocks(Structure):
         eps: Added to every eigenvalue.
         norm_iterations: Products for the spectral norm, which it approaches from below: 8 come
             within about a percent, 16 within rounding, at half as much time again for a step.
+        oversampling: Further directions p that are iterated along with the k and from which the k
+            of largest Ritz value are taken; n p numbers of state.
+        iterations: Rounds of subspace iteration in each step.
 
     Reference:
         "Block Low-Rank Preconditioner with Shared Basis for Stochastic Optimization", Yen et al.,
-        NeurIPS 2023, Algorithm 1, with oversampling 0. Settled here:
+        NeurIPS 2023, Algorithm 1. Settled here:
 
         - The first basis spans the k rows of largest norm of the first gradient that is not zero
           (the paper starts at random): no draw, and no direction is spent on features that are
           always zero.
-        - rho_i takes in the residual before R_i is shifted, as the algorithm is written. With k = n
-          nothing is cut off, so R_i is not shifted either, and the structure is exactly the
-          block-diagonal one.
+        - With ``oversampling`` the basis of k + p directions is turned to their Ritz vectors; the
+          first k of them are B', and all of them start the next iteration.
         - The largest Ritz value of what the power iteration's vectors span is taken (Lanczos):
           plain, it is still off by percents after 30 rounds, as the residual's leading eigenvalues
           are close.
@@ -64,19 +69,23 @@ class SharedBasisBlocks(Structure):
     decay: float = 1.0
     eps: float = 1e-6
     norm_iterations: int = 8
+    oversampling: int = 0
+    iterations: int = 1
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_fraction("decay", self.decay, closed=True)
         check_real("eps", self.eps, strict=True)
         check_positive_int("norm_iterations", self.norm_iterations)
+        check_positive_int("oversampling", self.oversampling, low=0)
+        check_positive_int("iterations", self.iterations)
 
     def init(self, matrix: Tensor) -> State:
-        """Return ``basis`` (..., n, k), ``blocks`` (..., m, k, k) and ``rho`` (..., m), zero."""
+        """Return ``basis`` (..., n, k + p), ``blocks`` (..., m, k, k), ``rho`` (..., m), zero."""
         *batch, m, n = matrix.shape
         k = min(self.rank, n)
         return {
-            "basis": matrix.new_zeros((*batch, n, k)),
+            "basis": matrix.new_zeros((*batch, n, min(k + self.oversampling, n))),
             "blocks": matrix.new_zeros((*batch, m, k, k)),
             "rho": matrix.new_zeros((*batch, m)),
         }
@@ -87,7 +96,8 @@ class SharedBasisBlocks(Structure):
 
     def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
         """Return u (..., m, n), row by row (B R_i B^T + (rho_i + eps) I)^(-1/2) g_i."""
-        basis, update = state["basis"], torch.empty_like(gradient)
+        basis = _first(state["basis"], state["blocks"].shape[-1])
+        update = torch.empty_like(gradient)
         for part in _parts(gradient.shape[-2]):
             values, vectors = eigh(state["blocks"][..., part, :, :])
             ridge = state["rho"][..., part, None] + self.eps
@@ -104,13 +114,15 @@ class SharedBasisBlocks(Structure):
 
     def _observe(self, gradient: Tensor, state: State, result: Tensor | None = None) -> None:
         """Bring the state up to date and, with ``result`` (..., m, n), write the update to it."""
-        basis, blocks, rho = state["basis"], state["blocks"], state["rho"]
+        blocks, rho = state["blocks"], state["rho"]
         unseen = (blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1)) == 0) & (rho.sum(-1) == 0)
-        old = _started(basis, gradient, unseen)
+        begun = _started(state["basis"], gradient, unseen)
         if self.decay != 1.0:
             blocks.mul_(self.decay)
             rho.mul_(self.decay)
-        new = orthonormal(_times_squares(old, blocks, gradient))
+        old = _first(begun, blocks.shape[-1])
+        found = self._iterated(begun, _Squares.of(old, blocks, gradient))
+        new = _first(found, blocks.shape[-1])
         frame = None if old.shape[-1] == old.shape[-2] else _Frame.of(old, new)
         to_old = new.mT @ old if frame is None else frame.to_old
         move_ = mover(blocks)
@@ -131,7 +143,21 @@ class SharedBasisBlocks(Structure):
             )
             if result is not None:
                 result[..., part, :] = _assembled(inside, factor, new, outside)
-        basis.copy_(new)
+        state["basis"].copy_(found)
+
+    def _iterated(self, basis: Tensor, squares: _Squares) -> Tensor:
+        """Return k + p orthonormal directions after the rounds of subspace iteration."""
+        for _ in range(self.iterations):
+            basis = orthonormal(squares @ basis)
+        if self.oversampling and basis.shape[-1] > squares.basis.shape[-1]:
+            ritz = basis.mT @ (squares @ basis)
+            basis = basis @ descending_eigenvectors((ritz + ritz.mT) / 2)
+        return basis
+
+
+def _first(basis: Tensor, k: int) -> Tensor:
+    """Return B, the first k of the directions (..., n, k + p)."""
+    return basis if basis.shape[-1] == k else basis[..., :k]
 
 
 def _parts(units: int) -> list[slice]:
@@ -168,24 +194,52 @@ def _started(basis: Tensor, gradient: Tensor, fresh: Tensor) -> Tensor:
     return torch.where(fresh[..., None, None], orthonormal(span), basis)
 
 
-def _times_squares(basis: Tensor, blocks: Tensor, gradient: Tensor) -> Tensor:
-    """Return (sum_i M_i^2) B up to a positive factor, with M_i = B R_i B^T + g_i g_i^T."""
-    # Fourth powers of a gradient leave float32's range long before its square does: scale to 1.
-    squares = gradient.square().sum(-1)
-    peak = torch.maximum(squares.amax(-1), blocks.diagonal(dim1=-2, dim2=-1).amax((-2, -1)))
-    scale = torch.where(peak > 0, peak, 1.0)[..., None]
-    gradient = gradient / scale[..., None].sqrt()
-    coordinates = gradient @ basis
-    weights = (squares / scale)[..., None] * coordinates
-    inner = basis.new_zeros((*basis.shape[:-2], basis.shape[-1], basis.shape[-1]))
-    for part in _parts(gradient.shape[-2]):
-        own = blocks[..., part, :, :] / scale[..., None, None]
-        # A row times a matrix: a sixth of the time of a matrix times a column in batched products.
-        moved = (coordinates[..., part, None, :] @ own)[..., 0, :]
-        stacked = own.flatten(-3, -2)
-        inner += stacked.mT @ stacked + moved.mT @ coordinates[..., part, :]
-        weights[..., part, :] += moved
-    return basis @ inner + gradient.mT @ weights
+@dataclass(frozen=True)
+class _Squares:
+    """sum_i M_i^2 up to a positive factor, with M_i = B R_i B^T + g_i g_i^T, never formed.
+
+    Args:
+        basis: B, shape (..., n, k).
+        inner: sum_i R_i^2, shape (..., k, k).
+        moved: R_i B^T g_i, shape (..., m, k).
+        gradient: The g_i, shape (..., m, n).
+        lengths: |g_i|^2, shape (..., m, 1).
+    """
+
+    basis: Tensor
+    inner: Tensor
+    moved: Tensor
+    gradient: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, basis: Tensor, blocks: Tensor, gradient: Tensor) -> _Squares:
+        """Return the operator of B, the R_i (..., m, k, k) and the g_i."""
+        # Fourth powers of a gradient leave float32's range long before its square does: scale to 1.
+        squares = gradient.square().sum(-1)
+        peak = torch.maximum(squares.amax(-1), blocks.diagonal(dim1=-2, dim2=-1).amax((-2, -1)))
+        scale = torch.where(peak > 0, peak, 1.0)[..., None]
+        gradient = gradient / scale[..., None].sqrt()
+        coordinates = gradient @ basis
+        moved = torch.empty_like(coordinates)
+        inner = basis.new_zeros((*basis.shape[:-2], basis.shape[-1], basis.shape[-1]))
+        for part in _parts(gradient.shape[-2]):
+            own = blocks[..., part, :, :] / scale[..., None, None]
+            # A row times a matrix: a sixth of the time of a matrix times a column in batches.
+            moved[..., part, :] = (coordinates[..., part, None, :] @ own)[..., 0, :]
+            stacked = own.flatten(-3, -2)
+            inner += stacked.mT @ stacked
+        return cls(basis, inner, moved, gradient, (squares / scale)[..., None])
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """Return the product with Y (..., n, l)."""
+        # In the first round Y is B itself, whose coordinates are the identity.
+        along = None if vectors is self.basis else self.basis.mT @ vectors
+        seen = self.gradient @ vectors
+        inner = self.inner if along is None else self.inner @ along
+        moved = self.moved if along is None else self.moved @ along
+        inside = inner + self.moved.mT @ seen
+        return self.basis @ inside + self.gradient.mT @ (moved + self.lengths * seen)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class UnitFeatureDiagonal(Structure):
         beta: Decay of both averages.
         eps: Added to a second moment before its root.
         v_min: Floor of a second moment.
-        s_min: Least unit factor; positive for the convergence theorem.
+        s_min: Least unit factor; positive for the convergence theorem (see Reference).
         s_max: Greatest unit factor.
         c_min: Least feature factor.
         c_max: Greatest feature factor.
@@ -46,8 +46,26 @@ class UnitFeatureDiagonal(Structure):
         kappa: Width of the relative clip.
 
     Reference:
-        NeuRMS draft, sections 4 and 5. Settled here: bias correction is on by default; relative
-        clipping is an addition.
+        "Unitwise RMS preconditioning via buffer scaling", draft: Algorithm 1, and its factored form
+        F. Settled here: bias correction is on by default; relative clipping is an addition.
+
+        Theorem 1 does not hold for Algorithm 1 as written, whatever s_min and s_max are. Its proof
+        takes S out of the mean, E[S G] = S E[G], but S is made from a v that has seen the batch
+        that it scales. A unit whose D is 4 in every fourth batch and -1 in the others has a mean
+        gradient of 1/4 (H = 1); with beta = 0 its mean update is 4/4 / 4 - 3/4 = -1/2, uphill. Any
+        beta below 1 has such a case, with rarer and larger D. Scaled by the v of earlier batches
+        alone, the mean update is s E[G], and the theorem's step holds.
+
+    Example:
+        >>> import torch
+        >>> from neurms.core.structures.base import Moments
+        >>> structure = UnitFeatureDiagonal(beta=0.0, s_min=0.1, s_max=10.0)
+        >>> def update(d):
+        ...     gradient, moments = torch.tensor([[d]]), Moments(units=torch.tensor([d * d]))
+        ...     state = structure.init(gradient)
+        ...     return structure(gradient, state, Context(1, moments=moments)).item()
+        >>> round(4.0 / 4 - 3 * 1.0 / 4, 3), round(update(4.0) / 4 + 3 * update(-1.0) / 4, 3)
+        (0.25, -0.5)
     """
 
     beta: float = 0.99

@@ -98,7 +98,9 @@ class TrustRatio(Transform):
 
     Reference:
         You et al., "Large Batch Training of Convolutional Networks", 2017 (LARS), and "Large Batch
-        Optimization for Deep Learning", 2020 (LAMB, with phi the identity).
+        Optimization for Deep Learning", 2020 (LAMB, with phi the identity). Departure: behind
+        :class:`CoupledDecay` the denominator is the length of gradient plus decay, where LARS's
+        paper adds the two lengths.
     """
 
     trust_coefficient: float = 1.0
@@ -148,7 +150,9 @@ class RowClip(Transform):
 
     Reference:
         Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021,
-        eq. 3, adaptive gradient clipping, here of the update instead of the gradient.
+        eq. 3, adaptive gradient clipping. Departure: it bounds U before the learning rate, where
+        that paper bounds the gradient; the weight's own move, lr U, is bounded by lr ``clip``
+        max(||W_i||, floor), and a schedule of lr tightens the bound along with the step.
     """
 
     clip: float = 0.01

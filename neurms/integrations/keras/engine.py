@@ -43,6 +43,20 @@ class Engine:
         assert isinstance(self.optimizer, NeuRMS)
         return self.optimizer.layers
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:
+        """The optimizer's state by parameter."""
+        return self.optimizer.state
+
+    def fallback_lr(self, group: Mapping[str, Any]) -> float:
+        """Return AdamW's rate at a group's present ``lr``."""
+        return self.optimizer.fallback_lr(group)
+
     @torch.no_grad()
     def advance(self, gradients: Mapping[Tensor, Tensor], lr: float) -> None:
         """Take one step with the given gradients.
@@ -94,8 +108,11 @@ class Engine:
         due = [layer for layer in self.layers if layer.weight in moving]
         if due and not any(layer.pending.rows for layer in due):
             raise UnsupportedTrainingError(
-                "no tap was attached when these gradients were computed; train with fit or "
-                "train_on_batch, or put your own loop into `with optimizer.attach(model):`"
+                "no tap was attached when these gradients were computed. Taps attach in fit and "
+                "train_on_batch of a model that holds the optimizer (compiled with it, or as an "
+                "attribute, in a list or in a dict of the model) if it was built before, by "
+                "optimizer.build(variables); put any other loop into "
+                "`with optimizer.attach(model):`"
             )
         lost = [layer.name for layer in due if not (layer.pending.rows or layer.state["step"])]
         if lost:
@@ -115,4 +132,5 @@ def make_engine(rule: str, routes: Sequence[Route], settings: Mapping[str, Any])
 def _tap_for(layer: TappedLayer) -> ActivationTap:
     features = layer.rule.structure.factored
     backend = layer.engine.backend
-    return ActivationTap(layer.route.module, layer, features=features, backend=backend)
+    module, weight = layer.route.module, layer.weight
+    return ActivationTap(module, weight, layer, features=features, backend=backend)

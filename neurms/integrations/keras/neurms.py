@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.core.ground.interrupts import WholeStep
 from neurms.core.unitwise.engine import Engine as Layers
 from neurms.core.unitwise.statistics import PendingSums
 from neurms.core.unitwise.tapped import TappedLayer
 from neurms.integrations.keras.engine import Engine
 from neurms.integrations.keras.optimizer import NeurmsOptimizer
-from neurms.integrations.keras.owners import Surroundings, innermost
+from neurms.integrations.keras.owners import Surroundings, leaves
 from neurms.integrations.keras.routing import VariableRoute, parameter_of
 from neurms.integrations.keras.training import loss_scale_of, tap_training
 
@@ -42,6 +41,8 @@ class TappedOptimizer(NeurmsOptimizer):
         self._kept = False
         self._pending_variables: tuple[Any, ...] = ()
         super().build(variables)
+        if self._engine is None:
+            return
         accumulates = bool(self.gradient_accumulation_steps)
         for layer in self.layers:
             # Keras accumulates gradients elsewhere than in .grad.
@@ -89,8 +90,8 @@ class TappedOptimizer(NeurmsOptimizer):
         """
         if not self.built:
             self.build(model.trainable_variables)
-        wrapper = getattr(model, "optimizer", None)
-        self._begin_taps(wrapper if innermost(wrapper) is self else self)
+        used = leaves(getattr(model, "optimizer", None))
+        self._begin_taps(next((scaler for leaf, scaler in used if leaf is self), self))
         self._kept = True
         try:
             yield
@@ -100,22 +101,22 @@ class TappedOptimizer(NeurmsOptimizer):
     def detach(self) -> None:
         """Take all taps off."""
         self._kept = False
-        if self.built:
+        if self._engine is not None:
             self.layers.detach()
 
     @contextmanager
-    def training_step(self, wrapper: Any) -> Iterator[None]:
+    def training_step(self, scaler: Any) -> Iterator[None]:
         """Attach the taps for one training step; what a step without :meth:`apply` saw is dropped.
 
         Args:
-            wrapper: This optimizer, or the LossScaleOptimizer around it.
+            scaler: This optimizer, or the LossScaleOptimizer around it.
         """
-        if not self.built or self._kept:
+        if self._engine is None or self._kept:
             yield
             return
         before = [(layer, layer.pending.copy()) for layer in self.layers]
         self._applied = False
-        self._begin_taps(wrapper)
+        self._begin_taps(scaler)
         try:
             yield
         finally:
@@ -124,22 +125,19 @@ class TappedOptimizer(NeurmsOptimizer):
                 for layer, pending in before:
                     layer.restore(pending)
 
-    def _begin_taps(self, wrapper: Any) -> None:
-        self.layers.loss_scale = self._loss_scale(wrapper)
+    def _begin_taps(self, scaler: Any) -> None:
+        self.layers.loss_scale = self._loss_scale(scaler)
         self.layers.attach_taps()
 
-    def _loss_scale(self, wrapper: Any) -> Callable[[], Tensor | float] | None:
+    def _loss_scale(self, scaler: Any) -> Callable[[], Tensor | float] | None:
         window = self.gradient_accumulation_steps or 1
-        if window == 1 and wrapper is self and not self.loss_scale_factor:
+        if window == 1 and scaler is self and not self.loss_scale_factor:
             return None
-        return lambda: loss_scale_of(wrapper) * window
+        return lambda: loss_scale_of(scaler) * window
 
-    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Apply gradients, and with them what the taps have seen; see Keras."""
-        with WholeStep():
-            super().apply(grads, trainable_variables)
-            self._applied = True
-            self._store_pending()
+    def _gradients_applied(self) -> None:
+        self._applied = True
+        self._store_pending()
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """End training; see Keras."""
@@ -161,6 +159,8 @@ class TappedOptimizer(NeurmsOptimizer):
 
     @torch.no_grad()
     def _store_pending(self) -> None:
+        if not self._pending_variables:
+            return
         for layer, variables in zip(self.layers, self._pending_variables, strict=False):
             pending = layer.pending
             values = [pending.units, pending.features][: len(variables) - 1]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn, Self
 
 import keras
 import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from torch import Tensor
 
 from neurms.core.ground.errors import CheckpointError
@@ -18,6 +19,7 @@ from neurms.core.optimizers.registry import optimizer_class
 from neurms.core.routing import FALLBACK
 from neurms.integrations.keras.engine import Engine, make_engine
 from neurms.integrations.keras.owners import Surroundings
+from neurms.integrations.keras.rates import base_rate
 from neurms.integrations.keras.routing import (
     VariableRoute,
     lasting,
@@ -25,7 +27,6 @@ from neurms.integrations.keras.routing import (
     route_variables,
 )
 from neurms.integrations.keras.settings import (
-    base_rate,
     check_backend,
     check_settings,
     default_rate,
@@ -66,12 +67,14 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
             expressions with a slash) contains one is not decayed. It survives saving, and so does
             what :meth:`exclude_from_weight_decay` sets.
         base_learning_rate: What ``fallback_lr`` goes with: AdamW's rate is
-            fallback_lr learning_rate / base_learning_rate. None: the learning rate at construction,
-            or a schedule's peak.
+            fallback_lr learning_rate / base_learning_rate, so 0 where the learning rate is. None: a
+            schedule's peak, which :func:`~neurms.integrations.keras.rates.peak_of` finds; else the
+            learning rate at construction, or the rule's default where that is 0.
         **settings: The rule's own settings and the common ones, by the torch optimizer's names.
 
     Raises:
-        ValueError: Keras runs on another backend than torch; a setting is out of its range.
+        ValueError: Keras runs on another backend than torch; a setting is out of its range; a
+            schedule has no peak and ``base_learning_rate`` is None.
         TypeError: The rule has no such setting.
     """
 
@@ -112,7 +115,7 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
             name=name,
         )
         self._settings: Mapping[str, Any] = MappingProxyType(chosen)
-        self._base_rate = base_rate(rate) if base_learning_rate is None else base_learning_rate
+        self._base_rate = base_rate(rate, base_learning_rate, default_rate(self.rule))
         self._anchors: tuple[str, ...] = ()
         self._names: Mapping[int, str] = MappingProxyType({})
         self._engine: Engine | None = None
@@ -203,10 +206,22 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
 
     # ---------------------------------------------------------------- the step
 
+    # Graphs of jit_compile=True end here: how Ctrl-C is held back is no matter of tensors.
+    @torch.compiler.disable(reason="one step of a neurms optimizer runs as it is")
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Apply gradients, all of them or none though Ctrl-C is pressed; see Keras."""
+        """Apply gradients, all of them or none though Ctrl-C is pressed; see Keras.
+
+        Raises:
+            NotImplementedError: It is called in a ``keras.StatelessScope``.
+        """
+        if in_stateless_scope():
+            self._refuse_stateless()
         with WholeStep():
             super().apply(grads, trainable_variables)
+            self._gradients_applied()
+
+    def _gradients_applied(self) -> None:
+        """Take notice of the end of a call of :meth:`apply`, before Ctrl-C gets through."""
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable; Keras itself hands over all at once."""
@@ -215,7 +230,6 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Leave weight decay to the engine, which knows where a rule wants it."""
 
-    @torch.compiler.disable(reason="one step of a neurms optimizer runs as it is")
     @torch.no_grad()
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
@@ -256,6 +270,10 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
         Raises:
             NotImplementedError: Always.
         """
+        self._refuse_stateless()
+
+    def _refuse_stateless(self) -> NoReturn:
+        # A wrapper's stateless_apply, too, ends in apply, which would write into real variables.
         raise NotImplementedError(
             f"{type(self).__name__} updates variables in place and has no functional form; call "
             "optimizer.apply(grads, trainable_variables)"
@@ -407,7 +425,8 @@ def _frozen_rows(around: Surroundings, variables: Sequence[Any]) -> list[PlanRow
     moving = {id(variable) for variable in variables}
     rows = []
     for variable in around.variables(variables):
-        if id(variable) not in moving:
+        # What is trained but not by this optimizer is in the plan of another one.
+        if id(variable) not in moving and not variable.trainable:
             kind = type(around.owners_of(variable)[0]).__name__
             name = around.name_of(variable)
             rows.append(PlanRow(name, kind, FALLBACK, "frozen", tuple(variable.shape), 0))

@@ -8,13 +8,13 @@ variables, so the living layers are looked through, once, when the optimizer is 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 
-__all__ = ["Surroundings", "innermost"]
+__all__ = ["Surroundings", "innermost", "leaves"]
 
 _ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 
@@ -26,8 +26,8 @@ class Surroundings:
     Args:
         owners: Variable id -> layers that have it among their own variables.
         attention: Ids of layers that are projections of an attention layer.
-        models: Models that hold all of the variables; only those that train with the optimizer, if
-            there are any.
+        models: Models that hold all of the variables. First comes the one that the optimizer's
+            names and head are taken from: one compiled with it, else the smallest.
         names: Variable id -> names of the layers around it, from the model inwards, and its own.
     """
 
@@ -38,22 +38,31 @@ class Surroundings:
 
     @classmethod
     def of(cls, variables: Sequence[Any], optimizer: Any) -> Surroundings:
-        """Look through the living layers for those that own ``variables``."""
+        """Look through the living layers for those that own ``variables``.
+
+        Raises:
+            RuntimeError: ``gc.freeze()`` hides the layers, without which every kernel would be
+                taken for a bare variable.
+        """
         wanted = {id(variable) for variable in variables}
         layers = _living_layers()
         owners: dict[int, list[Any]] = {}
         for layer in layers:
             for variable in _own(layer):
                 owners.setdefault(id(variable), []).append(layer)
+        if gc.get_freeze_count() and not wanted <= owners.keys():
+            raise RuntimeError(
+                "gc.freeze() hides the layers that the optimizer's variables belong to; build the "
+                "optimizer (optimizer.build(model.trainable_variables)) before gc.freeze()"
+            )
         blocks = (layer for layer in layers if isinstance(layer, _ATTENTION))
         attention = (id(part) for block in blocks for part in _inside(block))
         models = [m for m in layers if isinstance(m, keras.Model) and _holds(m, wanted)]
-        users = [m for m in models if innermost(getattr(m, "optimizer", None)) is optimizer]
-        chosen = users or models
+        models.sort(key=lambda model: (not _trains(model, optimizer), *_size(model)))
         names: dict[int, str] = {}
-        for model in chosen[:1]:
+        for model in models[:1]:
             _name(model, "", names)
-        return cls(owners, frozenset(attention), chosen, names)
+        return cls(owners, frozenset(attention), models, names)
 
     def owners_of(self, variable: Any) -> Sequence[Any]:
         """Return the layers that own a variable; none for a bare one."""
@@ -79,6 +88,39 @@ def innermost(optimizer: Any) -> Any:
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer
+
+
+def leaves(optimizer: Any, scaler: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Yield the optimizers that move variables inside of what a model was compiled with.
+
+    Args:
+        optimizer: An optimizer, a LossScaleOptimizer or MultiOptimizer around some, or None.
+        scaler: The LossScaleOptimizer around it.
+
+    Yields:
+        Each optimizer, and what knows the scale of its loss: the LossScaleOptimizer, or itself.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        yield from leaves(optimizer.inner_optimizer, optimizer)
+    elif isinstance(parts := getattr(optimizer, "optimizers", None), Sequence):
+        # A MultiOptimizer, which Keras has from 3.13 on.
+        for part in parts:
+            yield from leaves(part, scaler)
+    elif optimizer is not None:
+        yield optimizer, scaler or optimizer
+
+
+def _trains(model: Any, optimizer: Any) -> bool:
+    return any(leaf is optimizer for leaf, _ in leaves(getattr(model, "optimizer", None)))
+
+
+def _size(model: Any) -> tuple[Any, ...]:
+    """Return what orders models: fewer variables first, then the outermost; alike in every run.
+
+    The garbage collector lists objects in an order that changes from run to run.
+    """
+    names = [layer.name for layer in model._flatten_layers()]
+    return (len(model.weights), -len(names), names)
 
 
 def _living_layers() -> list[Any]:

@@ -11,7 +11,7 @@ from neurms.core.ground.errors import check_real
 from neurms.core.optimizers.registry import optimizer_class
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
 
-__all__ = ["base_rate", "check_backend", "check_settings", "default_rate", "setting_defaults"]
+__all__ = ["check_backend", "check_settings", "default_rate", "setting_defaults"]
 
 _KERAS_DECIDES = {
     "lr": "is called learning_rate in Keras",
@@ -77,23 +77,6 @@ def check_settings(
 def needs_taps(rule: str) -> bool:
     """Return whether a rule reads the layers' inputs and error signals."""
     return optimizer_class(rule).needs_modules
-
-
-def base_rate(learning_rate: Any) -> float:
-    """Return the learning rate that ``fallback_lr`` goes with.
-
-    A number is itself, a schedule its warm-up target or initial rate, or else its value at step 0.
-    """
-    if isinstance(learning_rate, float):
-        return learning_rate
-    if isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule):
-        for name in ("warmup_target", "initial_learning_rate"):
-            rate = getattr(learning_rate, name, None)
-            if rate:
-                return float(rate)
-        return float(learning_rate(0))
-    # Keras has seen to it that nothing else than a callable gets here.
-    return float(learning_rate())
 
 
 def _tupled(value: Any) -> Any:

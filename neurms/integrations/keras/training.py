@@ -9,26 +9,28 @@ no evaluation sees them, no saved model holds them, no failure leaves them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 
 import keras
 
-from neurms.integrations.keras.owners import innermost
+from neurms.integrations.keras.owners import leaves
 
 __all__ = ["TapsSteps", "loss_scale_of", "tap_training"]
 
 _MAKER = "make_train_function"
+_FEW = 100
+"""Entries of a list or dict up to which it is searched for optimizers, at every step."""
 
 
 @runtime_checkable
 class TapsSteps(Protocol):
     """An optimizer that has taps to attach for the length of a step."""
 
-    def training_step(self, wrapper: Any) -> AbstractContextManager[None]:
-        """Attach the taps; ``wrapper`` is the optimizer as the model has it."""
+    def training_step(self, scaler: Any) -> AbstractContextManager[None]:
+        """Attach the taps; ``scaler`` knows the scale of the loss, see :func:`.owners.leaves`."""
 
 
 class TappedStep:
@@ -41,8 +43,8 @@ class TappedStep:
     def __call__(self, data: Any) -> Any:
         """Run one training step."""
         with ExitStack() as taps:
-            for wrapper in _optimizers(self._model()):
-                taps.enter_context(innermost(wrapper).training_step(wrapper))
+            for optimizer, scaler in _optimizers(self._model()):
+                taps.enter_context(optimizer.training_step(scaler))
             return self._step(data)
 
 
@@ -77,9 +79,34 @@ def _wrap(model: Any) -> Any:
     return model.train_function
 
 
-def _optimizers(model: Any) -> Iterator[Any]:
-    """Yield the optimizers that the model holds (a GAN's has two) and that tap."""
+def _optimizers(model: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each optimizer that the model holds and that taps, with what scales its loss.
+
+    A GAN has two, as attributes or in a list, a MultiOptimizer any number. A train step of the
+    user's own may also use the optimizers that parts of the model were compiled with.
+    """
     if model is None:
         return
-    held = (v for v in list(vars(model).values()) if isinstance(v, keras.optimizers.Optimizer))
-    yield from (wrapper for wrapper in held if isinstance(innermost(wrapper), TapsSteps))
+    holders = [model]
+    if getattr(model.train_step, "__func__", None) is not keras.Model.train_step:
+        holders += [m for m in model._flatten_layers(include_self=False) if _is_model(m)]
+    seen = set()
+    for holder in holders:
+        for optimizer, scaler in _held(list(vars(holder).values())):
+            if isinstance(optimizer, TapsSteps) and id(optimizer) not in seen:
+                seen.add(id(optimizer))
+                yield optimizer, scaler
+
+
+def _is_model(layer: Any) -> bool:
+    return isinstance(layer, keras.Model)
+
+
+def _held(values: Iterable[Any], depth: int = 3) -> Iterator[tuple[Any, Any]]:
+    """Yield the optimizers among values, and in their lists and dicts unless those hold much."""
+    for value in values:
+        if isinstance(value, keras.optimizers.Optimizer):
+            yield from leaves(value)
+        elif depth and isinstance(value, (dict, list, tuple, set)) and len(value) <= _FEW:
+            parts = value.values() if isinstance(value, dict) else value
+            yield from _held(list(parts), depth - 1)

@@ -103,7 +103,7 @@ def test_two_ranks_see_what_one_would(tmp_path: Path) -> None:
             for ours, expected in zip(rank["samples"][kind], alone, strict=True):
                 for layer in ("0", "2", "4"):
                     a, b = ours["layers"][layer], expected["layers"][layer]
-                    for key in ("rho", "rho_batch", "factorization_error", "rho_ceiling"):
+                    for key in ("rho", "rho_batch", "factorization_error", "rho_expected"):
                         assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (layer, key)
                     for key in ("v", "u"):
                         assert a[key] == pytest.approx(b[key], rel=1e-4)

@@ -456,3 +456,52 @@ def test_on_an_accelerator_times_come_from_events() -> None:
     report = profiler.report()
     assert report.device_peak_bytes
     assert all(row.forward_us > 0 and row.reduce_us > 0 for row in report)
+
+
+def trained(steps: int, **settings: Any) -> None:
+    model = truth.mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with profile(model, optimizer, **settings):
+        for _ in range(steps):
+            model(torch.ones(2, 12)).sum().backward()
+            optimizer.step()
+
+
+def test_a_training_shorter_than_the_warmup_says_so() -> None:
+    with pytest.warns(UserWarning, match=r"is empty: 5 steps.*warmup_steps=10.*set warmup_steps=0"):
+        trained(5)
+    with pytest.warns(UserWarning, match="10 steps were trained, and statistics were due after 10"):
+        trained(10)
+    trained(11)
+    with pytest.warns(UserWarning, match="5 steps were trained, and statistics were due after 10"):
+        trained(5, first_step=100, every_n_steps=50)
+
+
+def test_a_profiler_of_an_optimizer_that_never_steps_says_so() -> None:
+    with pytest.warns(UserWarning, match="no step of the optimizer was seen"):
+        trained(0)
+
+
+def test_an_error_is_not_followed_by_news_of_an_empty_profile() -> None:
+    model = truth.mlp()
+    with (
+        pytest.raises(RuntimeError, match="out of luck"),
+        profile(model, torch.optim.SGD(model.parameters(), lr=0.1)),
+    ):
+        raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps=0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"first_step": -1}, "first_step=-1"),
+        ({"max_elements": 0}, "max_elements=0"),
+        ({"beta": 1.0}, "beta=1.0"),
+        ({"loss_reduction": "max"}, "loss_reduction='max'"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(0, **settings)

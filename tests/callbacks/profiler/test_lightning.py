@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import neurms
 from neurms.callbacks import NeuRMSCallback, PreconditionerProfiler
-from neurms.callbacks.profiler import read_run
 from neurms.core.ground import spans
+from neurms.report import ProfilerReport, read_run
+from neurms.report.writer import PAGE
 from tests.callbacks.profiler import truth
 
 
@@ -51,14 +52,20 @@ def loader(batch: int = 8) -> DataLoader[Any]:
 
 
 def fit(
-    module: Module, *callbacks: Any, folder: Path, logger: Any = False, **settings: Any
+    module: Module,
+    *callbacks: Any,
+    folder: Path,
+    logger: Any = False,
+    epochs: int = 1,
+    resume: Path | None = None,
+    **settings: Any,
 ) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=folder,
         callbacks=list(callbacks),
         logger=logger,
-        max_epochs=1,
+        max_epochs=epochs,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -66,7 +73,7 @@ def fit(
         log_every_n_steps=1,
         **settings,
     )
-    trainer.fit(module, loader(), loader())
+    trainer.fit(module, loader(), loader(), ckpt_path=resume)
     return trainer
 
 
@@ -110,12 +117,12 @@ def test_beside_the_callback_the_gradient_is_seen_unscaled(first: bool, tmp_path
     dump = truth.Dump(module.net[2])
     seen: list[None] = []
 
-    class Close(PreconditionerProfiler):
+    class Close(Callback):
         def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
             dump.close()
             seen.append(None)
 
-    fit(module, *callbacks, Close(every_n_steps=1000, warmup_steps=1000), folder=tmp_path)
+    fit(module, *callbacks, Close(), folder=tmp_path)
     v, u = truth.averaged(dump.windows, 0.99)
     found = watcher.report().history("net.2", "rho")[-1][1]
     assert found == pytest.approx(truth.rho(dump.windows[-1]["g"], v, u), abs=1e-5)
@@ -191,3 +198,36 @@ def test_barebones_trainers_are_profiled_without_logs(tmp_path: Path) -> None:
 def test_no_report_before_a_fit() -> None:
     with pytest.raises(RuntimeError, match="has seen no training yet"):
         profiler().report()
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_resumed_fit_appends_and_another_is_numbered(tmp_path: Path) -> None:
+    output, checkpoint = tmp_path / "run", tmp_path / "half.ckpt"
+    settings = {"every_n_steps": 1, "warmup_steps": 0, "output": output}
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(checkpoint)
+
+    module = Module("neurms")
+    fit(module, profiler(**settings), Save(), folder=tmp_path)
+    watcher = profiler(**settings)
+    fit(Module("neurms"), watcher, folder=tmp_path, resume=checkpoint, epochs=2)
+    assert ProfilerReport.read(output).steps == watcher.report().steps == list(range(12))
+    assert (output / PAGE).read_text().count("12 of 12 steps profiled") == 1
+    fit(Module("neurms"), profiler(**settings), folder=tmp_path)
+    assert ProfilerReport.read(tmp_path / "run-2").steps == list(range(6))
+    assert ProfilerReport.read(output).steps == list(range(12))
+    fit(Module("neurms"), profiler(**settings, overwrite=True), folder=tmp_path)
+    assert ProfilerReport.read(output).steps == list(range(6))
+
+
+def test_a_fit_shorter_than_the_warmup_says_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"is empty: 6 steps were trained.*warmup_steps=10"):
+        fit(Module("adamw"), profiler(warmup_steps=10), folder=tmp_path)
+
+
+def test_settings_are_checked_when_the_callback_is_made() -> None:
+    with pytest.raises(ValueError, match="warmup_steps=-1"):
+        profiler(warmup_steps=-1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from neurms.core.diagnostics.factorization import (
-    correlation_ceiling,
+    expected_correlation,
     factorization_error,
     gradient_margins,
     spaced,
@@ -90,9 +90,9 @@ def test_margins_are_means_over_each_units_and_each_features_entries() -> None:
     assert torch.allclose(columns, expected)
 
 
-def test_the_ceiling_does_not_depend_on_scale_and_survives_tiny_moments() -> None:
+def test_the_expected_rho_does_not_depend_on_scale_and_survives_tiny_moments() -> None:
     layout, v, u = Layout((5, 4), (0,), (1,)), torch.rand(5).double(), torch.rand(4).double()
-    ceiling = float(correlation_ceiling(layout, v, u))
-    assert float(correlation_ceiling(layout, v * 1e-200, u * 1e-90)) == pytest.approx(ceiling)
-    assert np.isnan(float(correlation_ceiling(layout, torch.zeros(5), u)))
-    assert float(correlation_ceiling(layout, torch.ones(5), torch.ones(4))) == 0
+    expected = float(expected_correlation(layout, v, u))
+    assert float(expected_correlation(layout, v * 1e-200, u * 1e-90)) == pytest.approx(expected)
+    assert np.isnan(float(expected_correlation(layout, torch.zeros(5), u)))
+    assert float(expected_correlation(layout, torch.ones(5), torch.ones(4))) == 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import neurms
 from neurms.compiled.backends import PROMPT, Kernel
+from neurms.compiled.finite import within
 from neurms.compiled.moments import ema_, moment_factors, move_moments
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.signals import scaled_signal
@@ -115,13 +116,18 @@ def test_neurms_names_its_kernels_and_keeps_its_bookkeeping_apart(
     for kernel, form in itertools.product(kernels, ("auto", "eager", PROMPT)):
         monkeypatch.setitem(kernel._forms, form, noting(kernel, form))
     looked: list[tuple[str, ...]] = []
-    finite = torch.isfinite
 
-    def isfinite(x: Tensor) -> Tensor:
-        looked.append(tuple(stack.open))
-        return finite(x)
+    def looking(form: str) -> Callable[..., bool]:
+        run = within.on(form)
 
-    monkeypatch.setattr(torch, "isfinite", isfinite)
+        def look(*args: Any) -> bool:
+            looked.append(tuple(stack.open))
+            return run(*args)
+
+        return look
+
+    for form in ("auto", "eager", PROMPT):
+        monkeypatch.setitem(within._forms, form, looking(form))
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
     optimizer = neurms.NeuRMS(model, variant=variant, update=update, backend=backend)
     with spans.observed_by(stack):

@@ -60,6 +60,29 @@ class TestAliceWithDraws(TransformContract):
     permutes_units = permutes_features = False
 
 
+class TestAliceOfTheFullBasis(TransformContract):
+    transform = LowRank(
+        ProjectedDiagonal((0.9, 0.9)),
+        TrackedSubspace(3, interval=2, leading=1, switching="full_basis"),
+        OptimalCompensation(),
+        "tall",
+        rotate_moments=True,
+    )
+    scale_invariant = True
+    permutes_units = permutes_features = False
+
+
+class TestAliceOfGaussianColumns(TransformContract):
+    transform = LowRank(
+        ProjectedDiagonal((0.9, 0.9)),
+        TrackedSubspace(3, interval=2, leading=1, switching="gaussian_mix"),
+        ScaledResidual(compensation=0.4),
+        "tall",
+    )
+    scale_invariant = True
+    permutes_units = permutes_features = False
+
+
 class TestGaLore(TransformContract):
     transform = LowRank(
         ProjectedDiagonal((0.9, 0.999)), SingularSubspace(2), None, "tall or square", scale=0.25
@@ -245,8 +268,10 @@ def test_bad_combinations() -> None:
         LowRank(NeedsWeight(), ALICE)
     with pytest.raises(ValueError, match=r"needs a structure with rotate_\(\)"):
         LowRank(TwoSidedDiagonal(), ALICE, rotate_moments=True)
-    with pytest.raises(ValueError, match="orthonormal"):
-        LowRank(ProjectedDiagonal(), RandomSubspace(3), rotate_moments=True)
+    gaussian = TrackedSubspace(3, leading=2, switching="gaussian_mix")
+    for subspace in (RandomSubspace(3), gaussian):
+        with pytest.raises(ValueError, match="orthonormal"):
+            LowRank(ProjectedDiagonal(), subspace, rotate_moments=True)
     with pytest.raises(ValueError, match="transpose='wide'"):
         LowRank(ProjectedDiagonal(), ALICE, transpose="wide")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale=-1"):

@@ -13,6 +13,7 @@ from neurms.core.low_rank.subspaces import (
     RandomSubspace,
     SingularSubspace,
     Subspace,
+    Switching,
     TrackedSubspace,
 )
 from neurms.core.optimizers.plan import tensor_bytes
@@ -86,6 +87,59 @@ def test_draws_are_uniform_in_the_complement() -> None:
     assert vectors.mean(0).abs().max() < limit
     covariance = vectors.mT @ vectors / count
     torch.testing.assert_close(covariance, outside / 3, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (8, 8), (5, 9)])
+def test_full_basis_picks_tracked_and_outer_directions_with_the_same_chance(
+    shape: tuple[int, int],
+) -> None:
+    gradient, m = gradients(*shape, steps=1)[0], shape[0]
+    subspace = TrackedSubspace(5, interval=1, leading=2, switching="full_basis")
+    own = leading_basis(gradient, 5)
+    kept = torch.zeros(3, dtype=torch.float64)
+    rounds = 600
+    state = subspace.init(gradient)
+    for seed in range(rounds):
+        subspace.renew(gradient, state, Context(1, seeds=(seed,)), flipped=False)
+        basis = state["basis"]
+        assert deviation(basis) < 1e-12
+        torch.testing.assert_close(basis[:, :2], own[:, :2])
+        # A direction of the iteration is there in full or not at all.
+        share = (basis[:, 2:].mT @ own[:, 2:]).square().sum(0)
+        assert ((share < 1e-12) | (share > 1 - 1e-12)).all()
+        kept += share.round()
+    chance = 3 / (m - 2)
+    spread = 5 * (chance * (1 - chance) / rounds) ** 0.5
+    assert ((kept / rounds - chance).abs() <= spread + 1e-12).all()
+
+
+@pytest.mark.parametrize(("switching", "kept"), [("gaussian_mix", 2), ("gaussian", 0)])
+def test_gaussian_columns(switching: Switching, kept: int) -> None:
+    gradient = gradients(200, 300, steps=1)[0]
+    subspace = TrackedSubspace(60, leading=2, switching=switching)
+    assert not subspace.orthonormal
+    state = subspace.init(gradient)
+    subspace.renew(gradient, state, Context(1), flipped=False)
+    basis = state["basis"]
+    torch.testing.assert_close(basis[:, :kept], leading_basis(gradient, 2)[:, :kept])
+    drawn = basis[:, kept:] * 200**0.5
+    count = drawn.numel()
+    assert abs(float(drawn.mean())) < 5 / count**0.5
+    assert abs(float(drawn.var()) - 1) < 5 * (2 / count) ** 0.5
+
+
+def test_subspace_iteration_takes_the_true_matrix_of_gaussian_columns() -> None:
+    steps = gradients(7, 9, steps=2)
+    subspace = TrackedSubspace(3, 2, 3, beta=0.7, switching="gaussian_mix")
+    state = subspace.init(steps[0])
+    state["basis"].copy_(gradients(7, 3, steps=1, seed=3)[0])
+    root = gradients(3, 3, steps=1, seed=4)[0]
+    state["tracked"].copy_(root @ root.mT)
+    old = state["basis"].clone()
+    dense = 0.7 * old @ state["tracked"] @ old.mT + 0.3 * steps[1] @ steps[1].mT
+    subspace.renew(steps[1], state, Context(2), flipped=False)
+    span = torch.linalg.qr(dense @ old)[0]
+    torch.testing.assert_close(projector(state["basis"]), projector(span), rtol=0, atol=1e-9)
 
 
 def test_draws_depend_on_seed_and_step_alone() -> None:

@@ -160,6 +160,41 @@ def test_alice0_ignores_the_third_beta() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("switching", ["complement", "full_basis", "gaussian_mix", "gaussian"])
+@pytest.mark.parametrize("residual", ["optimal", "fira", "fira+"])
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (4, 4)])
+def test_alices_ablations_run_and_resume(
+    switching: str, residual: str, shape: tuple[int, int]
+) -> None:
+    steps = gradients(*shape, steps=7, dtype=torch.float32)
+    settings = {"switching": switching, "residual": residual, "interval": 3}
+    first = trained("alice", steps, **settings)
+    assert first.isfinite().all()
+    assert torch.equal(first, trained("alice", steps, **settings))
+
+
+def test_alices_residuals_are_firas_at_its_own_subspace() -> None:
+    # One renewal and no draws: the parts of the update outside of the basis tell the rules apart.
+    gradient = gradients(6, 9, steps=1)
+    for kind, weight in (("fira+", 0.7), ("fira", None)):
+        parameter = nn.Parameter(torch.zeros(6, 9, dtype=torch.float64))
+        optimizer = create(
+            "alice", [parameter], lr=1.0, alpha=1.0, rank=2, leading=2, residual=kind,
+            compensation=0.7,
+        )  # fmt: skip
+        train(optimizer, [parameter], gradient)
+        basis = optimizer.state[parameter]["basis"]
+        inside = basis @ (basis.mT @ -parameter.detach())
+        outside = -parameter.detach() - inside
+        z = basis.mT @ gradient[0]
+        # w = m / sqrt(v) has entries of (1 - b1) / sqrt(1 - b2) in the first step.
+        lengths = (2 * 0.1**2 / 0.1) ** 0.5 / z.norm(dim=0)
+        truth = (gradient[0] - basis @ z) * lengths
+        if weight is not None:
+            truth *= weight * inside.norm() / truth.norm()
+        torch.testing.assert_close(outside, truth, rtol=1e-6, atol=1e-9)
+
+
 def test_alice_of_a_rank_one_gradient_takes_bounded_steps() -> None:
     # p is rounding noise in every column here; dividing by its root would be an update of 1e7.
     column, row = gradients(16, 1, steps=1)[0], gradients(1, 24, steps=1)[0]
@@ -208,6 +243,9 @@ def test_apollo_mini_scales_the_whole_gradient() -> None:
         ("alice", {"gamma": 0.5}, "gamma=0.5"),
         ("alice", {"first_basis": "zero"}, "first_basis='zero'"),
         ("alice", {"seed": -1}, "seed=-1"),
+        ("alice", {"switching": "full"}, "switching='full'"),
+        ("alice", {"residual": "none"}, "residual='none'"),
+        ("alice", {"switching": "gaussian", "rotate_moments": True}, "orthonormal"),
         ("eigen_adam", {"interval": 0}, "interval=0"),
         ("eigen_adam", {"betas": (0.9, -0.1, 0.9)}, r"betas\[1\]=-0.1"),
         ("soap", {"betas": (0.9,)}, "betas=.* must hold 2"),

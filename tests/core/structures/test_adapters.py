@@ -1,11 +1,12 @@
-"""Averaging, tiling and flattening change what a structure sees and nothing else."""
+"""Averaging, tiling, flattening and transposing change what a structure sees and nothing else."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from neurms.core.structures.adapters import Averaged, Flattened, Tiled
+from neurms.core.structures.adapters import Averaged, Flattened, Tiled, Transposed
+from neurms.core.structures.block_diagonal import BlockDiagonal
 from neurms.core.structures.diagonal import Diagonal
 from neurms.core.structures.kronecker import Kronecker
 from neurms.core.structures.two_sided import TwoSidedDiagonal
@@ -83,3 +84,24 @@ class TestFlattened(TransformContract):
         flat, _ = run(Flattened(TwoSidedDiagonal(), limit=11), steps)
         plain, _ = run(TwoSidedDiagonal(), steps)
         assert all(torch.equal(a, b) for a, b in zip(plain, flat, strict=True))
+
+
+class TestTransposed(TransformContract):
+    transform = Transposed(BlockDiagonal(beta=0.9, eps=1e-6, block_size=16))
+    tolerance = 1e-6
+
+    @pytest.mark.parametrize("shape", [(4, 3), (3, 5)])
+    def test_is_the_general_block_diagonal_of_features(self, shape: tuple[int, int]) -> None:
+        m, n = shape
+        steps = gradients(m, n, steps=6)
+        updates, state = run(Transposed(BlockDiagonal(0.8, 1e-3, block_size=m)), steps)
+        assert sum(value.numel() for value in state.values()) == m * m * n
+        moments = torch.zeros(n, m, m, dtype=steps.dtype)
+        for number, (gradient, update) in enumerate(zip(steps, updates, strict=True), 1):
+            columns = gradient.T
+            moments = 0.8 * moments + 0.2 * columns[:, :, None] * columns[:, None, :]
+            fisher = torch.block_diag(*(moments / (1 - 0.8**number)))
+            values, vectors = torch.linalg.eigh(fisher)
+            inverse = 1 / (values.clamp(min=0.0).sqrt() + 1e-3)
+            dense = vectors @ (inverse * (vectors.mT @ columns.flatten()))
+            torch.testing.assert_close(update.T.flatten(), dense, rtol=1e-5, atol=1e-6)

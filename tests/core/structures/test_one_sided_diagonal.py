@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from neurms.core.structures.base import Context
+from neurms.core.structures.base import Context, Transform
 from neurms.core.structures.one_sided_diagonal import (
     RowNormalized,
     RowStandardized,
@@ -92,3 +92,14 @@ class TestWithoutRadialPart(TransformContract):
         for update in run(self.transform, steps)[0]:
             assert update.isfinite().all()
             assert update[1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("transform", [RowStandardized(), WithoutRadialPart(), RowNormalized()])
+@pytest.mark.parametrize("features", [1, 2])
+def test_least_features_says_what_cannot_move(transform: Transform, features: int) -> None:
+    steps, weight = gradients(4, features, steps=3), gradients(4, features, steps=1, seed=2)[0]
+    updates, _ = run(transform, steps, weight)
+    moves = all(update.abs().max() > 1e-9 for update in updates)
+    assert moves == (features >= transform.least_features)
+    assert transform.least_units == 1
+    assert run(transform, steps[:, :1], weight[:1])[0][0].shape == (1, features)

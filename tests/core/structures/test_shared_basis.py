@@ -32,15 +32,18 @@ def dense(
         full = decay * blocks + torch.einsum("ia,ib->iab", gradient, gradient)
         basis = torch.linalg.qr((full @ full).sum(0) @ basis).Q
         small = basis.T @ full @ basis
-        rho = decay * rho + torch.linalg.matrix_norm(full - basis @ small @ basis.T, ord=2)
-        if rank < n:
-            least = torch.linalg.eigvalsh(small)[:, 0].clamp(min=0.0)
-            small = small - least[:, None, None] * torch.eye(rank, dtype=steps.dtype)
+        least = torch.linalg.eigvalsh(small)[:, 0].clamp(min=0.0)
+        small = small - least[:, None, None] * torch.eye(basis.shape[1], dtype=steps.dtype)
         blocks = basis @ small @ basis.T
+        rho = decay * rho + torch.linalg.matrix_norm(full - blocks, ord=2)
         values, vectors = torch.linalg.eigh(blocks + (rho + eps)[:, None, None] * identity)
         root = vectors @ torch.diag_embed(values.rsqrt()) @ vectors.mT
         updates.append((root @ gradient[..., None])[..., 0])
     return updates, blocks, rho
+
+
+class TestOversampled(TransformContract):
+    transform = SharedBasisBlocks(rank=2, eps=1e-3, oversampling=1, iterations=2)
 
 
 class TestSharedBasisBlocks(TransformContract):
@@ -53,7 +56,7 @@ class TestSharedBasisBlocks(TransformContract):
     ) -> None:
         steps = gradients(*shape, steps=12)
         n = shape[1]
-        updates, state = run(SharedBasisBlocks(rank=n, decay=decay, eps=1e-6), steps)
+        updates, _ = run(SharedBasisBlocks(rank=n, decay=decay, eps=1e-6), steps)
         sums = torch.zeros(shape[0], n, n, dtype=steps.dtype)
         for gradient, update in zip(steps, updates, strict=True):
             sums = decay * sums + torch.einsum("ia,ib->iab", gradient, gradient)
@@ -62,7 +65,6 @@ class TestSharedBasisBlocks(TransformContract):
             root = vectors @ torch.diag_embed(scale) @ vectors.mT
             expected = (root @ gradient[..., None])[..., 0]
             torch.testing.assert_close(update, expected, rtol=1e-6, atol=1e-7)
-        assert state["rho"].count_nonzero() == 0
 
     @pytest.mark.parametrize("shape", [(12, 7), (5, 16)])
     @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -95,6 +97,62 @@ class TestSharedBasisBlocks(TransformContract):
         torch.testing.assert_close(parted, state, rtol=1e-7, atol=1e-9)
         again = transform.precondition(steps[-1], parted, Context(6))
         torch.testing.assert_close(again, parts[-1], rtol=1e-7, atol=1e-9)
+
+    @pytest.mark.parametrize("gradient_rank", [2, 4, 9])
+    @pytest.mark.parametrize("rank", [1, 2, 4, 9])
+    @pytest.mark.parametrize("decay", [1.0, 0.9])
+    def test_the_blocks_bound_adagrads_from_above(
+        self, rank: int, gradient_rank: int, decay: float
+    ) -> None:
+        left = gradients(16, gradient_rank, steps=20)
+        steps = left @ gradients(gradient_rank, 9, steps=1, seed=1)
+        transform = SharedBasisBlocks(rank, decay, eps=1e-2, norm_iterations=40)
+        state, exact = transform.init(steps[0]), torch.zeros(16, 9, 9, dtype=steps.dtype)
+        identity = torch.eye(9, dtype=steps.dtype)
+        for number, gradient in enumerate(steps, 1):
+            update = transform(gradient, state, Context(number))
+            exact = decay * exact + gradient[:, :, None] * gradient[:, None, :]
+            basis = state["basis"]
+            bound = basis @ state["blocks"] @ basis.mT + state["rho"][:, None, None] * identity
+            size = exact.diagonal(dim1=-2, dim2=-1).sum(-1)
+            assert (torch.linalg.eigvalsh(bound - exact)[:, 0] >= -1e-10 * size).all()
+            # A larger matrix has the smaller inverse root: no row is longer than AdaGrad's.
+            roots = torch.linalg.inv(exact + 1e-2 * identity)
+            longest = torch.einsum("ua,uab,ub->u", gradient, roots, gradient)
+            assert (update.square().sum(-1) <= longest * (1 + 1e-6)).all()
+
+    @pytest.mark.parametrize("iterations", [1, 3])
+    @pytest.mark.parametrize("oversampling", [0, 2, 50])
+    def test_oversampling_and_iterations(self, oversampling: int, iterations: int) -> None:
+        steps, k = gradients(6, 9, steps=5), 3
+        transform = SharedBasisBlocks(
+            k, oversampling=oversampling, iterations=iterations, norm_iterations=40
+        )
+        state = transform.init(steps[0])
+        width = min(k + oversampling, 9)
+        assert state["basis"].shape == (9, width)
+        longest = steps[0].norm(dim=1).argsort(descending=True)[:width]
+        directions = torch.linalg.qr(steps[0][longest].T, mode="complete").Q[:, :width]
+        blocks = torch.zeros(6, 9, 9, dtype=steps.dtype)
+        for number, gradient in enumerate(steps, 1):
+            transform(gradient, state, Context(number))
+            full = blocks + gradient[:, :, None] * gradient[:, None, :]
+            squares = (full @ full).sum(0)
+            for _ in range(iterations):
+                directions = torch.linalg.qr(squares @ directions).Q
+            vectors = torch.linalg.eigh(directions.mT @ squares @ directions)[1]
+            directions = directions @ vectors.flip(1)
+            basis = directions[:, :k]
+            ours = state["basis"][:, :k]
+            torch.testing.assert_close(ours @ ours.mT, basis @ basis.mT, rtol=0, atol=1e-7)
+            small = basis.mT @ full @ basis
+            least = torch.linalg.eigvalsh(small)[:, 0, None, None]
+            blocks = basis @ (small - least * torch.eye(k, dtype=steps.dtype)) @ basis.mT
+            found = ours @ state["blocks"] @ ours.mT
+            torch.testing.assert_close(found, blocks, rtol=1e-6, atol=1e-6 * float(blocks.max()))
+        if oversampling == 50:
+            leading = torch.linalg.eigh(squares)[1][:, -k:]
+            torch.testing.assert_close(ours @ ours.mT, leading @ leading.mT, rtol=0, atol=1e-7)
 
     @pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
     @pytest.mark.parametrize("decay", [1.0, 0.9])
@@ -176,6 +234,8 @@ class TestSharedBasisBlocks(TransformContract):
             ({"decay": 1.5}, "decay=1.5"),
             ({"eps": 0.0}, "eps=0.0"),
             ({"norm_iterations": 0}, "norm_iterations=0"),
+            ({"oversampling": -1}, "oversampling=-1"),
+            ({"iterations": 0}, "iterations=0"),
         ],
     )
     def test_bad_settings(self, settings: dict[str, Any], message: str) -> None:

@@ -166,3 +166,30 @@ def test_moments_that_were_not_seen_are_left_out() -> None:
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UnitFeatureDiagonal(**settings)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.99])
+def test_theorem_1_fails_where_the_factor_knows_the_batch(beta: float) -> None:
+    """Its mean update points uphill; with the factor of the batches before, it does not."""
+    rare, size = 0.1 * (1 - beta) + 0.001, 4.0 / (0.1 * (1 - beta) + 0.001)
+    outcomes = ((rare, size), (1 - rare, -1.0))
+    mean_gradient = sum(chance * d for chance, d in outcomes)
+    assert mean_gradient > 1.0
+    structure = UnitFeatureDiagonal(
+        beta=beta, s_min=1e-6, s_max=1e6, bias_correction=False, eps=1e-8
+    )
+
+    def mean_update(knows_batch: bool) -> float:
+        total = 0.0
+        for chance, d in outcomes:
+            gradient = torch.tensor([[d]], dtype=torch.float64)
+            # v has settled on the common batches when this one comes.
+            state = {"v": torch.ones(1, dtype=torch.float64)}
+            if knows_batch:
+                moments = Moments(units=torch.tensor([d * d], dtype=torch.float64))
+                structure.observe(gradient, state, Context(2, moments=moments))
+            total += chance * float(structure.precondition(gradient, state, Context(2)))
+        return total
+
+    assert mean_update(knows_batch=True) < 0
+    assert mean_update(knows_batch=False) == pytest.approx(mean_gradient, rel=1e-6)

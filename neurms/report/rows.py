@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,12 @@ Values = Mapping[str, Any]
 
 TIMES = ("forward_us", "backward_us", "reduce_us", "scale_us", "update_us", "bookkeeping_us")
 """The times that make up a layer's step; they do not overlap."""
+
+
+_MEANS = (
+    "rho", "rho_batch", "rho_expected", "rho_gradient", "rho_gradient_expected",
+    "factorization_error", "subspace_energy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,11 @@ class LayerRow:
         state_bytes: Measured optimizer state of weight and bias.
         rule: What moves the weight.
         rho_batch: The same correlation with the batch's own sums of D_i^2 and H_j^2.
-        rho_ceiling: The rho expected if v u^T were exact and the gradient normal.
+        rho_expected: The rho to expect if v u^T were exact and the gradient normal: a typical
+            value, not a bound.
         rho_gradient: corr(G_ij^2, r_i c_j) with margins of *earlier* gradients, which RACS lives
             on.
-        rho_gradient_ceiling: As ``rho_ceiling``, for those margins.
+        rho_gradient_expected: As ``rho_expected``, for those margins.
         factorization_error: ||E[d^2 h^2] - E[d^2] E[h^2]|| / ||E[d^2 h^2]||.
         unit_levels: Quantiles 0, .05, .25, .5, .75, .95, 1 of v.
         feature_levels: The same of u.
@@ -86,9 +93,9 @@ class LayerRow:
     state_bytes: int
     rule: str
     rho_batch: float | None
-    rho_ceiling: float | None
+    rho_expected: float | None
     rho_gradient: float | None
-    rho_gradient_ceiling: float | None
+    rho_gradient_expected: float | None
     factorization_error: float | None
     unit_levels: tuple[float, ...] | None
     feature_levels: tuple[float, ...] | None
@@ -116,13 +123,13 @@ class LayerRow:
 
     @property
     def fidelity(self) -> float | None:
-        """Rho / rho_ceiling: about 1 where the factorisation holds."""
-        return _quotient(self.rho, self.rho_ceiling)
+        """Rho / rho_expected: about 1 where the factorisation holds, or a little more."""
+        return _quotient(self.rho, self.rho_expected)
 
     @property
     def gradient_fidelity(self) -> float | None:
         """The same quotient for the gradient's own margins."""
-        return _quotient(self.rho_gradient, self.rho_gradient_ceiling)
+        return _quotient(self.rho_gradient, self.rho_gradient_expected)
 
     @property
     def unit_spread(self) -> float | None:
@@ -167,7 +174,8 @@ def law_share(units: int, features: int, variant: str) -> float:
 
 
 def _row(name: str, static: Values, own: Sequence[Values], steps: tuple[int, int]) -> LayerRow:
-    times = {key: _median(own, key) or 0.0 for key in TIMES}
+    times = {key: _averaged(own, key, statistics.median) or 0.0 for key in TIMES}
+    means: dict[str, Any] = {key: _averaged(own, key) for key in _MEANS}
     total = sum(times.values())
     last = _last(own)
     m, n = static["matrix_shape"]
@@ -179,19 +187,14 @@ def _row(name: str, static: Values, own: Sequence[Values], steps: tuple[int, int
         shape=tuple(static["shape"]),
         rows=int(last("rows") or 0),
         **times,
-        gemm_us=_median(own, "gemm_us"),
+        **means,
+        gemm_us=_averaged(own, "gemm_us", statistics.median),
         overhead=(times["reduce_us"] + times["scale_us"]) / total if total else 0.0,
         predicted_overhead=law_share(m, n, variant) if variant else None,
-        rho=_mean(own, "rho"),
         clipped_units=last("clipped_units"),
         dominance=_dominance(dominance),
         state_bytes=int(last("state_bytes") or 0),
         rule=static["rule"],
-        rho_batch=_mean(own, "rho_batch"),
-        rho_ceiling=_mean(own, "rho_ceiling"),
-        rho_gradient=_mean(own, "rho_gradient"),
-        rho_gradient_ceiling=_mean(own, "rho_gradient_ceiling"),
-        factorization_error=_mean(own, "factorization_error"),
         unit_levels=_tuple(last("v")),
         feature_levels=_tuple(last("u")),
         units=static["units"],
@@ -199,27 +202,20 @@ def _row(name: str, static: Values, own: Sequence[Values], steps: tuple[int, int
         width=min(m, n),
         dead_units=last("dead_units"),
         dominance_of=last("dominance_of"),
-        subspace_energy=_mean(own, "subspace_energy"),
-        limiter_hits=_mean(own, "limiter_hit"),
+        limiter_hits=_averaged(own, "limiter_hit"),
         predicted_state_bytes=static.get("predicted_state_bytes"),
         samples=len(own),
         steps=steps,
     )
 
 
-def _present(own: Iterable[Values], key: str) -> list[float]:
-    values = [v.get(key) for v in own]
-    return [float(v) for v in values if v is not None and not math.isnan(v)]
-
-
-def _median(own: Sequence[Values], key: str) -> float | None:
-    values = _present(own, key)
-    return statistics.median(values) if values else None
-
-
-def _mean(own: Sequence[Values], key: str) -> float | None:
-    values = _present(own, key)
-    return statistics.fmean(values) if values else None
+def _averaged(
+    own: Iterable[Values],
+    key: str,
+    average: Callable[[Sequence[float]], float] = statistics.fmean,
+) -> float | None:
+    found = [float(v[key]) for v in own if v.get(key) is not None and not math.isnan(v[key])]
+    return average(found) if found else None
 
 
 def _last(own: Sequence[Values]) -> Any:

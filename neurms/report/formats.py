@@ -53,13 +53,14 @@ def bytes_text(count: float | None) -> str:
     """Return a number of bytes with its unit.
 
     Example:
-        >>> bytes_text(512), bytes_text(3_500_000)
-        ('512 B', '3.5 MB')
+        >>> bytes_text(512), bytes_text(999_700), bytes_text(3_500_000)
+        ('512 B', '1 MB', '3.5 MB')
     """
     if count is None:
         return MISSING
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        # From here on three digits would round to 1000.
+        if abs(count) < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{number(count)} TB"

@@ -6,21 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from neurms.callbacks.profiler.rows import LayerRow
 from neurms.core.diagnostics.dominance import Dominance
+from neurms.report.rows import LayerRow
 
 __all__ = ["Advice", "advise"]
 
 Rule = Literal["F", "U", "RMNP", "RACS", "AdamW", "undecided"]
 
 HOLDS = 0.7
-"""Share of its ceiling that a correlation reaches where the factorisation is taken to hold."""
+"""Share of what exact factors would show from which on the factorisation is taken to hold."""
 DOMINANT = 5.0
 """r_avg from which rows count as nearly orthogonal, if no r_i is below 1."""
 SPREAD = 10.0
 """Quotient of the .95 and .05 quantiles of v from which units count as differently scaled."""
 EVEN = 0.1
-"""Ceiling of rho below which v u^T is so flat that there is nothing to correlate with."""
+"""Rho of exact factors below which v u^T is so flat that there is nothing to correlate with."""
 ENOUGH = 3
 """Profiled steps below which nothing is said."""
 
@@ -50,7 +50,7 @@ def advise(rows: Iterable[LayerRow]) -> list[Advice]:
     In this order, the first that applies:
 
     1. embeddings, and matrices with a single row or column: AdamW;
-    2. rho reaches 70 % of its ceiling: the factorisation holds, **F**;
+    2. rho reaches 70 % of what exact factors would show: the factorisation holds, **F**;
     3. the gradient's own margins foretell G^2 as well: **RACS**;
     4. r_avg is 5 or more and no r_i below 1: rows are nearly orthogonal, so that normalising them
        whitens: **RMNP**;
@@ -74,19 +74,20 @@ def _judged(row: LayerRow) -> tuple[Rule, str]:
         return "undecided", f"{row.samples} profiled steps; {ENOUGH} are needed"
     when = _when(row)
     fits, fidelity = _describe_fit(row), row.fidelity
-    if fidelity is not None and fidelity >= HOLDS and not _flat(row.rho_ceiling):
+    if fidelity is not None and fidelity >= HOLDS and not _flat(row.rho_expected):
         return "F", f"{fits} {when}: the factorisation holds"
     failed = f"{fits} {when}: the factorisation does not hold" if fits else "D and H were not seen"
-    if _flat(row.rho_ceiling) and fidelity is not None:
-        failed = f"v and u are nearly constant (rho cannot exceed {_number(row.rho_ceiling)})"
+    if _flat(row.rho_expected) and fidelity is not None:
+        known = f"even exact factors would show rho {_number(row.rho_expected)}"
+        failed = f"v and u are nearly constant ({known})"
     return _without_factors(row, failed)
 
 
 def _without_factors(row: LayerRow, failed: str) -> tuple[Rule, str]:
     margins = row.gradient_fidelity
-    if margins is not None and margins >= HOLDS and not _flat(row.rho_gradient_ceiling):
-        told = f"its own rows and columns foretell G^2 (rho {_number(row.rho_gradient)} of at most "
-        return "RACS", f"{failed}, but {told}{_number(row.rho_gradient_ceiling)})"
+    if margins is not None and margins >= HOLDS and not _flat(row.rho_gradient_expected):
+        seen = _against(row.rho_gradient, row.rho_gradient_expected)
+        return "RACS", f"{failed}, but its own rows and columns foretell G^2: {seen}"
     if row.dominance is not None and _is_dominant(row.dominance):
         least = _number(row.dominance.r_min)
         seen = f"rows of the {row.dominance_of} are nearly orthogonal"
@@ -108,7 +109,12 @@ def _is_dominant(dominance: Dominance) -> bool:
 def _describe_fit(row: LayerRow) -> str:
     if row.rho is None or row.fidelity is None:
         return ""
-    return f"rho {_number(row.rho)} of at most {_number(row.rho_ceiling)}"
+    return _against(row.rho, row.rho_expected)
+
+
+def _against(rho: float | None, expected: float | None) -> str:
+    # A typical value, no bound: in small layers about half of all exact factors show more.
+    return f"rho {_number(rho)} (about {_number(expected)} if the factors were exact)"
 
 
 def _when(row: LayerRow) -> str:
@@ -116,8 +122,8 @@ def _when(row: LayerRow) -> str:
     return f"over {last - first + 1:,} steps"
 
 
-def _flat(ceiling: float | None) -> bool:
-    return ceiling is not None and ceiling < EVEN
+def _flat(expected: float | None) -> bool:
+    return expected is not None and expected < EVEN
 
 
 def _number(value: float | None) -> str:

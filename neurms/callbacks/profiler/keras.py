@@ -13,19 +13,15 @@ import keras
 import torch
 from torch import Tensor
 
+from neurms.callbacks.profiler.callback import ProfilesTraining
 from neurms.callbacks.profiler.clock import Shares, Stopwatch
 from neurms.callbacks.profiler.optimizer_view import OptimizerView
-from neurms.callbacks.profiler.report import ProfilerReport
 from neurms.callbacks.profiler.samples import FORECAST
 from neurms.callbacks.profiler.sampling import Sampler
-from neurms.callbacks.profiler.scalars import layer_scalars
 from neurms.callbacks.profiler.schedule import Schedule
 from neurms.callbacks.profiler.subjects import Subject, chosen_subjects
 from neurms.callbacks.profiler.window import OPTIMIZER, shared_out
-from neurms.core.ground.errors import check_fraction, check_positive_int
-from neurms.core.ground.extras import require
 from neurms.core.optimizers.plan import tensor_bytes
-from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.signals import ShowsSignals, SignalSink
 from neurms.integrations.keras.forecast import memory_forecast
 from neurms.integrations.keras.layout import kernel_activity, kernel_layout
@@ -34,11 +30,12 @@ from neurms.integrations.keras.owners import innermost
 from neurms.integrations.keras.routing import parameter_of
 from neurms.integrations.keras.taps import ActivationTap
 from neurms.integrations.keras.training import loss_scale_of
+from neurms.report.scalars import MEANS, layer_scalars
 
 __all__ = ["PreconditionerProfiler"]
 
 
-class PreconditionerProfiler(keras.callbacks.Callback):
+class PreconditionerProfiler(ProfilesTraining, keras.callbacks.Callback):
     """Shows what each layer pays for its preconditioner, and whether the factorisation holds.
 
     Every ``every_n_steps`` batches of ``fit`` one is looked at; see
@@ -57,7 +54,10 @@ class PreconditionerProfiler(keras.callbacks.Callback):
         warmup_steps: Batches before the first of them.
         layers: Name patterns of the layers to profile; None takes all.
         beta: Decay of the averages of v and u for each step, where the optimizer keeps none.
-        output: Folder for the run file that ``neurms report`` reads; None writes none.
+        output: Folder for the run file that ``neurms report`` reads, and for ``report.html`` at the
+            end; None writes none. A fit that goes on, with an optimizer that has taken steps
+            before, appends to the run there; another one gets a folder of its own, ``output-2``.
+        overwrite: Whether a new run replaces the one in ``output`` instead.
         max_elements: Entries of a kernel beyond which a part of its units is looked at.
         print_table: Whether a table is printed when training ends.
 
@@ -75,6 +75,8 @@ class PreconditionerProfiler(keras.callbacks.Callback):
         [('dense', (3, 2), 4)]
     """
 
+    profiler: _KerasProfiler | None
+
     def __init__(
         self,
         every_n_steps: int = 50,
@@ -82,46 +84,23 @@ class PreconditionerProfiler(keras.callbacks.Callback):
         layers: Sequence[str] | None = None,
         beta: float = 0.99,
         output: str | Path | None = None,
+        overwrite: bool = False,
         max_elements: int = 2**22,
         print_table: bool = True,
     ) -> None:
-        super().__init__()
-        check_positive_int("every_n_steps", every_n_steps)
-        check_positive_int("warmup_steps", warmup_steps, low=0)
-        check_fraction("beta", beta)
-        self.settings: dict[str, Any] = {
-            "every_n_steps": every_n_steps,
-            "warmup_steps": warmup_steps,
-            "layers": layers,
-            "beta": beta,
-            "max_elements": max_elements,
-        }
-        self.output = output
-        self.print_table = print_table
-        self.profiler: _KerasProfiler | None = None
-        self._logged = 0
-
-    def report(self) -> ProfilerReport:
-        """Return the report of the last fit, finished or not.
-
-        Raises:
-            RuntimeError: No fit has started.
-        """
-        if self.profiler is None:
-            raise RuntimeError("PreconditionerProfiler has seen no training yet; call model.fit")
-        return self.profiler.report()
+        given = dict(locals())
+        keras.callbacks.Callback.__init__(self)
+        super().__init__("call model.fit", given)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Take the hooks of a fit that ended badly off; Keras has no callback for errors."""
-        if self.profiler is not None:
-            self.profiler.detach()
-        self.profiler = None
-        self._logged = 0
+        self._stop()
+        self.profiler, self._logged = None, 0
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Begin with the first batch, when layers and optimizer are built; look when it is due."""
         if self.profiler is None:
-            self.profiler = _KerasProfiler(self.model, self.output, **self.settings)
+            self.profiler = _KerasProfiler(self.model, **self.settings)
         self.profiler.begin_batch()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -132,14 +111,13 @@ class PreconditionerProfiler(keras.callbacks.Callback):
         self.profiler.end_step()
         if logs is not None and len(self.profiler.samples) > before:
             found = layer_scalars(self.profiler.samples[-1])
-            logs.update({k: found[k] for k in ("neurms/rho", "neurms/overhead") if k in found})
+            logs.update({k: found[k] for k in sorted(MEANS & found.keys())})
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Log each layer's means over the epoch's batches that were looked at."""
-        if self.profiler is None or logs is None:
+        if logs is None:
             return
-        found = [layer_scalars(sample) for sample in self.profiler.samples[self._logged :]]
-        self._logged = len(self.profiler.samples)
+        found = self._new_scalars()
         names = {k for scalars in found for k in scalars if k.endswith(("/rho", "/overhead"))}
         for name in sorted(names):
             values = [scalars[name] for scalars in found if name in scalars]
@@ -147,18 +125,13 @@ class PreconditionerProfiler(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Close the run and print the table."""
-        if self.profiler is None:
-            return
-        self.profiler.detach()
-        if self.print_table and self.profiler.samples:
-            rich: Any = require("rich", extra="report")
-            rich.print(self.report().table())
+        self._finish()
 
 
 class _KerasProfiler(Sampler):
     """The sampler, driven by a callback: a step is a batch."""
 
-    def __init__(self, model: Any, output: str | Path | None, **settings: Any) -> None:
+    def __init__(self, model: Any, **settings: Any) -> None:
         schedule = Schedule(settings.pop("every_n_steps"), settings.pop("warmup_steps"))
         subjects = chosen_subjects(_subjects(model), settings.pop("layers"), type(model).__name__)
         # The engine of our own exists from the first batch on; taps must not wait for it.
@@ -166,17 +139,21 @@ class _KerasProfiler(Sampler):
             model.optimizer.build(model.trainable_variables)
         scale = weakref.proxy(model.optimizer)
         self._keras_optimizer = model.optimizer
+        # Batches of the fits before: a loaded model goes on where it was saved.
+        steps = int(model.optimizer.iterations)
+        steps *= getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
         super().__init__(
             model,
             subjects,
             _view(model, subjects),
             schedule,
-            output,
+            settings.pop("output"),
+            first_step=steps,
             loss_reduction="mean",
             loss_scale=lambda: loss_scale_of(scale),
             **settings,
         )
-        schedule.start(0)
+        schedule.start(steps)
 
     def begin_batch(self) -> None:
         """Look at this batch if it is due."""
@@ -218,18 +195,7 @@ class _ActivationSignalTap(ShowsSignals, ActivationTap):
     """Shows D and H of a Keras layer, whose Z passes where it is activated."""
 
     def __init__(self, subject: Subject, sink: SignalSink) -> None:
-        layer: Any = subject.module
-        HookTap.__init__(
-            self,
-            layer.torch_params,
-            subject.weight,
-            sink,
-            activity=subject.activity,
-            features=True,
-        )
-        self._layer = weakref.ref(layer)
-        self._replaced = {}
-        self._inputs = None
+        ActivationTap.__init__(self, subject.module, subject.weight, sink, features=True)
 
 
 def _subjects(model: Any) -> list[Subject]:
@@ -272,7 +238,7 @@ class _OurView(OptimizerView):
     """The torch engine inside one of this library's Keras optimizers."""
 
     def __init__(self, optimizer: Any) -> None:
-        super().__init__([optimizer._built_engine()])
+        super().__init__([optimizer._built_engine().optimizer])
         self._keras = optimizer
 
     @property

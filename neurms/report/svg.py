@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from neurms.callbacks.profiler.formats import number
+from neurms.report.formats import number
 
-__all__ = ["Axis", "Line", "bars", "boxes", "colour", "lines", "shortened", "stacked"]
+__all__ = ["Axis", "Line", "boxes", "colour", "lines", "shortened", "stacked"]
 
 WIDTH = 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 38
@@ -94,39 +94,22 @@ def lines(series: Sequence[Line], x: Axis, y: Axis, height: int = 230) -> str:
     return _svg(height, parts, f"{y.label} against {x.label}")
 
 
-def stacked(rows: Sequence[tuple[str, Sequence[float]]], colours: Sequence[str], unit: str) -> str:
-    """Return horizontal bars, each split into parts; the number behind a bar is its sum."""
-    most = max((sum(parts) for _, parts in rows), default=0.0) or 1.0
+def stacked(rows: Sequence[tuple[str, Sequence[float], str]], colours: Sequence[str]) -> str:
+    """Return horizontal bars of (name, parts, what stands behind the bar)."""
+    most = max((sum(parts) for _, parts, _ in rows), default=0.0) or 1.0
     room = WIDTH - _GUTTER - 62
     body = []
-    for position, (name, parts) in enumerate(rows):
+    for position, (name, parts, text) in enumerate(rows):
         top = position * _ROW + 5
         body.append(_row_label(name, top))
         left = float(_GUTTER)
         for part, fill in zip(parts, colours, strict=True):
-            wide = part / most * room
+            wide = max(part / most * room, 0.0)
             body.append(
-                f'<rect x="{left:.1f}" y="{top}" width="{max(wide, 0):.1f}" height="15" '
-                f'fill="{fill}"/>'
+                f'<rect x="{left:.1f}" y="{top}" width="{wide:.1f}" height="15" fill="{fill}"/>'
             )
             left += wide
-        total = f"{number(sum(parts))} {unit}".strip()
-        body.append(f'<text x="{left + 4:.1f}" y="{top + 12}">{escape(total)}</text>')
-    return _svg(len(rows) * _ROW + 10, body, "bars")
-
-
-def bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
-    """Return horizontal bars of (name, value, text, colour)."""
-    most = max((value for _, value, _, _ in rows), default=0.0) or 1.0
-    room = WIDTH - _GUTTER - 62
-    body = []
-    for position, (name, value, text, fill) in enumerate(rows):
-        top, wide = position * _ROW + 5, value / most * room
-        body.append(_row_label(name, top))
-        body.append(
-            f'<rect x="{_GUTTER}" y="{top}" width="{wide:.1f}" height="15" fill="{fill}"/>'
-            f'<text x="{_GUTTER + wide + 4:.1f}" y="{top + 12}">{escape(text)}</text>'
-        )
+        body.append(f'<text x="{left + 4:.1f}" y="{top + 12}">{escape(text)}</text>')
     return _svg(len(rows) * _ROW + 10, body, "bars")
 
 

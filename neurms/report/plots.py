@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
-from neurms.callbacks.profiler.advice import HOLDS
-from neurms.callbacks.profiler.formats import bytes_text, number
-from neurms.callbacks.profiler.rows import LayerRow
-from neurms.callbacks.profiler.svg import Axis, Line, bars, boxes, colour, lines, stacked
-
-if TYPE_CHECKING:
-    from neurms.callbacks.profiler.report import ProfilerReport
+from neurms.report.advice import HOLDS
+from neurms.report.formats import bytes_text, number
+from neurms.report.rows import LayerRow
+from neurms.report.summary import Summary
+from neurms.report.svg import Axis, Line, boxes, colour, lines, stacked
 
 __all__ = ["figures", "fitted_law"]
+
+Points: TypeAlias = Sequence[tuple[float, float]]
+Figure: TypeAlias = tuple[str, str, str]
+"""Title, plot and legend, and what one should know about it."""
 
 SHOWN = 40
 """Layers in one plot of bars; more are left to the table."""
@@ -25,11 +27,11 @@ _PARTS = ("forward", "backward", "reduce", "scale", "update", "bookkeeping")
 _PART_COLOURS = ("#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#999999", "#f0e442")
 
 
-def figures(report: ProfilerReport) -> list[tuple[str, str, str]]:
-    """Return (title, plot and legend, what one should know about it) of every plot."""
+def figures(report: Summary) -> list[Figure]:
+    """Return every plot that the report has numbers for."""
     found = [
         _over_time(report, "rho", "ρ", "Faithfulness ρ during training", _RHO),
-        _share_of_ceiling(report),
+        _share_of_expected(report),
         _over_time(report, "factorization_error", "error", "Error of the factorisation", _ERROR),
         _overhead(report),
         _time_split(report),
@@ -48,8 +50,8 @@ def fitted_law(rows: Sequence[LayerRow]) -> float | None:
 
 
 _RHO = (
-    "corr(G², v uᵀ), one line for each layer. One gradient is noise around E[G²]: even an exact "
-    "factorisation shows at most 1/√3 = 0.58."
+    "corr(G², v uᵀ), one line for each layer. One gradient is noise around E[G²]: even exact "
+    "factors typically show no more than 1/√3 = 0.58; small layers scatter around that."
 )
 _ERROR = (
     "‖E[d²h²] - E[d²]E[h²]‖ / ‖E[d²h²]‖ on the rows themselves: 0 where a row's error and its "
@@ -57,42 +59,44 @@ _ERROR = (
 )
 
 
-def _over_time(
-    report: ProfilerReport, key: str, label: str, title: str, note: str
-) -> tuple[str, str, str] | None:
-    series = [
-        Line(row.layer, report.history(row.layer, key), colour(index, len(report)))
+def _per_layer(report: Summary, points_of: Callable[[str], Points]) -> list[Line]:
+    """Return a line for each layer that has points."""
+    found = (
+        Line(row.layer, points_of(row.layer), colour(index, len(report)))
         for index, row in enumerate(report)
-    ]
-    series = [line for line in series if line.points]
+    )
+    return [line for line in found if line.points]
+
+
+def _over_time(report: Summary, key: str, label: str, title: str, note: str) -> Figure | None:
+    series = _per_layer(report, lambda layer: report.history(layer, key))
     if not series:
         return None
     plot = lines(series, Axis("step"), Axis(label, bounds=(0.0,)))
     return title, plot + _legend(series), note
 
 
-def _share_of_ceiling(report: ProfilerReport) -> tuple[str, str, str] | None:
-    series = []
-    for index, row in enumerate(report):
-        ceiling = dict(report.history(row.layer, "rho_ceiling"))
-        points = [
-            (s, r / ceiling[s]) for s, r in report.history(row.layer, "rho") if ceiling.get(s)
-        ]
-        series.append(Line(row.layer, points, colour(index, len(report))))
-    series = [line for line in series if line.points]
+def _share_of_expected(report: Summary) -> Figure | None:
+    def shares(layer: str) -> Points:
+        expected = dict(report.history(layer, "rho_expected"))
+        rho = report.history(layer, "rho")
+        return [(step, value / expected[step]) for step, value in rho if expected.get(step)]
+
+    series = _per_layer(report, shares)
     if not series:
         return None
     steps = [p[0] for line in series for p in line.points]
     limit = Line("taken to hold", [(min(steps), HOLDS), (max(steps), HOLDS)], "#888888", "dashed")
-    plot = lines([*series, limit], Axis("step"), Axis("ρ / ceiling", bounds=(0.0, 1.0)))
+    plot = lines([*series, limit], Axis("step"), Axis("ρ / ρ of exact factors", bounds=(0.0, 1.0)))
     note = (
-        "ρ as a share of what an exact factorisation would show for these v and u; above the "
-        f"dashed line ({HOLDS}) the advice takes it to hold."
+        "ρ as a share of what exact factors would typically show for these v and u; single "
+        f"gradients scatter around it. Above the dashed line ({HOLDS}) the advice takes the "
+        "factorisation to hold."
     )
-    return "ρ against its ceiling", plot + _legend([*series, limit]), note
+    return "ρ against that of exact factors", plot + _legend([*series, limit]), note
 
 
-def _overhead(report: ProfilerReport) -> tuple[str, str, str] | None:
+def _overhead(report: Summary) -> Figure | None:
     rows = [row for row in report if row.overhead > 0]
     law = fitted_law(rows)
     if law is None:
@@ -110,16 +114,17 @@ def _overhead(report: ProfilerReport) -> tuple[str, str, str] | None:
     return "Overhead against width", plot + _legend([*series, fit]), note
 
 
-def _time_split(report: ProfilerReport) -> tuple[str, str, str]:
-    rows = [
-        (row.layer, [getattr(row, f"{part}_us") / 1e3 for part in _PARTS]) for row in report[:SHOWN]
-    ]
+def _time_split(report: Summary) -> Figure:
+    rows = []
+    for row in report[:SHOWN]:
+        parts = [getattr(row, f"{part}_us") / 1e3 for part in _PARTS]
+        rows.append((row.layer, parts, f"{number(sum(parts))} ms"))
     legend = [Line(p, [], c) for p, c in zip(_PARTS, _PART_COLOURS, strict=True)]
     note = "Milliseconds of a step, medians. " + _left_out(report)
-    return "Where the time goes", stacked(rows, _PART_COLOURS, "ms") + _legend(legend), note
+    return "Where the time goes", stacked(rows, _PART_COLOURS) + _legend(legend), note
 
 
-def _levels(report: ProfilerReport, key: str, label: str, what: str) -> tuple[str, str, str] | None:
+def _levels(report: Summary, key: str, label: str, what: str) -> Figure | None:
     rows = [
         (row.layer, getattr(row, key), colour(index, len(report)))
         for index, row in enumerate(report)
@@ -131,17 +136,14 @@ def _levels(report: ProfilerReport, key: str, label: str, what: str) -> tuple[st
     return f"Distribution of {label[0]}", boxes(rows[:SHOWN], label), note
 
 
-def _dominance(report: ProfilerReport) -> tuple[str, str, str] | None:
-    series = []
-    for index, row in enumerate(report):
-        points = [
-            (int(s["step"]), float(s["layers"][row.layer]["dominance"][0]))
-            for s in report.run.samples
-            if s["layers"].get(row.layer, {}).get("dominance") is not None
-        ]
-        points = [p for p in points if math.isfinite(p[1])]
-        series.append(Line(row.layer, points, colour(index, len(report))))
-    series = [line for line in series if line.points]
+def _dominance(report: Summary) -> Figure | None:
+    def averages(layer: str) -> Points:
+        seen = (
+            (s["step"], s["layers"].get(layer, {}).get("dominance")) for s in report.run.samples
+        )
+        return [(int(step), float(r[0])) for step, r in seen if r and math.isfinite(r[0])]
+
+    series = _per_layer(report, averages)
     if not series:
         return None
     plot = lines(series, Axis("step"), Axis("r_avg", log=True, bounds=(1.0,)))
@@ -151,18 +153,19 @@ def _dominance(report: ProfilerReport) -> tuple[str, str, str] | None:
     return "Dominance of the rows", plot + _legend(series), note
 
 
-def _memory(report: ProfilerReport) -> tuple[str, str, str] | None:
+def _memory(report: Summary) -> Figure | None:
     forecast = report.run.totals.get("memory") or {}
+    found = sorted(forecast.items(), key=lambda entry: entry[1])
     measured = report.state_bytes
-    rows = [(name, float(count), bytes_text(count), "#56b4e9") for name, count in forecast.items()]
-    rows.sort(key=lambda row: row[1])
     if measured is not None:
-        name = f"{report.run.header.get('optimizer', 'this run')}, measured"
-        rows.insert(0, (name, float(measured), bytes_text(measured), "#d55e00"))
-    if not rows:
+        found.insert(0, (f"{report.run.header.get('optimizer', 'this run')}, measured", measured))
+    if not found:
         return None
+    # Two parts, one of which is empty: what was measured has a colour of its own.
+    parts = [(0.0, float(v)) if name in forecast else (float(v), 0.0) for name, v in found]
+    rows = [(name, p, bytes_text(sum(p))) for (name, _), p in zip(found, parts, strict=True)]
     note = "Optimizer state of this model, as predicted for default settings."
-    return "Memory by optimizer", bars(rows), note
+    return "Memory by optimizer", stacked(rows, ("#d55e00", "#56b4e9")), note
 
 
 def _legend(series: Sequence[Line]) -> str:
@@ -174,6 +177,6 @@ def _legend(series: Sequence[Line]) -> str:
     return f"<details><summary>{len(series)} lines</summary>{body}</details>" if many else body
 
 
-def _left_out(report: ProfilerReport) -> str:
+def _left_out(report: Summary) -> str:
     more = len(report) - SHOWN
     return f"{more} more layers are in the table." if more > 0 else ""

@@ -1,20 +1,17 @@
-"""Run files: written as a training goes on, read back whole or with what was saved of them."""
+"""Run files: what they hold, read back whole or with what was saved of them."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import warnings
-from contextlib import suppress
 from dataclasses import dataclass, field
-from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
 from neurms.core.ground.errors import NeurmsError
 
-__all__ = ["RUN_FILE", "Run", "RunFileError", "RunWriter", "read_run"]
+__all__ = ["RUN_FILE", "Run", "RunFileError", "plain", "preamble", "read_run"]
 
 RUN_FILE = "run.jsonl"
 """Name of the run file in an output folder."""
@@ -45,89 +42,13 @@ class Run:
 
     def dumps(self) -> str:
         """Return the run as one JSON document."""
-        content = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "header": self.header,
-            "samples": self.samples,
-            "totals": self.totals,
-        }
-        return json.dumps(_plain(content), indent=None, separators=(",", ":"), allow_nan=False)
+        content = preamble(self.header) | {"samples": self.samples, "totals": self.totals}
+        return json.dumps(plain(content), indent=None, separators=(",", ":"), allow_nan=False)
 
 
-class RunWriter:
-    """Appends to a run file, a line for each step that was looked at.
-
-    A training is worth more than its profile: what cannot be written any more is said once, as a
-    warning, and the training goes on.
-
-    Args:
-        path: The run file.
-        stream: It, open for writing.
-    """
-
-    def __init__(self, path: Path, stream: TextIOBase) -> None:
-        self.path = path
-        self._stream: TextIOBase | None = stream
-        self._described: Any = None
-
-    @classmethod
-    def opened(cls, folder: str | Path, header: dict[str, Any]) -> RunWriter:
-        """Create the folder if need be and begin its run file.
-
-        Raises:
-            OSError: The folder cannot be made or written.
-            FileExistsError: It holds a run already.
-        """
-        path = Path(folder) / RUN_FILE
-        if path.exists():
-            raise FileExistsError(
-                f"output={str(folder)!r} holds a run already ({path.name}); name another folder, "
-                "or move that run away"
-            )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stream = path.open("x", encoding="utf-8")
-        except OSError as error:
-            raise type(error)(
-                error.errno,
-                f"output={str(folder)!r} cannot be written ({error.strerror}); name another "
-                "folder, or leave output out and save profiler.report() later",
-            ) from error
-        writer = cls(path, stream)
-        writer._write({"format": _FORMAT, "version": _VERSION, "header": header})
-        writer._described = header
-        return writer
-
-    def add(self, sample: dict[str, Any], header: dict[str, Any]) -> None:
-        """Append one sample, and the header if what it says has changed since."""
-        changed = _plain(header) != _plain(self._described)
-        self._described = json.loads(json.dumps(_plain(header)))
-        self._write({"header": header, "sample": sample} if changed else {"sample": sample})
-
-    def close(self, totals: dict[str, Any]) -> None:
-        """Write the end of the run and close the file."""
-        self._write({"totals": totals})
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if self._stream is None:
-            return
-        try:
-            self._stream.write(json.dumps(_plain(line), allow_nan=False) + "\n")
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            stream, self._stream = self._stream, None
-            with suppress(OSError, ValueError):
-                stream.close()
-            warnings.warn(
-                f"the profile can no longer be written to {str(self.path)!r} ({error}); training "
-                "goes on, and profiler.report() still holds everything",
-                UserWarning,
-                stacklevel=3,
-            )
+def preamble(header: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run file begins with."""
+    return {"format": _FORMAT, "version": _VERSION, "header": header}
 
 
 def read_run(path: str | Path, *, partial: bool = False) -> Run:
@@ -193,6 +114,10 @@ def _from_lines(text: str, file: Path, partial: bool) -> Run:
         if number == 1:
             _check_format(content, file)
         run.header = _revived(content.get("header", run.header))
+        if "resumed" in content:
+            # What the run did after its checkpoint, before it was cut off, is done again.
+            run.samples = [s for s in run.samples if s["step"] < content["resumed"]]
+            run.totals, run.finished = {}, False
         if "sample" in content:
             run.samples.append(_revived(content["sample"]))
         if "totals" in content:
@@ -210,7 +135,7 @@ def _check_format(content: Any, file: Path) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return JSON's form of a value: infinities as strings, since JSON has no numbers for them.
 
     Seven digits are more than a measurement has, and make the files half as long.
@@ -221,9 +146,9 @@ def _plain(value: Any) -> Any:
         return float(f"{value:.7g}")
     if isinstance(value, dict):
         # What was not measured is left out: every reader asks with .get().
-        return {str(k): _plain(entry) for k, entry in value.items() if entry is not None}
+        return {str(k): plain(entry) for k, entry in value.items() if entry is not None}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
-from neurms.callbacks.profiler.formats import bytes_text, number, percent, time_text
-from neurms.callbacks.profiler.plots import figures
-
-if TYPE_CHECKING:
-    from neurms.callbacks.profiler.advice import Advice
-    from neurms.callbacks.profiler.report import ProfilerReport
-    from neurms.callbacks.profiler.rows import LayerRow
+from neurms.report.advice import Advice, advise
+from neurms.report.columns import COLUMNS, profiled, totals
+from neurms.report.plots import figures
+from neurms.report.summary import Summary
 
 __all__ = ["page"]
 
 
-def page(report: ProfilerReport) -> str:
+def page(report: Summary) -> str:
     """Return the page's HTML: totals, advice, plots, table; no script, no request to anywhere."""
     header = report.run.header
     title = f"{header.get('model', 'model')} with {header.get('optimizer', 'an optimizer')}"
@@ -51,10 +47,10 @@ def page(report: ProfilerReport) -> str:
 """
 
 
-def _about(report: ProfilerReport) -> str:
-    header, steps = report.run.header, report.steps
+def _about(report: Summary) -> str:
+    header = report.run.header
     parts = [
-        f"{len(steps)} of {report.run.totals.get('steps', 'an unknown number of')} steps profiled",
+        profiled(report),
         f"every {header.get('every_n_steps', '?')} after {header.get('warmup_steps', '?')}",
         f"device {header.get('device', '?')}",
         f"{header.get('threads', '?')} threads",
@@ -65,26 +61,13 @@ def _about(report: ProfilerReport) -> str:
     return ", ".join(parts + unfinished) + "."
 
 
-def _totals(report: ProfilerReport) -> str:
-    entries = [
-        ("step", time_text(None if report.step_ms is None else report.step_ms * 1e3)),
-        ("samples/s", number(report.samples_per_second)),
-        ("overhead", percent(report.overhead)),
-        ("with bookkeeping", percent(report.overhead_with_bookkeeping)),
-        ("mean ρ", number(report.rho)),
-        ("optimizer state", bytes_text(report.state_bytes)),
-        ("resident", bytes_text(report.rss_bytes)),
-        ("peak", bytes_text(report.peak_rss_bytes)),
-        (
-            "looking at a step cost",
-            time_text(None if report.profiler_ms is None else report.profiler_ms * 1e3),
-        ),
-    ]
-    return "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in entries)
+def _totals(report: Summary) -> str:
+    entries = totals(report).items()
+    return "".join(f"<div><dt>{_shown(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in entries)
 
 
-def _advice(report: ProfilerReport) -> str:
-    entries = report.advice()
+def _advice(report: Summary) -> str:
+    entries = advise(report)
     if not entries:
         return "<p>No step was profiled.</p>"
     groups: dict[str, list[Advice]] = {}
@@ -101,17 +84,10 @@ def _advice(report: ProfilerReport) -> str:
     return f'<section class="advice">{"".join(parts)}</section>'
 
 
-_HEADINGS = (
-    "layer", "kind", "shape", "rule", "rows", "forward", "backward", "D\u1d40H", "reduce", "scale",
-    "update", "bookkeeping", "overhead", "law", "ρ", "ceiling", "ρ batch", "ρ gradient", "error",
-    "r_avg", "r_min", "r_max", "dead", "clipped", "kept energy", "limited", "state", "predicted",
-)  # fmt: skip
-
-
-def _table(report: ProfilerReport) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in _HEADINGS)
+def _table(report: Summary) -> str:
+    head = "".join(f"<th>{_shown(name)}</th>" for name in COLUMNS)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
+        "<tr>" + "".join(f"<td>{escape(text(row))}</td>" for text in COLUMNS.values()) + "</tr>"
         for row in report
     )
     return (
@@ -120,38 +96,8 @@ def _table(report: ProfilerReport) -> str:
     )
 
 
-def _cells(row: LayerRow) -> list[str]:
-    dominance = row.dominance
-    return [
-        row.layer,
-        row.kind,
-        "×".join(map(str, row.shape)),
-        row.rule,
-        f"{row.rows:,}",
-        time_text(row.forward_us),
-        time_text(row.backward_us),
-        time_text(row.gemm_us),
-        time_text(row.reduce_us),
-        time_text(row.scale_us),
-        time_text(row.update_us),
-        time_text(row.bookkeeping_us),
-        percent(row.overhead),
-        percent(row.predicted_overhead),
-        number(row.rho),
-        number(row.rho_ceiling),
-        number(row.rho_batch),
-        number(row.rho_gradient),
-        number(row.factorization_error),
-        number(dominance.r_avg if dominance else None),
-        number(dominance.r_min if dominance else None),
-        number(dominance.r_max if dominance else None),
-        number(row.dead_units),
-        number(row.clipped_units),
-        percent(row.subspace_energy),
-        percent(row.limiter_hits),
-        bytes_text(row.state_bytes),
-        bytes_text(row.predicted_state_bytes),
-    ]
+def _shown(name: str) -> str:
+    return escape(name.replace("rho", "ρ").replace("^T ", "ᵀ"))
 
 
 _STYLE = """

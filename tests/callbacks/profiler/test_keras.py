@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["KERAS_BACKEND"] = "torch"
+
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,10 @@ import pytest
 import torch
 
 from neurms.callbacks.keras import PreconditionerProfiler
-from neurms.callbacks.profiler import read_run
 from neurms.core.ground import spans
 from neurms.integrations.keras import keras_neurms, keras_optimizer, keras_racs
+from neurms.report import ProfilerReport, read_run
+from neurms.report.writer import PAGE
 from tests.callbacks.profiler import truth
 
 X = np.random.default_rng(0).normal(size=(24, 12)).astype("float32") * np.linspace(0.2, 3, 12)
@@ -178,3 +183,23 @@ def test_bad_names_and_settings() -> None:
     with pytest.raises(RuntimeError, match="has seen no training yet"):
         profiler().report()
     assert torch.is_grad_enabled()
+
+
+def test_a_loaded_model_goes_on_with_its_run_and_another_is_numbered(tmp_path: Path) -> None:
+    output, saved = tmp_path / "run", tmp_path / "model.keras"
+    model = network("adam")
+    fit(model, profiler(output=output))
+    model.save(saved)
+    resumed = keras.models.load_model(saved)
+    fit(resumed, profiler(output=output), epochs=1)
+    assert ProfilerReport.read(output).steps == list(range(9))
+    fit(network("adam"), profiler(output=output), epochs=1)
+    assert ProfilerReport.read(tmp_path / "run-2").steps == [0, 1, 2]
+    fit(network("adam"), profiler(output=output, overwrite=True), epochs=1)
+    assert ProfilerReport.read(output).steps == [0, 1, 2]
+    assert (output / PAGE).is_file()
+
+
+def test_a_fit_shorter_than_the_warmup_says_so() -> None:
+    with pytest.warns(UserWarning, match=r"is empty: 3 steps were trained.*warmup_steps=10"):
+        fit(network("adam"), profiler(warmup_steps=10), epochs=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,10 @@ def test_factoring_statistics_call_for_f() -> None:
     assert rule == "F"
     assert "the factorisation holds" in reason
     assert "over 8 steps" in reason
+    rho, expected = map(float, re.findall(r"\d+\.\d+", reason))
+    assert 0.7 * expected <= rho
+    assert "if the factors were exact" in reason
+    assert "at most" not in reason
 
 
 def test_correlated_statistics_of_uneven_units_call_for_u() -> None:
@@ -138,9 +143,9 @@ def test_embeddings_single_units_and_short_runs() -> None:
 
 
 @pytest.mark.parametrize("decades", [1.0, 2.0, 4.0])
-def test_the_ceiling_is_what_exact_factors_show(decades: float) -> None:
-    """Normal entries of variance v_i u_j: rho comes out at its ceiling, far below 1."""
-    from neurms.core.diagnostics.factorization import correlation_ceiling, factor_correlation
+def test_exact_factors_show_the_expected_rho(decades: float) -> None:
+    """Normal entries of variance v_i u_j: rho comes out as expected, far below 1."""
+    from neurms.core.diagnostics.factorization import expected_correlation, factor_correlation
     from neurms.core.ground.layout import Layout
 
     generator = torch.Generator().manual_seed(0)
@@ -150,6 +155,8 @@ def test_the_ceiling_is_what_exact_factors_show(decades: float) -> None:
     for _ in range(8):
         g = torch.randn(800, 600, generator=generator) * (v[:, None] * u).sqrt()
         found.append(float(factor_correlation(g, layout, v, u)))
-    ceiling = float(correlation_ceiling(layout, v, u))
-    assert sum(found) / len(found) == pytest.approx(ceiling, rel=0.03)
-    assert ceiling < 3**-0.5
+    expected = float(expected_correlation(layout, v, u))
+    assert sum(found) / len(found) == pytest.approx(expected, rel=0.03)
+    assert expected < 3**-0.5
+    # Typical, no bound: gradients lie on both sides of it, and nothing may call it a maximum.
+    assert min(found) < expected < max(found)

@@ -115,6 +115,6 @@ def test_backward_updates_refuse_clipping_by_the_module():
 
 
 def test_strategies_that_shard_are_refused(monkeypatch):
-    monkeypatch.setattr("neurms.callbacks.trainer_checks.FSDPStrategy", SingleDeviceStrategy)
+    monkeypatch.setattr("neurms.integrations.trainer_checks.FSDPStrategy", SingleDeviceStrategy)
     with pytest.raises(MisconfigurationException, match="flattens weights into pieces"):
         fitted(Classifier(), NeuRMSCallback())

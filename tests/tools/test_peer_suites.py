@@ -1,0 +1,52 @@
+"""How failures of other libraries' tests are judged, and that none is unexplained."""
+
+import pytest
+
+from tools.peer_suites import PARTS, main, verdict_of
+from tools.peers.outcome import Outcome, Refusal, judge
+
+EXPECTED = Refusal("for another backend", tests=r"sparse\..*", error="not on torch", rules="a|b")
+
+
+def failure(rule: str = "a", test: str = "sparse.one", error: str = "E: not on torch") -> Outcome:
+    return Outcome(rule, test, "failed", error)
+
+
+def test_an_expected_failure_counts_by_its_reason() -> None:
+    verdict = judge([Outcome("a", "x", "passed"), failure(), failure("b")], [EXPECTED])
+    assert verdict.good
+    assert verdict.refused == {"for another backend": 2}
+
+
+@pytest.mark.parametrize(
+    "other", [failure("c"), failure(test="dense.one"), failure(error="E: out of memory")]
+)
+def test_any_other_failure_is_unexplained(other: Outcome) -> None:
+    verdict = judge([Outcome("a", "x", "passed"), failure(), other], [EXPECTED])
+    assert not verdict.good
+    assert verdict.unexplained == [other]
+    assert any("UNEXPLAINED" in line for line in verdict.lines())
+
+
+def test_a_refusal_that_covers_nothing_must_go() -> None:
+    verdict = judge([Outcome("a", "x", "passed")], [EXPECTED])
+    assert not verdict.good
+    assert verdict.idle == [EXPECTED]
+
+
+def test_a_suite_that_ran_nothing_is_not_good() -> None:
+    assert not judge([], []).good
+
+
+def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["jax"])
+    assert "no part is called 'jax'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("part", PARTS)
+def test_no_failure_is_unexplained(part: str) -> None:
+    verdict = verdict_of(part)
+    assert verdict.good, "\n".join(verdict.lines())
