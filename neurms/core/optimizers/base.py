@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from neurms.compiled.backends import use_backend
-from neurms.core.ground.errors import NonFiniteError
+from neurms.core.ground.errors import NonFiniteError, check_real
 from neurms.core.ground.interrupts import WholeStep
 from neurms.core.ground.precision import compute_dtype, without_autocast
 from neurms.core.ground.spans import gradients_ready
@@ -133,6 +133,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self._work = None
 
     def _completed(self, param_group: Any) -> dict[str, Any]:
+        check_real("lr", self.defaults["lr"])
         rate = float(self.defaults["lr"]) or float(self.default_settings()["lr"])
         group = completed(param_group, self.rule, self.defaults, rate)
         if group["rule"] != FALLBACK:

@@ -53,7 +53,9 @@ def completed(param_group: Any, rule: str, defaults: Mapping[str, Any], rate: fl
         for key, value in default_settings(rule_class(group["rule"])).items():
             group.setdefault(key, value)
     for key, value in defaults.items():
-        group.setdefault(key, value)
+        # torch adds it to the defaults when it unpickles.
+        if key != "differentiable":
+            group.setdefault(key, value)
     check_real("lr", group["lr"])
     check_group(group)
     group.setdefault("base_lr", base_rate(group, param_group, rule, rate))

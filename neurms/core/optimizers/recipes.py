@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from neurms.core.ground.errors import check_kinds
 from neurms.core.optimizers.recipe import Recipe
@@ -17,8 +17,8 @@ __all__ = ["MakesRecipes", "Recipes", "default_settings"]
 class MakesRecipes(Protocol):
     """A class whose settings make a recipe: every optimizer of the library."""
 
-    rule: str
-    needs_modules: bool
+    rule: ClassVar[str]
+    needs_modules: ClassVar[bool]
 
     @classmethod
     def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
@@ -76,21 +76,25 @@ class Recipes:
         return maker
 
 
-@functools.cache
 def default_settings(maker: Callable[..., Any]) -> dict[str, Any]:
     """Return the defaults of a rule's own settings, from its constructor's signature."""
+    return _defaults(maker)
+
+
+@functools.cache
+def _defaults(maker: Any) -> dict[str, Any]:
     parameters = inspect.signature(maker).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 @functools.cache
-def _setting_names(maker: Callable[..., Any]) -> tuple[str, ...]:
+def _setting_names(maker: Any) -> tuple[str, ...]:
     # A schedule changes lr at every step, and no recipe depends on it.
     return (*[name for name in default_settings(maker) if name != "lr"], "weight_decay")
 
 
 @functools.cache
-def _setting_kinds(maker: Callable[..., Any]) -> tuple[dict[str, Any], frozenset[str]]:
+def _setting_kinds(maker: Any) -> tuple[dict[str, Any], frozenset[str]]:
     """Return the defaults of a rule's own settings, and the names of those that may be None."""
     parameters = inspect.signature(maker).parameters.values()
     optional = frozenset(p.name for p in parameters if "None" in str(p.annotation))

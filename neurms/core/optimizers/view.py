@@ -79,8 +79,7 @@ class View:
 
     def reroute(self, route: Route) -> None:
         """Give the parameter to another rule, for which it has no state yet."""
-        self.route, self.recipe, self.bound = route, None, math.inf
-        self.state.clear()
+        self.route, self.recipe, self.bound, self.state = route, None, math.inf, {}
 
     # ---------------------------------------------------------------- what the rule sees
 

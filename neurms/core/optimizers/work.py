@@ -74,7 +74,7 @@ class Work:
         for group in optimizer.param_groups:
             views = []
             for parameter in group["params"]:
-                route, state = optimizer.routes[parameter], self._state[parameter]
+                route, state = optimizer.routes[parameter], self._state.get(parameter, {})
                 low = optimizer.low_precision
                 view = View(index, route, group, state, parameter, low)
                 views.append(view)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from neurms.compiled.backends import use_backend
+from neurms.compiled.backends import PROMPT, use_backend
 from neurms.compiled.finite import within
 from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
@@ -28,7 +28,7 @@ from neurms.core.taps.guard import GradientGuard
 from neurms.core.taps.hooks import HookTap, forget_compiled_graphs
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.layers import Heads, check_rows, is_compiled, pairs
-from neurms.core.unitwise.moments import Factors, Moved, Part, moved
+from neurms.core.unitwise.moments import Factors, Moved, moved
 from neurms.core.unitwise.products import Product
 from neurms.core.unitwise.rule import Gemm, LossReduction, UnitwiseRule
 from neurms.core.unitwise.statistics import PendingSums, synchronize
@@ -41,6 +41,7 @@ class Owner(Protocol):
     """What differs between the users of an engine: settings, state, and where factors go."""
 
     nonfinite: NonFinite
+    backend: str
 
     def rule_of(self, weight: Tensor) -> UnitwiseRule:
         """Return what the current settings say of a weight."""
@@ -103,6 +104,14 @@ class Engine:
         if owner is None:
             raise ReferenceError("the optimizer of these layers no longer exists")
         return owner
+
+    def rule_of(self, weight: Tensor) -> UnitwiseRule:
+        """Return what the current settings say of a weight."""
+        return self.owner.rule_of(weight)
+
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, empty before its first step."""
+        return self.owner.state_of(parameter)
 
     def __iter__(self) -> Iterator[TappedLayer]:
         return iter(self._layers.values())
@@ -167,8 +176,9 @@ class Engine:
         modules = [layer.route.module for layer in self] if model is None else model.modules()
         self._compiled = any(map(is_compiled, modules))
         large = any(layer.weight.numel() >= LEAST_ELEMENTS for layer in self)
-        for layer in self:
-            layer.prompt = large and self.backend == "auto"
+        if large and self.backend == "auto":
+            # Where there are large layers, small ones may as well run natively.
+            self.backend = PROMPT
         self._guarded = list(guarded) if in_backward else []
         brought = model.tap_for if isinstance(model, RoutedModel) else None
         for layer in self:
@@ -314,7 +324,7 @@ class Engine:
 
     def _warn_of_still(self, layers: Iterable[TappedLayer], moving: Collection[Tensor]) -> None:
         for layer in layers:
-            if layer.observed.rows or layer.weight not in moving or not layer.state.get("step"):
+            if layer.weight not in moving or not layer.stands_still or not layer.state.get("step"):
                 continue
             if layer.tap is None or not layer.tap.attached or layer.name in self._stood_still:
                 continue
@@ -366,7 +376,7 @@ class Engine:
     def _commit(self, layers: Sequence[TappedLayer]) -> None:
         known = [layer.known() for layer in layers]
         rest = [layer for layer, own in zip(layers, known, strict=True) if own is None]
-        parts = [Part.of(layer, layer.observed) for layer in rest]
+        parts = [layer.part(layer.observed) for layer in rest]
         fresh = iter(moved(layers[0].rule.structure, parts, layers[0].backend))
         results: list[Moved] = [next(fresh) if own is None else own for own in known]
         states = [layer.state for layer in layers]
@@ -388,7 +398,7 @@ class Engine:
         factors = layer.foreseen(sums)
         layer.add(sums)
         product = Product(errors, activations, layer.scaled, self.gemm, layer.backend)
-        with torch.no_grad(), use_backend(self.backend), span("update", [layer.weight]):
+        with torch.no_grad(), use_backend(self.owner.backend), span("update", [layer.weight]):
             owner.write_in_backward(layer, product, factors)
 
     def _accepts(self, layer: TappedLayer, sums: Sums, activations: Tensor) -> bool:

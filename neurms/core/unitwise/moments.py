@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from neurms.core.structures.base import Moments
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.unitwise.rule import LossReduction
 from neurms.core.unitwise.statistics import PendingSums
-
-if TYPE_CHECKING:
-    from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["Factors", "Known", "Moved", "Part", "Versions", "moved", "unchanged", "versions"]
 
@@ -34,34 +31,37 @@ class Part(NamedTuple):
     """One layer's part in a commit.
 
     Args:
-        layer: The layer.
-        state: Its state; read only.
+        state: The layer's state; read only.
         pending: What it has seen.
         reduction: How the loss reduces over rows.
+        units: m.
+        features: n.
+        heads: Number of equal runs of units that share one second moment, 0 for none.
     """
 
-    layer: TappedLayer
     state: Mapping[str, Any]
     pending: PendingSums
     reduction: LossReduction
-
-    @classmethod
-    def of(cls, layer: TappedLayer, pending: PendingSums) -> Part:
-        """Return a layer's part with its state as it is now."""
-        return cls(layer, layer.state, pending, layer.engine.loss_reduction)
+    units: int
+    features: int
+    heads: int = 0
 
     def squares(self) -> Tensor:
         """Return D's sums of squares (k,), one for each second moment: heads are pooled."""
-        units, heads = self.pending.units, self.layer.heads
+        units = self.pending.units
         assert units is not None
-        return units.reshape(heads, -1).mean(-1) if heads else units
+        return units.reshape(self.heads, -1).mean(-1) if self.heads else units
+
+    def expanded(self, s: Tensor, c: Tensor | None) -> Factors:
+        """Return factors by unit where heads share them."""
+        return (s.repeat_interleave(self.units // self.heads), c) if self.heads else (s, c)
 
     def means(self) -> Moments:
         """Return the mean squares of D and H over rows, None where nothing was seen."""
-        seen, heads = self.pending.moments(self.reduction), self.layer.heads
-        if not heads or seen.units is None:
+        seen = self.pending.moments(self.reduction)
+        if not self.heads or seen.units is None:
             return seen
-        return Moments(seen.units.reshape(heads, -1).mean(-1), seen.features)
+        return Moments(seen.units.reshape(self.heads, -1).mean(-1), seen.features)
 
     def last(self, key: str, like: Tensor) -> Tensor:
         """Return a second moment of the state, zero before the first commit."""
@@ -87,7 +87,7 @@ def moved(structure: UnitFeatureDiagonal, parts: Sequence[Part], backend: str) -
         v, s = structure.moved(last, squares, weights, steps, backend)
         u, c = _moved_features(structure, parts, steps, backend)
     return [
-        Moved((one,) if other is None else (one, other), part.layer.expanded(left, right))
+        Moved((one,) if other is None else (one, other), part.expanded(left, right))
         for part, one, other, left, right in zip(parts, v, u, s, c, strict=True)
     ]
 
@@ -100,15 +100,15 @@ def _moved_features(
         return nothing, nothing
     # A layer that saw no rows of H, in an empty batch, weighs none: its u stays.
     rows = [part.pending.feature_rows for part in parts]
-    sizes = [part.layer.route.layout.features for part in parts]
+    sizes = [part.features for part in parts]
     squares = [
         part.squares().new_zeros(size) if part.pending.features is None else part.pending.features
         for part, size in zip(parts, sizes, strict=True)
     ]
     last = [part.last("u", own) for part, own in zip(parts, squares, strict=True)]
     weights = [1.0 / count if count else 0.0 for count in rows]
-    u: list[Tensor | None]
-    c: list[Tensor | None]
+    u: list[Any]
+    c: list[Any]
     u, c = map(list, structure.moved(last, squares, weights, steps, backend, features=True))
     for index, count in enumerate(rows):
         if not count:

@@ -96,7 +96,7 @@ class UnitwiseMover(Mover):
         engine.commit(
             layer
             for layer in engine
-            if layer.observed.rows and (layer.updated_in_backward or layer.weight in own)
+            if layer.observed.rows and (layer.updated_in_backward or layer.weight.grad is not None)
         )
         alike: dict[int, list[tuple[View, Factors]]] = {}
         for layer in engine:
@@ -118,7 +118,7 @@ class UnitwiseMover(Mover):
         rule = self._rules.of(parts[0][0].group)
         with span("update", [view.parameter for view, _ in parts]):
             moves = [self._move_of(view, factors, rule) for view, factors in parts]
-            write_moves_([move for move in moves if move.target.numel()], rule)
+            write_moves_([m for m in moves if m.target.numel()], rule, self._engine.backend)
             for (view, _), move in zip(parts, moves, strict=True):
                 view.written(move.target)
 

@@ -42,26 +42,27 @@ class Move(NamedTuple):
     weight: Tensor
 
 
-def write_moves_(moves: Sequence[Move], rule: UnitwiseRule) -> None:
+def write_moves_(moves: Sequence[Move], rule: UnitwiseRule, backend: str = "auto") -> None:
     """Move tensors by their scaled gradients, all of them in one call.
 
     Args:
         moves: Tensors of one parameter group.
         rule: Its rule.
+        backend: How kernels run.
     """
     bounded = [rule.agc is not None and move.target.ndim > 1 for move in moves]
-    _apply_([move for move, own in zip(moves, bounded, strict=True) if not own], rule)
+    _apply_([move for move, own in zip(moves, bounded, strict=True) if not own], rule, backend)
     for move, own in zip(moves, bounded, strict=True):
         if own:
-            _apply_clipped_(move, rule)
+            _apply_clipped_(move, rule, backend)
 
 
-def _apply_(moves: Sequence[Move], rule: UnitwiseRule) -> None:
+def _apply_(moves: Sequence[Move], rule: UnitwiseRule, backend: str) -> None:
     seen = [_seen(move) for move in moves]
     velocities = [move.velocity for move in seen]
     # B's gradients came out of backward scaled; its velocity may be scaled once more.
     applied = not rule.upstream or (rule.momentum and rule.coupled)
-    apply_updates_(
+    apply_updates_.on(backend)(
         [move.target for move in seen],
         [move.gradient for move in seen],
         velocities if rule.momentum else [None] * len(seen),
@@ -80,11 +81,11 @@ def _apply_(moves: Sequence[Move], rule: UnitwiseRule) -> None:
                 _write_back(move.layout, move.velocity, own.velocity)
 
 
-def _apply_clipped_(move: Move, rule: UnitwiseRule) -> None:
+def _apply_clipped_(move: Move, rule: UnitwiseRule, backend: str) -> None:
     """As above, with the update formed so that its rows can be bounded."""
     wide = move.gradient.dtype if move.velocity is None else move.velocity.dtype
     update = torch.empty_like(move.gradient, dtype=wide).zero_()
-    _apply_([move._replace(target=update, rate=-1.0, decay=0.0)], rule)
+    _apply_([move._replace(target=update, rate=-1.0, decay=0.0)], rule, backend)
     rows = move.layout.matrix(update).clone()
     assert rule.agc is not None
     row_clip_(rows, move.layout.matrix(move.weight.detach().to(rows.dtype)), rule.agc)

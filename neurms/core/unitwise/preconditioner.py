@@ -102,6 +102,7 @@ class GradientPreconditioner:
             )
         self.settings = checked_settings(settings)
         self.nonfinite: NonFinite = self.settings["nonfinite"]
+        self.backend: str = self.settings["backend"]
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.skipped_steps = 0
         self._rule = UnitwiseRule.of(self.settings)
@@ -252,12 +253,13 @@ class GradientPreconditioner:
         self.layers.prepare(layers, {p for p in moving if p.grad is not None})
         if bad := nonfinite_names(self._views(moving)) or self._bad_statistics(layers):
             return self._refused(bad)
-        with use_backend(self.settings["backend"]), WholeStep():
+        with use_backend(self.backend), WholeStep():
             self.layers.commit(layer for layer in layers if layer.observed.rows)
             moves = [move for layer in layers for move in self._moves_of(layer, moving)]
             for part in [[one] for one in moves] if is_observed() else [moves]:
                 with span("scale", [parameter for parameter, _ in part]):
-                    write_moves_([move for _, move in part], self._rule)
+                    write_moves_([move for _, move in part], self._rule, self.layers.backend)
+            self._decay(layers, moving)
         self._groups = {}
         if self._in_backward:
             self.layers.clear()
@@ -307,7 +309,7 @@ class GradientPreconditioner:
     def _moves_of(
         self, layer: TappedLayer, moving: Mapping[Tensor, Any]
     ) -> Iterator[tuple[Tensor, Move]]:
-        """Yield what scales a layer's gradients; decay its weight."""
+        """Yield what scales a layer's gradients."""
         if not layer.state.get("step"):
             if layer.tap is not None and not layer.tap.fired and _has_gradient(layer):
                 self._give_up(layer)
@@ -318,9 +320,13 @@ class GradientPreconditioner:
                 continue
             if (move := self._move_of(parameter, layer, factors)) is not None:
                 yield parameter, move
-            decay = self.settings["weight_decay"]
-            if decay and parameter is layer.weight:
-                parameter.mul_(1.0 - float(moving[parameter]["lr"]) * decay)
+
+    def _decay(self, layers: Iterable[TappedLayer], moving: Mapping[Tensor, Any]) -> None:
+        decay = self.settings["weight_decay"]
+        for layer in layers if decay else ():
+            weight = layer.weight
+            if weight in moving and weight.grad is not None and layer.state.get("step"):
+                weight.mul_(1.0 - float(moving[weight]["lr"]) * decay)
 
     def _move_of(self, parameter: Tensor, layer: TappedLayer, factors: Factors) -> Move | None:
         """Return what overwrites a gradient by S G C, or by the velocity that S G C enters."""

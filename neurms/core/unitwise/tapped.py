@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from neurms.compiled.backends import PROMPT
 from neurms.compiled.reductions import column_square_sum
+from neurms.core.ground.ranks import Ranks
 from neurms.core.ground.spans import span, spanned
 from neurms.core.routing import Route
 from neurms.core.structures.base import Moments
@@ -19,13 +19,36 @@ from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.foresight import Foresight, foresee
 from neurms.core.unitwise.moments import Factors, Known, Moved, Part, moved
-from neurms.core.unitwise.rule import UnitwiseRule
+from neurms.core.unitwise.rule import Gemm, LossReduction, UnitwiseRule
 from neurms.core.unitwise.statistics import PendingSums, synchronize
 
-if TYPE_CHECKING:
-    from neurms.core.unitwise.engine import Engine
+__all__ = ["Holder", "TappedLayer"]
 
-__all__ = ["TappedLayer"]
+
+class Holder(Protocol):
+    """What layers ask of the engine that holds them."""
+
+    backend: str
+    loss_reduction: LossReduction
+    gemm: Gemm
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks over which statistics are summed."""
+
+    def rule_of(self, weight: Tensor) -> UnitwiseRule:
+        """Return what the current settings say of a weight."""
+
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, empty before its first step."""
+
+    def current_loss_scale(self) -> Tensor | float | None:
+        """Return the factor that the loss carries, or None."""
+
+    def write_in_backward(
+        self, layer: TappedLayer, errors: Tensor, activations: Tensor, sums: Sums
+    ) -> None:
+        """Have a layer's update written if its D and H are finite."""
 
 
 class TappedLayer:
@@ -39,14 +62,13 @@ class TappedLayer:
             for each unit.
     """
 
-    def __init__(self, route: Route, bias: Tensor | None, engine: Engine, heads: int = 0) -> None:
+    def __init__(self, route: Route, bias: Tensor | None, engine: Holder, heads: int = 0) -> None:
         self.route = route
         self.weight = route.parameter
         self.bias = bias
         self.heads = heads
         self.pending = PendingSums()
         self.tap: HookTap | BackwardUpdateTap | None = None
-        self.prompt = False
         self.follows_gradient = True
         self._engine = weakref.ref(engine)
         self._total: PendingSums | None = None
@@ -56,9 +78,10 @@ class TappedLayer:
         self._rescaled: Sums | None = None
         self._foresight: Foresight | None = None
         self._known: Known | None = None
+        self._settled = 0
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Holder:
         """What holds the layer."""
         engine = self._engine()
         if engine is None:
@@ -68,18 +91,17 @@ class TappedLayer:
     @property
     def rule(self) -> UnitwiseRule:
         """What the current settings say of the layer."""
-        return self.engine.owner.rule_of(self.weight)
+        return self.engine.rule_of(self.weight)
 
     @property
     def state(self) -> dict[str, Any]:
         """The weight's state: empty before its first commit, then ``step``, ``v``, ``u``."""
-        return self.engine.owner.state_of(self.weight)
+        return self.engine.state_of(self.weight)
 
     @property
     def backend(self) -> str:
         """How the layer's kernels run: natively too where they are small, beside large ones."""
-        backend = self.engine.backend
-        return PROMPT if self.prompt and backend == "auto" else backend
+        return self.engine.backend
 
     @property
     def name(self) -> str:
@@ -245,16 +267,21 @@ class TappedLayer:
         self._everywhere.clear()
         self._rescaled = self._total = self._foresight = None
 
+    def part(self, pending: PendingSums) -> Part:
+        """Return the layer's part in a commit of ``pending``."""
+        layout, reduction = self.route.layout, self.engine.loss_reduction
+        return Part(self.state, pending, reduction, layout.units, layout.features, self.heads)
+
     def moments(self, pending: PendingSums) -> Moments:
         """Return the mean squares of ``pending``, heads pooled."""
-        return Part.of(self, pending).means()
+        return self.part(pending).means()
 
     @spanned("bookkeeping")
     def foreseen(self, sums: Sums) -> Factors:
         """Return the factors as they would be if ``sums`` were committed now; nothing changes."""
         if self._foresight is not None and self._foresight.sums is sums:
             return self._foresight.factors
-        part = Part.of(self, self._everywhere.plus(sums))
+        part = self.part(self._everywhere.plus(sums))
         (ahead,) = moved(self.rule.structure, [part], self.backend)
         return ahead.factors
 
@@ -268,7 +295,13 @@ class TappedLayer:
     def settle(self, factors: Factors) -> None:
         """End a commit whose statistics are in the state, and give these factors."""
         self._known = Known.of(self.rule.structure, self.state, factors)
+        self._settled = id(self.weight.grad)
         self.clear()
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether the weight has a gradient of which nothing was seen, and nothing committed."""
+        return not self.observed.rows and self._settled != id(self.weight.grad)
 
     @spanned("bookkeeping")
     def factors(self) -> Factors:
@@ -277,10 +310,4 @@ class TappedLayer:
         if self._known is not None and self._known.holds(structure, state):
             return self._known.factors
         with span("scale"):
-            return self.expanded(*structure.factors(state, state["step"]))
-
-    def expanded(self, s: Tensor, c: Tensor | None) -> Factors:
-        """Return factors by unit where heads share them."""
-        if self.heads:
-            s = s.repeat_interleave(self.route.layout.units // self.heads)
-        return s, c
+            return self.part(self.pending).expanded(*structure.factors(state, state["step"]))

@@ -131,6 +131,6 @@ def make_engine(rule: str, routes: Sequence[Route], settings: Mapping[str, Any])
 
 def _tap_for(layer: TappedLayer) -> ActivationTap:
     features = layer.rule.structure.factored
-    backend = layer.engine.backend
+    backend = layer.backend
     module, weight = layer.route.module, layer.weight
     return ActivationTap(module, weight, layer, features=features, backend=backend)

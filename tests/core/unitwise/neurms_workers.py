@@ -62,7 +62,7 @@ def unequal(rank: int, ranks: int) -> dict[str, Any]:
     model = network().double()
     branch = nn.Linear(5, 3).double()
     holder = nn.ModuleDict({"model": model, "branch": branch})
-    optimizer = NeuRMS(holder, lr=0.05)
+    optimizer = NeuRMS(holder, lr=0.05, process_group=dist.group.WORLD)
     for step in range(2):
         x, y = batch(step)
         loss = (model(x) - y).square().mean()
@@ -82,7 +82,9 @@ def unequal(rank: int, ranks: int) -> dict[str, Any]:
 def empty(rank: int, ranks: int) -> dict[str, Any]:
     """Train B where one rank has no rows: nobody waits for ever."""
     model = network().double()
-    optimizer = NeuRMS(model, lr=0.05, variant="B", loss_reduction="sum")
+    optimizer = NeuRMS(
+        model, lr=0.05, variant="B", loss_reduction="sum", process_group=dist.group.WORLD
+    )
     for step in range(2):
         x, y = (t if rank == 0 else t[:0] for t in batch(step))
         (model(x) - y).square().sum().backward()
@@ -96,7 +98,7 @@ def empty(rank: int, ranks: int) -> dict[str, Any]:
 def nonfinite(rank: int, ranks: int) -> dict[str, Any]:
     """Overflow one rank's statistics alone: all ranks refuse, and all go on."""
     model = network().double()
-    optimizer = NeuRMS(model, lr=0.05, variant="F")
+    optimizer = NeuRMS(model, lr=0.05, variant="F", process_group=dist.group.WORLD)
     before = result(model, optimizer)
     x, y = batch(0)
     (model(x) - y).square().mean().backward()

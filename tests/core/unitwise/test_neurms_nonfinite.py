@@ -194,8 +194,8 @@ class TestBackward:
         model[0].weight.grad[0, 0, 0, 0] = float("nan")
         before = snapshot(model, optimizer)["weights"]
         # The value was written in place, which is what the guard is for; let it look away.
-        optimizer._guard.detach()
-        optimizer._guard._seen.clear()
+        optimizer.layers._guard.detach()
+        optimizer.layers._guard._seen.clear()
         with pytest.raises(NonFiniteError, match=r"'0\.weight'.*not applied.*: 6\.weight\. Lower"):
             optimizer.step()
         assert_same(before, snapshot(model, optimizer)["weights"])

@@ -50,7 +50,7 @@ class TestMicroBatches:
             accumulate(parts, many, scale * x, y, 4)
             assert_close_models(whole, parts, 1e-12)
         for layer, other in zip(one.layers, many.layers, strict=True):
-            torch.testing.assert_close(one.state_of(layer)["v"], many.state_of(other)["v"])
+            torch.testing.assert_close(layer.state["v"], other.state["v"])
 
     def test_micro_batches_of_b_are_scaled_by_what_has_been_seen(self) -> None:
         # The documented exception: B cannot know in its first micro-batch what the last will show.
@@ -63,7 +63,7 @@ class TestMicroBatches:
         # The last layer's errors come scaled by nothing, so its statistics are the big batch's.
         *_, last = one.layers
         *_, other = many.layers
-        torch.testing.assert_close(one.state_of(last)["v"], many.state_of(other)["v"])
+        torch.testing.assert_close(last.state["v"], other.state["v"])
 
     def test_unequal_parts_weighted_by_their_rows(self) -> None:
         (whole, one), (parts, many) = pair(variant="F"), pair(variant="F")

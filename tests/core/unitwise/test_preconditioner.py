@@ -271,7 +271,7 @@ def test_a_layer_thawed_in_training_is_preconditioned_from_then_on():
     model[0].requires_grad_(True)
     optimizer.add_param_group({"params": model[0].parameters()})
     trained_beside(model, optimizer, preconditioner, steps=1)
-    assert [preconditioner.state_of(layer)["step"] for layer in preconditioner] == [1, 2]
+    assert [layer.state["step"] for layer in preconditioner] == [1, 2]
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from neurms.core.ground.ranks import ALONE, Ranks
 from neurms.core.taps import Sums
-from neurms.core.unitwise import statistics
-from neurms.core.unitwise.statistics import PendingSums, synchronize, world_size
+from neurms.core.unitwise.statistics import PendingSums, synchronize
+
+TWO = Ranks((None,), 2)
 
 
 def sums(d: Tensor, h: Tensor | None = None) -> Sums:
@@ -97,11 +99,10 @@ class TestSynchronize:
         """Pretend that a second rank sent the same numbers."""
         sent: list[Tensor] = []
 
-        def all_reduce(flat: Tensor) -> None:
+        def all_reduce(flat: Tensor, group: object) -> None:
             sent.append(flat.clone())
             flat.mul_(2)
 
-        monkeypatch.setattr(statistics, "world_size", lambda: 2)
         monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
         return sent
 
@@ -110,7 +111,7 @@ class TestSynchronize:
         one, two = PendingSums(), PendingSums()
         one.add(sums(d, h))
         two.add(sums(normal(4, 7)))
-        synchronize([one, two, PendingSums()], [(3, 2), (7, 0), (4, 0)], "mean", d)
+        synchronize([one, two, PendingSums()], [(3, 2), (7, 0), (4, 0)], "mean", d, TWO)
         assert [len(flat) for flat in exchange] == [3 + 2 + 2 + 7 + 2 + 4 + 2]
         assert (one.rows, one.feature_rows, two.rows, two.feature_rows) == (8, 10, 8, 0)
         # Twice the sums over twice the rows, errors halved because the loss is a mean of two means.
@@ -123,12 +124,12 @@ class TestSynchronize:
         d = normal(4, 3)
         pending = PendingSums()
         pending.add(sums(d))
-        synchronize([pending], [(3, 0)], "sum", d)
+        synchronize([pending], [(3, 0)], "sum", d, TWO)
         torch.testing.assert_close(pending.moments("sum").units, d.square().mean(0))
 
     def test_a_rank_without_rows_takes_part(self, exchange: list[Tensor]) -> None:
         pending = PendingSums()
-        synchronize([pending], [(3, 2)], "mean", torch.zeros(1))
+        synchronize([pending], [(3, 2)], "mean", torch.zeros(1), TWO)
         assert [flat.tolist() for flat in exchange] == [[0.0] * 7]
         assert pending.moments("mean").units is None
 
@@ -137,6 +138,5 @@ class TestSynchronize:
         pending = PendingSums()
         pending.add(sums(normal(4, 3)))
         units = pending.units
-        synchronize([pending], [(3, 0)], "mean", torch.zeros(1))
+        synchronize([pending], [(3, 0)], "mean", torch.zeros(1), ALONE)
         assert pending.units is units
-        assert world_size() == 1

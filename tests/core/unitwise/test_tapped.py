@@ -21,6 +21,7 @@ from neurms.core.unitwise.tapped import TappedLayer
 
 class Owner:
     nonfinite: NonFinite = "raise"
+    backend = "eager"
 
     def __init__(
         self, variant: Variant = "U", reduction: LossReduction = "mean", **settings: Any
