@@ -119,7 +119,7 @@ class TwoRates(torch.optim.AdamW):
             [p for name, p in model.named_parameters() if (name in outside) == away]
             for away in (False, True)
         )
-        own = {"params": rest, "lr": fallback_lr, "betas": fallback_betas}
+        own: dict[str, Any] = {"params": rest, "lr": fallback_lr, "betas": fallback_betas}
         super().__init__([{"params": hidden}, own], lr=lr, betas=betas, **settings)
 
 
@@ -165,7 +165,7 @@ class NormalizedLength(neurms.NeuRMS):
                 weight.sub_(old).mul_(state[1] / state[0]).add_(old)
 
 
-OWN: dict[str, type[torch.optim.Optimizer]] = {
+OWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "shared_basis, momentum first": MomentumFirst,
     "moments": Moments,
     "adamw, two rates": TwoRates,

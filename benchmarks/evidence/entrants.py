@@ -96,8 +96,8 @@ def text(fallback: float = 8e-3) -> dict[str, Entrant]:
     Args:
         fallback: Where the search for the fallback's rate begins.
     """
-    rest = {"fallback": fallback}
-    relative = {"clip": "relative", "kappa": 10.0}
+    rest: dict[str, Any] = {"fallback": fallback}
+    relative: dict[str, Any] = {"clip": "relative", "kappa": 10.0}
     return {
         "AdamW": _entrant("adamw", 8e-3, momentum=0.7, memory=0.95, weight_decay=0.0),
         "AdamW, two rates": _entrant(

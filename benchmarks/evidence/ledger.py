@@ -83,8 +83,11 @@ class Row:
         return 1.0 if self.design["better"] == "lower" else -1.0
 
     def _loss(self, settings: Settings) -> float:
-        figures = [run.get(self.design["chosen_on"]) for run in self.trials[settings].values()]
-        return math.inf if None in figures else self._sign * statistics.fmean(figures)
+        runs = self.trials[settings].values()
+        figures: list[Any] = [run.get(self.design["chosen_on"]) for run in runs]
+        if None in figures:
+            return math.inf
+        return self._sign * statistics.fmean(figures)
 
 
 def rows(content: Mapping[str, Any]) -> list[Row]:
