@@ -57,13 +57,21 @@ pages: $(INSTALLED)  ## rewrite the pages that are made from the sources
 	@$(BIN)/python -m benchmarks.tables
 	@$(BIN)/python -m tools.troubleshooting
 
-dist: $(INSTALLED)  ## build the wheel and the sdist into dist/
+# The second build is the one for this machine's platform, with the kernels inside; CXX may be a cross compiler.
+dist: $(INSTALLED)  ## build the wheels and the sdist into dist/
 	@rm -rf dist
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling auditwheel
 	@$(BIN)/python -m hatchling build -d dist
+	@NEURMS_WHEEL=native $(BIN)/python -m hatchling build -t wheel -d dist
 
-check-dist: dist  ## build them, and try the wheel with torch alone, outside of the checkout
+# PYTHONS="python3.11 python3.13" tries the installation with each of them.
+check-dist: dist  ## build them, build again, and try the wheels outside of the checkout
 	@$(BIN)/python -m tools.check_dist
+	@$(BIN)/python -m tools.check_native dist/*linux*.whl
+	@NEURMS_WHEEL=native $(BIN)/python -m hatchling build -t wheel -d build/again >/dev/null 2>&1
+	@cmp dist/*linux*.whl build/again/*linux*.whl && echo "two builds of the wheel are alike"
+	@rm -rf build/again
+	@$(BIN)/python -m tools.check_install dist/*linux*.whl $(PYTHONS)
 
 bench-quick: $(INSTALLED)  ## the shortest benchmark, a minute or two
 	@$(BIN)/neurms bench quick

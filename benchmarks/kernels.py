@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from benchmarks.peers import GROUPS, against_peers
 
 SHAPES = ((1024, 1024), (4096, 1024), (4096, 4096))
 OURS = ("rmnp", "racs")
+FITS = ("tracked", "sums")
 
 
 def turn(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Turn:
@@ -36,11 +38,13 @@ def turn(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Tur
 def contenders(shape: tuple[int, int]) -> dict[str, Turn]:
     """Return what is compared at one shape; each has a matrix of its own."""
     made: dict[str, Turn] = {}
-    for name in ("adamw fused", "adamw", "sgd fused", *OURS, *(f"{n} eager" for n in OURS)):
+    fits, eager = [f"racs {fit}" for fit in FITS], [f"{name} eager" for name in OURS]
+    for name in ("adamw fused", "adamw", "sgd fused", *OURS, *fits, *eager):
         parameter = torch.nn.Parameter(0.02 * torch.randn(shape))
         kind, _, form = name.partition(" ")
         ours = kind in OURS
-        settings = {"backend": form or "auto"} if ours else {"fused": form == "fused"}
+        settings: dict[str, Any] = {"fit": form} if form in FITS else {"backend": form or "auto"}
+        settings = settings if ours else {"fused": form == "fused"}
         made[name] = turn(neurms.create(kind, [parameter], lr=1e-3, **settings), parameter)
     return made
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from neurms.callbacks import metrics as metrics
     from neurms.callbacks.profiler import profile as profile
     from neurms.compiled.backends import use_backend as use_backend
-    from neurms.compiled.native.build import warm_up as warm_up
+    from neurms.compiled.native.load import warm_up as warm_up
     from neurms.core.distributed.joining import JoinableOptimizer as JoinableOptimizer
     from neurms.core.ground.errors import CheckpointError as CheckpointError
     from neurms.core.ground.errors import NeurmsError as NeurmsError
@@ -74,7 +74,7 @@ _EXPORTS = {
     "Structure": "neurms.core.structures.base",
     "Context": "neurms.core.structures.base",
     "GradientPreconditioner": "neurms.core.unitwise.preconditioner",
-    "warm_up": "neurms.compiled.native.build",
+    "warm_up": "neurms.compiled.native.load",
     "NeurmsError": "neurms.core.ground.errors",
     "NonFiniteError": "neurms.core.ground.errors",
     "UnsupportedTrainingError": "neurms.core.ground.errors",

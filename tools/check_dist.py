@@ -1,7 +1,8 @@
 """Check what ``make dist`` built: ``python -m tools.check_dist`` looks into it and tries the wheel.
 
-The wheel is unpacked outside of the checkout, and an interpreter that sees it, torch and what torch
-needs, but none of the frameworks, has to import it, train, and say which extra is missing.
+The pure wheel is unpacked outside of the checkout, and an interpreter that sees it, torch and what
+torch needs, but none of the frameworks, has to import it, train, and say which extra is missing.
+Wheels for platforms lie beside it: ``check_native`` and ``check_install`` look into them further.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from email.parser import Parser
 from importlib import metadata
 from pathlib import Path
 
+from tools.check_native import SHIPPED
 from tools.messages import ROOT
 
 __all__ = ["check", "main"]
@@ -56,10 +58,13 @@ print(neurms.__version__, neurms.__file__)
 
 def check(folder: Path) -> list[str]:
     """Return what is wrong with the wheel and the sdist in ``folder``, nothing if all is well."""
-    wheels, sdists = sorted(folder.glob("*.whl")), sorted(folder.glob("*.tar.gz"))
+    wheels, sdists = sorted(folder.glob("*-any.whl")), sorted(folder.glob("*.tar.gz"))
     if len(wheels) != 1 or len(sdists) != 1:
-        return [f"{folder} must hold one wheel and one sdist, not {wheels + sdists}; run make dist"]
-    problems = [*_wheel_problems(wheels[0]), *_sdist_problems(sdists[0])]
+        found = wheels + sdists
+        return [f"{folder} must hold one pure wheel and one sdist, not {found}; run make dist"]
+    problems = _sdist_problems(sdists[0])
+    for path in folder.glob("*.whl"):
+        problems += [f"{path.name}: {problem}" for problem in _wheel_problems(path)]
     with tempfile.TemporaryDirectory() as scratch:
         package, site = Path(scratch, "wheel"), Path(scratch, "site")
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -76,6 +81,8 @@ def _wheel_problems(path: Path) -> list[str]:
         about = Parser().parsestr(wheel.read(described).decode())
     source = {p.relative_to(ROOT).as_posix() for p in _package_files()}
     problems = [f"the wheel lacks {name}" for name in sorted(source - names)]
+    if not path.name.endswith("-any.whl"):
+        names = {name for name in names if not name.startswith(SHIPPED)}
     foreign = {n for n in names - source if ".dist-info/" not in n}
     problems += [f"the wheel holds {name}, which is not the package's" for name in sorted(foreign)]
     if about["Version"] != _version():
@@ -89,6 +96,7 @@ def _sdist_problems(path: Path) -> list[str]:
     with tarfile.open(path) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "PKG-INFO"}
+    wanted.add("hatch_build.py")
     wanted |= {p.relative_to(ROOT).as_posix() for p in _package_files()}
     return [f"the sdist lacks {name}" for name in sorted(wanted - names)]
 
@@ -168,7 +176,7 @@ def _normal(name: str) -> str:
 def main() -> int:
     """Print what is wrong; return 1 if anything is."""
     problems = check(ROOT / "dist")
-    print("\n".join(problems) or "dist/: the wheel and the sdist are as they should be")
+    print("\n".join(problems) or "dist/: the wheels and the sdist are as they should be")
     return 1 if problems else 0
 
 

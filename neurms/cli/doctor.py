@@ -14,8 +14,8 @@ import neurms
 from neurms.cli.environment import environment, flush_denormals, versions
 from neurms.cli.kernel_times import kernel_times
 from neurms.compiled.backends import BACKENDS, use_backend
-from neurms.compiled.native import bfloat16_engine
-from neurms.compiled.native.build import cache_folder, compiler, library
+from neurms.compiled.native import bfloat16_engine, compiler, origin
+from neurms.compiled.native.build import cache_folder
 from neurms.compiled.reductions import column_square_sum
 
 __all__ = ["Finding", "examine", "findings"]
@@ -83,11 +83,9 @@ def findings() -> Iterator[Finding]:
         "C++ compiler",
         path or 'none found: backend="inductor" runs eager; install g++ or set CXX',
     )
-    yield Finding(
-        "ok" if library() else "note",
-        "native kernels",
-        "built" if library() else 'none: backend="auto" runs eager',
-    )
+    found = origin()
+    detail = found or 'none: backend="auto" runs eager'
+    yield Finding("ok" if found else "note", "native kernels", detail)
     yield _bfloat16()
     yield Finding("ok", "kernel cache", str(cache_folder()))
     onednn = torch.backends.mkldnn.is_available()

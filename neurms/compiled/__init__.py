@@ -1,12 +1,17 @@
 """Kernels: functions of tensors, without state, module or parameter.
 
 Each has one eager definition, its specification; :func:`use_backend` chooses how it runs. Those of
-``moments``, ``update`` and ``finite`` take lists of tensors: a single layer is a list of one.
+``moments``, ``update``, ``finite``, ``square_sums``, ``gradient_factors`` and ``two_sided_once``
+take lists of tensors, and ``row_update`` has a form that does: a single layer is a list of one.
 
 =================================  ================================================
 ``reductions``                     sums of squares of columns and channels
 ``moments``                        second moments moved, and the scale factors they give
 ``update``                         the optimizer's pass over weights
+``row_update``                     RMNP's step in one walk
+``square_sums``                    a gradient's row and column sums of squares
+``gradient_factors``               the factors that its own moments give
+``two_sided``, ``two_sided_once``  RACS's rank-one fits
 ``agc``                            row-wise clipping of an update
 ``gemm``                           the update as one matrix product (no gradient)
 ``signals``                        D or H observed and scaled at once

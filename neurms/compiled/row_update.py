@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from neurms.compiled.backends import kernel
-from neurms.compiled.native import library, suits, threads
+from neurms.compiled.backends import kernel, scalar
+from neurms.compiled.lists import list_kernel
+from neurms.compiled.native import addresses, is_plain, library, numbers, suits, threads
 from neurms.compiled.normalization import row_norms
 
-__all__ = ["row_normalized_update_"]
+__all__ = ["row_normalized_update_", "row_normalized_updates_"]
 
 
 @kernel
@@ -56,7 +59,7 @@ def row_normalized_update_(
     momentum.lerp_(gradient, 1.0 - mu)
     ahead = torch.lerp(gradient, momentum, mu) if nesterov else momentum
     unit = ahead / row_norms(ahead).clamp(min=floor)
-    return w.mul_(decay.to(w.device, w.dtype)).sub_(unit.mul_(step.to(w.device, w.dtype)))
+    return w.mul_(decay).sub_(unit.mul_(step))
 
 
 # torch 2.13's C++ code generator fails (KeyError: 'buf9') where one loop reads the old momentum and
@@ -79,25 +82,82 @@ def _row_normalized_update_(
     decay: Tensor,
     floor: float,
 ) -> Tensor:
+    rates = [float(step)], [float(decay)]
+    _row_normalized_updates_([w], [momentum], [gradient], *rates, mu, nesterov, floor)
+    return w
+
+
+@list_kernel
+def row_normalized_updates_(
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    rates: Sequence[float],
+    decays: Sequence[float],
+    mu: float,
+    nesterov: bool,
+    floor: float,
+) -> None:
+    """Do what :func:`row_normalized_update_` does to several weights.
+
+    Args:
+        weights: Shapes (m, n); overwritten.
+        momenta: M, the same shapes; overwritten.
+        gradients: G, the same shapes; left as they are.
+        rates: Learning rates times any constant factors.
+        decays: ``1 - lr * weight_decay`` of each.
+        mu: Decay of the average.
+        nesterov: Look ahead.
+        floor: Least row norm; rows of zeros stay where they are.
+
+    Example:
+        >>> import torch
+        >>> w, m, g = torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
+        >>> row_normalized_updates_([w], [m], [g], [1.0], [1.0], 0.5, True, 1e-12)
+        >>> w
+        tensor([[-0.6000, -0.8000]])
+    """
+    for w, m, g, rate, decay in zip(weights, momenta, gradients, rates, decays, strict=True):
+        row_normalized_update_(w, m, g, mu, nesterov, scalar(rate), scalar(decay), floor)
+
+
+def _are_stored_alike(
+    weights: Sequence[Tensor], momenta: Sequence[Tensor], gradients: Sequence[Tensor], *rest: object
+) -> list[bool]:
+    return [
+        all(x.dim() == 2 and x.shape == w.shape for x in (w, m, g))
+        and (all(map(is_plain, (w, m, g))) or all(is_plain(x.mT) for x in (w, m, g)))
+        for w, m, g in zip(weights, momenta, gradients, strict=True)
+    ]
+
+
+@row_normalized_updates_.native(_are_stored_alike)
+def _row_normalized_updates_(
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    rates: Sequence[float],
+    decays: Sequence[float],
+    mu: float,
+    nesterov: bool,
+    floor: float,
+) -> None:
     kernels = library()
     assert kernels is not None
-    by_rows = w.is_contiguous()
-    update = (
-        kernels.neurms_row_normalized_update
-        if by_rows
-        else kernels.neurms_row_normalized_update_transposed
-    )
-    update(
-        w.data_ptr(),
-        momentum.data_ptr(),
-        gradient.data_ptr(),
-        *(w if by_rows else w.mT).shape,
+    kernels.neurms_row_normalized_updates(
+        len(weights),
+        addresses(weights),
+        addresses(momenta),
+        addresses(gradients),
+        numbers("q", [w.shape[0] for w in weights]),
+        numbers("q", [w.shape[1] for w in weights]),
+        numbers("q", [not w.is_contiguous() for w in weights]),
+        numbers("f", rates),
+        numbers("f", decays),
         mu,
         nesterov,
-        float(step),
-        float(decay),
         floor,
         threads(),
     )
-    increment_version((w, momentum))
-    return w
+    # Autograd must know, as of any write: a graph that is kept has saved these weights.
+    increment_version((*weights, *momenta))

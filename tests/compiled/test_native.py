@@ -15,7 +15,6 @@ from torch import Tensor
 from neurms.compiled import use_backend
 from neurms.compiled.finite import GREATEST, within
 from neurms.compiled.native import LEAST_ELEMENTS, compiler, suits
-from neurms.compiled.native import build as native_build
 from neurms.compiled.row_update import row_normalized_update_
 from neurms.compiled.two_sided import (
     scaled_square_sum,
@@ -187,16 +186,6 @@ print([str(w.message) for w in seen if w.category is RuntimeWarning])
     )
     assert result.stdout.count("no C++ compiler was found") == 1
     assert result.stdout.count("native CPU kernels are not available") == 1
-
-
-def test_build_is_cached_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native_build.CACHE_VARIABLE, str(tmp_path))
-    assert native_build._load() is not None
-    (made,) = tmp_path.iterdir()
-    stamp = made.stat().st_mtime_ns
-    assert native_build._load() is not None
-    assert [made.stat().st_mtime_ns] == [path.stat().st_mtime_ns for path in tmp_path.iterdir()]
-    assert made.stat().st_mtime_ns == stamp
 
 
 STRUCTURES = {

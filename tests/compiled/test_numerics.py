@@ -65,6 +65,23 @@ CASES: dict[str, Case] = {
     "row_normalized_update_": Case(
         lambda g: (like(g, 3), like(g, 4) * magnitude(g), g, 0.9, True, ONE * 0.1, ONE * 0.9, 1e-35)
     ),
+    "row_normalized_updates_": Case(
+        lambda g: (
+            *([like(g, 3)], [like(g, 4) * magnitude(g)], [g]),
+            *([0.1], [0.9], 0.9, False, 1e-35),
+        )
+    ),
+    "square_sums": Case(lambda g: ([g, g[:5]],)),
+    "gradient_factors": Case(
+        lambda g: (
+            [units(g).double() * magnitude(g) ** 2],
+            [features(g).double() * magnitude(g) ** 2],
+            [like(g, 5, g.shape[0]) * magnitude(g)],
+            [like(g, 6, g.shape[1]) * magnitude(g)],
+            *([0.3], 0.9, 1.2),
+        ),
+        (1e-30, 1.0, 1e30),
+    ),
     "moment_factors": Case(
         lambda g: ([units(g) * magnitude(g), features(g)], [0.3, 1.0], *ROOT),
     ),
@@ -90,6 +107,11 @@ CASES: dict[str, Case] = {
     "two_sided_fit": Case(lambda g: (g, 5), (1e-16, 1.0, 1e12), 3e-6),
     "two_sided_scales_": Case(
         lambda g: (g, units(g), features(g) * magnitude(g) ** 2, 5, 0.1, 1.0),
+        (1e-12, 1.0, 1e12),
+        3e-6,
+    ),
+    "two_sided_once": Case(
+        lambda g: ([g], [units(g) * magnitude(g) ** 2], [features(g)], [0.3], 0.9, True),
         (1e-12, 1.0, 1e12),
         3e-6,
     ),
@@ -213,7 +235,7 @@ def test_magnitudes_in_large_matrices(form: str, name: str, scale: float) -> Non
 )
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("newton_schulz", "whiten")])
 def test_threads_and_shapes(form: str, name: str, shape: tuple[int, int], count: int) -> None:
-    if name in ("two_sided_fit", "two_sided_scales_") and 40_000 in shape:
+    if name.startswith("two_sided") and 40_000 in shape:
         pytest.skip("sums of 40,000 numbers by BLAS, which only the native form does without")
     with threads(count):
         check(name, form, matrix(*shape))

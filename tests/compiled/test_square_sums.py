@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from neurms.compiled import use_backend
+from neurms.compiled.native import compiler, suits
 from neurms.compiled.square_sums import square_sums
 
 
@@ -38,3 +40,31 @@ def test_tiles_add_up(small_tiles: None) -> None:
     (rows,), (columns,) = square_sums([x])
     torch.testing.assert_close(rows, x.double().square().sum(1))
     torch.testing.assert_close(columns, x.double().square().sum(0))
+
+
+SHAPES = [(256, 256), (257, 300), (3, 40_000), (40_000, 3), (1, 70_000), (1023, 65)]
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_native_form(shape: tuple[int, int], scale: float, by_columns: bool) -> None:
+    x = matrix(*shape, scale=scale)
+    assert suits(x), "the native form must be what this tests"
+    x = x.mT if by_columns else x
+    (rows,), (columns,) = square_sums([x])
+    torch.testing.assert_close(rows, x.double().square().sum(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(columns, x.double().square().sum(0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+def test_many_small_matrices_in_one_call() -> None:
+    shapes = [(64, 65), (5, 3), (128, 128), (1, 1), (300, 70)]
+    xs = [matrix(*shape, seed=i) for i, shape in enumerate(shapes)]
+    xs[2] = xs[2].mT
+    assert all(square_sums._serve(xs)), "the native form must be what this tests"
+    rows, columns = square_sums(xs)
+    for x, row, column in zip(xs, rows, columns, strict=True):
+        torch.testing.assert_close(row, x.double().square().sum(1), rtol=1e-12, atol=0)
+        torch.testing.assert_close(column, x.double().square().sum(0), rtol=1e-12, atol=0)

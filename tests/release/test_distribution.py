@@ -1,5 +1,8 @@
 """The wheel and the sdist, built from the checkout and tried outside of it."""
 
+import hashlib
+import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -8,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import neurms
+from neurms.compiled.native import compiler
 from tools.check_dist import check
+from tools.check_native import libraries, native_problems
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,37 @@ def test_nothing_but_the_package_is_in_the_wheel(built: Path) -> None:
         f"neurms-{neurms.__version__}.dist-info",
     }
     assert "neurms/py.typed" in names
-    assert "neurms/compiled/native/kernels.cpp" in names
+    assert "neurms/compiled/native/kernels.h" in names
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into ELF files")
+def test_a_wheel_for_a_platform(repository: Path, tmp_path: Path) -> None:
+    """One for all Pythons, with one library for each level and the list of what is inside."""
+    pytest.importorskip("hatchling")
+    pytest.importorskip("auditwheel")
+    for folder in ("one", "other"):
+        subprocess.run(
+            [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / folder],
+            cwd=repository,
+            env={**os.environ, "NEURMS_WHEEL": "native"},
+            check=True,
+            capture_output=True,
+            timeout=900,
+        )
+    (wheel,) = (tmp_path / "one").iterdir()
+    assert wheel.name.startswith(f"neurms-{neurms.__version__}-py3-none-manylinux_2_28_")
+    assert native_problems(wheel) == []
+    assert wheel.read_bytes() == (tmp_path / "other" / wheel.name).read_bytes()
+    with zipfile.ZipFile(wheel) as archive:
+        (listed,) = (name for name in archive.namelist() if "/sboms/" in name)
+        components = json.loads(archive.read(listed))["components"]
+    found = {
+        name: hashlib.sha256(content).hexdigest() for name, content in libraries(wheel).items()
+    }
+    assert {c["name"]: c["hashes"][0]["content"] for c in components} == found
 
 
 def test_an_empty_folder_is_a_problem(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Native CPU kernels: C++ where torch's loops cannot reach the memory's speed.
 
-They are never required: each is the ``auto`` form of a kernel whose eager definition is the
-specification, and serves contiguous float32 CPU tensors of at least :data:`LEAST_ELEMENTS`. The
-choice depends on shapes alone, never on timing, so that a resumed run computes what an
-uninterrupted one would.
+They come with the wheel, or are built where a compiler is (``load.py``). They are never required:
+each is the ``auto`` form of a kernel whose eager definition is the specification, and serves
+contiguous float32 CPU tensors of at least :data:`LEAST_ELEMENTS`. The choice depends on shapes
+alone, never on timing, so that a resumed run computes what an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurms.compiled.native.build import CACHE_VARIABLE, compiler, library, warm_up
+from neurms.compiled.native.build import CACHE_VARIABLE
+from neurms.compiled.native.load import library, origin, warm_up
+from neurms.compiled.native.toolchain import compiler
 
 __all__ = [
     "CACHE_VARIABLE",
@@ -32,6 +34,7 @@ __all__ = [
     "is_signal",
     "library",
     "numbers",
+    "origin",
     "reads",
     "suits",
     "threads",
@@ -43,12 +46,12 @@ LEAST_ELEMENTS = 1 << 15
 
 
 def fits(*operands: Tensor | None) -> bool:
-    """Return whether native kernels can read these operands, however small; builds the library."""
+    """Return whether native kernels can read these operands, however small; loads the library."""
     return are_plain([x for x in operands if x is not None]) and library() is not None
 
 
 def suits(matrix: Tensor, *others: Tensor | None) -> bool:
-    """Return whether native kernels serve these operands, building the library if they would.
+    """Return whether native kernels serve these operands, loading the library if they would.
 
     Args:
         matrix: The operand whose size decides.

@@ -13,6 +13,8 @@
 
 #include <omp.h>
 
+#include "kernels.h"
+
 namespace {
 
 constexpr int64_t kLine = 16;  // floats in a cache line

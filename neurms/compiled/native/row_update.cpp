@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kChunk = 256;  // elements summed in float32 before they enter a float64 total
 constexpr int64_t kFlush = 32;   // rows summed in float32 before they enter the float64 totals
+constexpr int64_t kAlone = 1 << 14;  // elements below which one thread is faster than two
 
 struct Rule {
   float fresh, a, b, step, decay, floor;
@@ -41,20 +42,29 @@ inline void fetch_to_write(const float* x, int64_t count) {
   for (int64_t j = 0; j < count; j += kLine) __builtin_prefetch(x + j, 1);
 }
 
+// Advances an element of M; returns the square of R's.
+inline float advance(const Rule& rule, float* m, float g) {
+  *m += rule.fresh * (g - *m);
+  const float r = rule.a * g + rule.b * *m;
+  return r * r;
+}
+
 // Advances M's row; returns the sum of squares of R's.
 double advance_row(const Rule& rule, const float* w, float* m, const float* g, int64_t n) {
   double squares = 0;
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t end = std::min(n, chunk + kChunk);
     fetch_to_write(w + chunk, end - chunk);
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = chunk; j < end; ++j) {
-      m[j] += rule.fresh * (g[j] - m[j]);
-      const float r = rule.a * g[j] + rule.b * m[j];
-      sum += r * r;
+    // In two halves, whose sums wait for each other less than one.
+    const int64_t half = (end - chunk) / 2;
+    float sum = 0, other = 0;
+#pragma omp simd reduction(+ : sum, other)
+    for (int64_t j = chunk; j < chunk + half; ++j) {
+      sum += advance(rule, m + j, g[j]);
+      other += advance(rule, m + j + half, g[j + half]);
     }
-    squares += sum;
+    if (chunk + 2 * half < end) sum += advance(rule, m + end - 1, g[end - 1]);
+    squares += sum + other;
   }
   return squares;
 }
@@ -88,30 +98,9 @@ void advance_columns(const Rule& rule, float* m, const float* g, int64_t n, int6
   }
 }
 
-}  // namespace
-
-extern "C" {
-
-void neurms_row_normalized_update(float* w, float* momentum, const float* g, int64_t m, int64_t n, float mu,
-                                  int nesterov, float step, float decay, float floor, int threads) {
-  const Rule rule(mu, nesterov, step, decay, floor);
-#pragma omp parallel num_threads(threads)
-  {
-    const Range rows = share(m, omp_get_thread_num(), omp_get_num_threads(), 1);
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      float *wi = w + i * n, *mi = momentum + i * n;
-      const float* gi = g + i * n;
-      const double squares = advance_row(rule, wi, mi, gi, n);
-      move_row(rule, rule.scale(squares, mi, gi, n, 1), wi, mi, gi, n, i + 1 < rows.end ? n : 0);
-    }
-  }
-}
-
-// The same for matrices that are stored by columns, n x m in memory. Two walks: a strip of columns that would fit a
-// cache touches a page for every few elements, and lines at strides of a power of two drive each other out.
-void neurms_row_normalized_update_transposed(float* w, float* momentum, const float* g, int64_t n, int64_t m, float mu,
-                                             int nesterov, float step, float decay, float floor, int threads) {
-  const Rule rule(mu, nesterov, step, decay, floor);
+// For matrices that are stored by columns, n x m in memory. Two walks: a strip of columns that would fit a cache touches a
+// page for every few elements, and lines at strides of a power of two drive each other out.
+void update_columns(const Rule& rule, float* w, float* momentum, const float* g, int64_t n, int64_t m, int threads) {
   std::vector<double> totals(static_cast<size_t>(m) * threads, 0.0);
   std::vector<float> scales(m);
 #pragma omp parallel num_threads(threads)
@@ -134,6 +123,40 @@ void neurms_row_normalized_update_transposed(float* w, float* momentum, const fl
 #pragma omp simd
       for (int64_t j = 0; j < m; ++j) wi[j] = rule.decay * wi[j] - scale[j] * (rule.a * gi[j] + rule.b * mi[j]);
     }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The step of several m x n matrices with a rate, decay and sizes each, which the threads take without waiting in
+// between, but for those that are stored by columns (`turned`).
+void neurms_row_normalized_updates(int64_t count, float* const* w, float* const* momentum, const float* const* g,
+                                   const int64_t* m, const int64_t* n, const int64_t* turned, const float* steps,
+                                   const float* decays, float mu, int nesterov, float floor, int threads) {
+  int64_t elements = 0;
+  for (int64_t k = 0; k < count; ++k) elements += m[k] * n[k];
+  const int size = elements < kAlone ? 1 : threads;
+#pragma omp parallel num_threads(size)
+  {
+    const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+    for (int64_t k = 0; k < count; ++k) {
+      if (turned[k]) continue;
+      const Rule rule(mu, nesterov, steps[k], decays[k], floor);
+      const Range rows = share(m[k], part, parts, 1);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        float *wi = w[k] + i * n[k], *mi = momentum[k] + i * n[k];
+        const float* gi = g[k] + i * n[k];
+        const double squares = advance_row(rule, wi, mi, gi, n[k]);
+        move_row(rule, rule.scale(squares, mi, gi, n[k], 1), wi, mi, gi, n[k], i + 1 < rows.end ? n[k] : 0);
+      }
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    if (!turned[k]) continue;
+    const Rule rule(mu, nesterov, steps[k], decays[k], floor);
+    update_columns(rule, w[k], momentum[k], g[k], n[k], m[k], size);
   }
 }
 

@@ -311,6 +311,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def _make_states(self, views: Sequence[View]) -> None:
         for view in views:
             if not view.state:
+                # Not sooner: a step that is refused leaves no entry.
+                view.state = self.state[view.parameter]
                 view.state.update(self.state_for(view.parameter, view.route, view.group))
 
     def on_nonfinite(self, names: Sequence[str]) -> None:

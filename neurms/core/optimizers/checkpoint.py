@@ -22,8 +22,8 @@ __all__ = ["check_entries", "restore", "verified"]
 
 Group = dict[str, Any]
 
-_LATER: Group = {"maximize": False}
-"""Settings that checkpoints of earlier releases do not have."""
+_LATER: Group = {"maximize": False, "fit": "power"}
+"""Settings that checkpoints of earlier releases do not have, and what held then."""
 
 
 class HasState(Protocol):
@@ -53,7 +53,7 @@ def verified(optimizer: HasState, state_dict: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: It is no optimizer state, or belongs to another optimizer or model.
     """
     _check_form(state_dict)
-    aligned = _aligned(optimizer.param_groups, state_dict)
+    aligned = _completed(optimizer, _aligned(optimizer.param_groups, state_dict))
     _check_state(optimizer, aligned)
     return aligned
 
@@ -67,7 +67,7 @@ def restore(optimizer: HasState, state_dict: dict[str, Any]) -> None:
     groups, states = [], defaultdict[Tensor, dict[str, Any]](dict)
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         settings = copy.deepcopy({k: v for k, v in saved.items() if k != "params"})
-        groups.append({**_LATER, **settings, "params": group["params"]})
+        groups.append({**settings, "params": group["params"]})
         for key, parameter in zip(saved["params"], group["params"], strict=True):
             if state := state_dict["state"].get(key, {}):
                 states[parameter] = _own(optimizer, parameter, groups[-1], state)
@@ -160,6 +160,13 @@ def _aligned(groups: Sequence[Group], state_dict: dict[str, Any]) -> dict[str, A
     return {**state_dict, "param_groups": aligned}
 
 
+def _completed(optimizer: HasState, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return ``state_dict`` with the settings that its release did not have yet."""
+    later = {key: value for key, value in _LATER.items() if key in optimizer.defaults}
+    groups = [{**later, **group} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
 def _has_names(groups: Sequence[Group]) -> bool:
     """Whether every parameter has a name of its own; those of two models may coincide."""
     if not all("param_names" in group for group in groups):
@@ -182,7 +189,7 @@ def _check_state(optimizer: HasState, state_dict: dict[str, Any]) -> None:
             )
         # A scheduler adds keys of its own, on one side only; so does torch to the defaults, when it
         # loads.
-        needed = optimizer.defaults.keys() - {"differentiable", *_LATER} | {"base_lr"}
+        needed = optimizer.defaults.keys() - {"differentiable"} | {"base_lr"}
         if missing := sorted(needed - saved.keys(), key=str):
             raise CheckpointError(
                 f"the checkpoint's parameter group lacks {missing}; it was not saved by "

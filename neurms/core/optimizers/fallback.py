@@ -63,7 +63,8 @@ def fallback_rate(group: Mapping[str, Any]) -> float:
     where that is 0; and in a group that is the fallback's alone, whose ``lr`` is AdamW's own,
     ``fallback_lr``.
     """
-    return float(group["fallback_lr"]) * float(group["lr"]) / float(group["base_lr"])
+    # In this order: at the base itself the quotient is 1, and nothing is rounded.
+    return float(group["fallback_lr"] * (float(group["lr"]) / group["base_lr"]))
 
 
 def adamw_state(parameter: Tensor) -> State:

@@ -11,7 +11,7 @@ from neurms.core.ground.spans import span
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.structures.two_sided import TwoSidedDiagonal
+from neurms.core.structures.two_sided import Fit, TwoSidedDiagonal
 from neurms.core.transforms.safeguards import NormGrowthLimiter, growth_factor
 
 __all__ = ["RACS"]
@@ -30,8 +30,12 @@ class RACS(PreconditionedOptimizer):
         beta: Decay of the averages of q and s.
         alpha: Constant factor of the update (the paper uses .05, and .02 for its 1.3B model).
         gamma: Bound on the growth of the update's norm from step to step.
-        iterations: Rounds of power iteration.
+        iterations: Rounds of power iteration, for ``fit="power"``.
         bias_correction: Correct the averages for their start at zero; False is the paper.
+        fit: How q and s are found: ``"power"`` is the paper's power iteration from q = 1,
+            ``"tracked"`` one round that starts from the last step's average, ``"sums"`` the means
+            of G.^2 over columns and rows, for G_ij sqrt(T / (q_i s_j)) with T the mean of s. The
+            last two read the gradient once to find them.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
 
     Raises:
@@ -41,7 +45,7 @@ class RACS(PreconditionedOptimizer):
     Reference:
         "Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a
         Low-Rank Extension", Algorithm 1, eq. 16. Settled here: zero rows and columns get zero
-        updates; the limiter restarts after an all-zero update.
+        updates; the limiter restarts after an all-zero update. ``fit`` is an addition.
 
     Example:
         >>> import torch, neurms
@@ -64,6 +68,7 @@ class RACS(PreconditionedOptimizer):
         gamma: float = 1.01,
         iterations: int = 5,
         bias_correction: bool = False,
+        fit: Fit = "power",
         **common: Unpack[CommonSettings],
     ) -> None:
         settings = {
@@ -73,6 +78,7 @@ class RACS(PreconditionedOptimizer):
             "gamma": gamma,
             "iterations": iterations,
             "bias_correction": bias_correction,
+            "fit": fit,
         }
         super().__init__(params, settings, common)
 
@@ -80,7 +86,7 @@ class RACS(PreconditionedOptimizer):
     def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
         """Return S (x) Q scaling followed by the norm-growth limiter."""
         structure = TwoSidedDiagonal(
-            settings["beta"], settings["iterations"], settings["bias_correction"]
+            settings["beta"], settings["iterations"], settings["bias_correction"], settings["fit"]
         )
         limiter = NormGrowthLimiter(settings["gamma"])
         return Recipe(

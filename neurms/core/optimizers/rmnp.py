@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Unpack
 
-from neurms.compiled.row_update import row_normalized_update_
+from neurms.compiled.row_update import row_normalized_updates_
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import CommonSettings
@@ -87,13 +87,5 @@ def _fused_step(momentum: Momentum, shape: ShapeScale, call: FusedStep) -> None:
         # Stored by columns like W and G from here on, also after a checkpoint was loaded.
         velocity.set_(velocity.mT.contiguous().mT)  # type: ignore[call-overload]
     step = call.lr * shape.factor(call.context.units(call.weight), call.weight.shape[-1])
-    row_normalized_update_(
-        call.weight,
-        velocity,
-        call.gradient,
-        momentum.momentum,
-        momentum.nesterov,
-        call.scalar(step),
-        call.scalar(call.decay),
-        FLOOR,
-    )
+    operands = [call.weight], [velocity], [call.gradient], [step], [call.decay]
+    row_normalized_updates_(*operands, momentum.momentum, momentum.nesterov, FLOOR)

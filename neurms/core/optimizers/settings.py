@@ -33,8 +33,11 @@ class CommonSettings(TypedDict, total=False):
     maximize: Ascend instead of descend (False).
     process_group: The ranks that train one model together, over which statistics of layers are
         summed; None finds them: those of the model's DDP or FSDP2, else all.
-    foreach, fused, capturable, differentiable: torch's own optimizers have these; here they may be
-        None or False, since the form of each step is chosen by what it works on.
+    foreach: One of torch's own flags; here it may be None or False, as may the three below, since
+        the form of each step is chosen by what it works on.
+    fused: As ``foreach``.
+    capturable: As ``foreach``.
+    differentiable: As ``foreach``.
     """
 
     weight_decay: float

@@ -126,7 +126,7 @@ class Work:
                         f"the gradient of {view.route.name!r} is sparse; build the embedding with "
                         "sparse=False or give it to torch.optim.SparseAdam"
                     )
-                view.state = state[parameter]
+                view.state = state.get(parameter, {})
                 if parameter.dtype is not view.kept or parameter.device != view.device:
                     _follow(view)
                 view.gradient = -gradient if ascends else gradient

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neurms.compiled.backends import PROMPT, current_backend, scalar
+from neurms.compiled.gradient_factors import (
+    factors_of_moments,
+    gradient_factors,
+    moved_moments,
+)
+from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.square_sums import square_sums
 from neurms.core.ground.errors import check_fraction, check_real
 from neurms.core.ground.spans import span
@@ -19,10 +26,10 @@ __all__ = ["GradientMoments", "with_bias"]
 class GradientMoments(Structure):
     """F ~ S (x) Q, where Q and S are the moving averages of G's row and column sums of squares.
 
-    q_i <- beta q_i + (1 - beta) sum_j G_ij^2 ; s_j <- beta s_j + (1 - beta) sum_i G_ij^2 ; with both
-    over 1 - beta^t, T = (sum_i q_i + sum_j s_j) / 2 and U_ij = X_ij sqrt(T / (q_i s_j)), where X is
-    G or, with ``momentum``, M <- mu M + (1 - mu) G. q_i s_j / T is the rank-one fit of E[G_ij^2], so
-    U has an RMS of about 1 and the learning rate has AdamW's scale.
+    q_i <- beta q_i + (1 - beta) sum_j G_ij^2 and s_j <- beta s_j + (1 - beta) sum_i G_ij^2; with
+    both over 1 - beta^t, T = (sum_i q_i + sum_j s_j) / 2 and U_ij = X_ij sqrt(T / (q_i s_j)). X is
+    G or, with ``momentum``, M <- mu M + (1 - mu) G. q_i s_j / T is the rank-one fit of E[G_ij^2],
+    so that U has an RMS of about 1, and the learning rate AdamW's scale.
 
     Each side's factors, 1/sqrt(q_i) and 1/sqrt(s_j), are kept within ``kappa`` times the lower
     median of its factors; T is of the moments as they are. The current gradient belongs to the
@@ -76,11 +83,11 @@ class GradientMoments(Structure):
         """Observe the gradient (..., m, n) and return it, or its average, scaled by the result."""
         with span("reduce"):
             left, right = self.scales(*self.sums(update), state, context)
-        return self._averaged(update, state) * left[..., :, None] * right[..., None, :]
+        return self.averaged(update, state) * left[..., :, None] * right[..., None, :]
 
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
         """Average the gradient's sums of squares into ``q`` and ``s``, and the gradient into M."""
-        self._averaged(gradient, state)
+        self.averaged(gradient, state)
         rows, columns = self.sums(gradient)
         self._move(rows, state["q"])
         self._move(context.summed(columns), state["s"])
@@ -116,40 +123,49 @@ class GradientMoments(Structure):
         Returns:
             left (..., m) and right (..., n): U_ij = left_i X_ij right_j.
         """
-        self._move(rows, state["q"])
-        squares = state["q"].double().square()
-        if context.shard is not None:
-            # One exchange instead of two: the rows of all ranks travel with the column sums.
-            units = context.shard.total
-            both = context.summed(torch.cat([_placed(squares, context), columns.double()], -1))
-            squares, columns = both[..., :units], both[..., units:]
-        self._move(columns, state["s"])
-        return self._factors(squares, state, context)
+        if context.shard is None:
+            averages = [rows], [columns], [state["q"]], [state["s"]], [self._correction(context)]
+            # Vectors of a large matrix: not their own size is what a native call must be worth.
+            large = rows.dim() == 1 and rows.numel() * columns.numel() >= LEAST_ELEMENTS
+            prompt = large and current_backend() == "auto"
+            form = gradient_factors.on(PROMPT) if prompt else gradient_factors
+            made = form(*averages, self.beta, self.kappa)
+            q, s, left, right = (item for (item,) in made)
+            state["q"].copy_(q)
+            state["s"].copy_(s)
+            return left, right
+        # One exchange instead of two: the rows of all ranks travel with the column sums.
+        own = _placed(self._move(rows, state["q"]), context)
+        both = context.summed(torch.cat([own, columns.double()], -1))
+        squares, columns = both.split([context.shard.total, columns.shape[-1]], -1)
+        return self._factors(squares, self._move(columns, state["s"]), state, context)
 
     def factors(self, state: State, context: Context) -> tuple[Tensor, Tensor]:
         """Return left (..., m) and right (..., n) of the averages as they are."""
-        squares = state["q"].double().square()
+        q, s = (state[key].double().square() for key in "qs")
         if context.shard is not None:
-            squares = context.summed(_placed(squares, context))
-        return self._factors(squares, state, context)
+            q = context.summed(_placed(q, context))
+        return self._factors(q, s, state, context)
 
-    def _move(self, squares: Tensor, roots: Tensor) -> None:
-        moved = roots.double().square().lerp_(squares.double(), 1.0 - self.beta)
-        roots.copy_(moved.sqrt_())
+    def _move(self, squares: Tensor, roots: Tensor) -> Tensor:
+        moved = moved_moments(roots, squares, self.beta)
+        roots.copy_(moved.sqrt())
+        return moved
 
-    def _factors(self, q: Tensor, state: State, context: Context) -> tuple[Tensor, Tensor]:
-        """Return the factors from q (..., m of all ranks), float64, and the state's s."""
-        s = state["s"].double().square()
-        total = (q.sum(-1, keepdim=True) + s.sum(-1, keepdim=True)) / 2.0
-        # The averages' correction c enters as sqrt((T / c) / ((q_i / c) (s_j / c))).
-        correction = 1.0 - self.beta**context.step
-        left = _bounded_inverse_roots(q, self.kappa) * (total * correction).sqrt()
+    def _correction(self, context: Context) -> float:
+        return 1.0 - self.beta**context.step
+
+    def _factors(
+        self, q: Tensor, s: Tensor, state: State, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """Return the factors of the rows that are here, from q of all rows and s."""
+        left, right = factors_of_moments(q, s, scalar(self._correction(context)), self.kappa)
         if context.shard is not None:
             left = left[..., context.shard.slice]
-        right = _bounded_inverse_roots(s, self.kappa)
         return left.to(state["q"].dtype), right.to(state["s"].dtype)
 
-    def _averaged(self, gradient: Tensor, state: State) -> Tensor:
+    def averaged(self, gradient: Tensor, state: State) -> Tensor:
+        """Return X (..., m, n): G itself, or with ``momentum`` M after this gradient."""
         if not self.momentum:
             return gradient
         return state["momentum"].lerp_(gradient, 1.0 - self.momentum)
@@ -182,18 +198,3 @@ def _placed(own: Tensor, context: Context) -> Tensor:
     whole = own.new_zeros((*own.shape[:-1], context.shard.total))
     whole[..., context.shard.slice] = own
     return whole
-
-
-def _bounded_inverse_roots(moments: Tensor, kappa: float) -> Tensor:
-    """Return 1/sqrt of moments (..., k), within ``kappa`` of its lower median; zero where they are.
-
-    Moments whose roots are below float32's least normal number count as zero: what is divided by
-    them has long been zero, and the quotient would overflow.
-    """
-    dead = moments < torch.finfo(torch.float32).tiny ** 2
-    inverse = moments.rsqrt()
-    if inverse.shape[-1] == 0:
-        return inverse
-    median = inverse.masked_fill(dead, torch.nan).nanmedian(-1, keepdim=True)[0]
-    bounded = torch.minimum(torch.maximum(inverse, median / kappa), median * kappa)
-    return bounded.masked_fill(dead, 0.0)

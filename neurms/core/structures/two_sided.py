@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales_
-from neurms.core.ground.errors import check_fraction, check_positive_int
+from neurms.compiled.two_sided_once import fit_once, tracked_start, two_sided_once
+from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
 from neurms.core.structures.base import Context, State, Structure
 
-__all__ = ["TwoSidedDiagonal"]
+__all__ = ["Fit", "TwoSidedDiagonal"]
+
+Fit = Literal["power", "tracked", "sums"]
 
 
 @dataclass(frozen=True)
@@ -19,28 +24,39 @@ class TwoSidedDiagonal(Structure):
     """F ~ S (x) Q with diagonal S over features and Q over units, averaged over steps.
 
     The update is G_ij / sqrt(q_i s_j) with exponential moving averages of s and q. Multiplying
-    every gradient by a constant changes nothing: s takes the square of it, the quotient is free of
-    it.
+    every gradient by a constant changes nothing: one of them takes the square of it, the quotient
+    is free of it. Where q and s come from, in each step:
+
+    - ``fit="power"``: ``iterations`` rounds of power iteration on G.^2 from q = 1;
+    - ``"tracked"``: one round, from the average s over its mean (from s = 1 in the first step):
+      what the rounds would find changes slowly, and each step comes nearer to it;
+    - ``"sums"``: the means of G.^2 over columns and over rows, no iteration. The update is then
+      G_ij sqrt(T / (q_i s_j)) with T the mean of s, the fit of Adafactor.
 
     Args:
         beta: Decay of the averages; 0 uses each step's own fit.
-        iterations: Rounds of power iteration in each step.
+        iterations: Rounds of power iteration in each step, for ``fit="power"``.
         bias_correction: Divide the averages by 1 - beta^t. False is the paper: as the averages
-            start from zero its first update is 1/(1 - beta) times as long.
+            start from zero its first update is 1/(1 - beta) times as long (the root of that for
+            ``"sums"``).
+        fit: See above.
 
     Reference:
-        Structured-Fisher paper, Algorithm 1 and eq. 16 (RACS). Settled here: a row or a column
-        whose statistic is zero gets a zero update, where the paper would divide by zero.
+        Structured-Fisher paper, Algorithm 1 and eq. 16 (RACS), is ``"power"``. Settled here: a row
+        or a column whose statistic is zero gets a zero update, where the paper would divide by
+        zero. The other fits are additions, which read G once where the paper's reads it five times.
     """
 
     beta: float = 0.9
     iterations: int = 5
     bias_correction: bool = False
+    fit: Fit = "power"
     row_local = True
 
     def __post_init__(self) -> None:
         check_fraction("beta", self.beta)
         check_positive_int("iterations", self.iterations)
+        check_choice("fit", self.fit, ("power", "tracked", "sums"))
 
     def init(self, matrix: Tensor) -> State:
         """Return the averages ``q`` (..., m) and ``s`` (..., n), zero."""
@@ -50,8 +66,13 @@ class TwoSidedDiagonal(Structure):
         }
 
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
-        """Average this step's principal scales into ``q`` and ``s``."""
-        if context.shard is None:
+        """Average this step's fit into ``q`` and ``s``."""
+        tracked = self.fit == "tracked"
+        if self.fit != "power" and context.shard is None:
+            q, s = fit_once(gradient, state["s"], tracked)
+        elif self.fit != "power":
+            q, s = _fit_once_over_ranks(gradient, state["s"], tracked, context)
+        elif context.shard is None:
             q, s = two_sided_fit(gradient, self.iterations)
         else:
             q, s = _fit_over_ranks(gradient, self.iterations, context)
@@ -64,8 +85,14 @@ class TwoSidedDiagonal(Structure):
         return gradient * left[..., :, None] * right[..., None, :]
 
     def factors(self, state: State, step: int) -> tuple[Tensor, Tensor]:
-        """Return 1 / sqrt(q) (..., m) and 1 / sqrt(s) (..., n), zero where the statistic is."""
-        return _rsqrt(state["q"]) * self._correction(step), _rsqrt(state["s"])
+        """Return sqrt(T / q) (..., m) and 1 / sqrt(s) (..., n), zero where the statistic is.
+
+        T is 1 unless ``fit="sums"``.
+        """
+        left = _rsqrt(state["q"]) * self._correction(step)
+        if self.fit == "sums":
+            left = left * state["s"].mean(-1, keepdim=True).sqrt()
+        return left, _rsqrt(state["s"])
 
     def scales(
         self, gradient: Tensor, state: State, context: Context
@@ -75,17 +102,28 @@ class TwoSidedDiagonal(Structure):
         Returns:
             What :meth:`factors` does, (m,) and (n,), and ``||left_i G_ij right_j||``, 0-d.
         """
-        if context.shard is None:
-            correction = self._correction(context.step)
+        correction, fresh = self._correction(context.step), 1.0 - self.beta
+        if context.shard is None and self.fit == "power":
             return two_sided_scales_(
-                gradient, state["q"], state["s"], self.iterations, 1.0 - self.beta, correction
+                gradient, state["q"], state["s"], self.iterations, fresh, correction
             )
+        if context.shard is None:
+            lists = [gradient], [state["q"]], [state["s"]], [correction]
+            made = two_sided_once(*lists, self.beta, self.fit == "tracked")
+            q, s, left, right, norm = (item for (item,) in made)
+            state["q"].copy_(q)
+            state["s"].copy_(s)
+            return left, right, norm
         self.observe(gradient, state, context)
         left, right = self.factors(state, context.step)
         return left, right, context.summed(scaled_square_sum(gradient, left, right)).sqrt()
 
     def _correction(self, step: int) -> float:
-        return 1.0 - self.beta**step if self.bias_correction else 1.0
+        if not self.bias_correction:
+            return 1.0
+        # With the averages over c, sqrt((T / c) / ((q_i / c) (s_j / c))) for "sums".
+        whole = 1.0 - self.beta**step
+        return math.sqrt(whole) if self.fit == "sums" else whole
 
 
 def _fit_over_ranks(gradient: Tensor, iterations: int, context: Context) -> tuple[Tensor, Tensor]:
@@ -107,6 +145,29 @@ def _fit_over_ranks(gradient: Tensor, iterations: int, context: Context) -> tupl
         norm = (unit.square().sum(-1, keepdim=True) * peak).clamp(min=tiny)
         q = (squares @ unit.unsqueeze(-1)).squeeze(-1) / norm
     return q, s
+
+
+def _fit_once_over_ranks(
+    gradient: Tensor, s: Tensor, tracked: bool, context: Context
+) -> tuple[Tensor, Tensor]:
+    """Fit as :func:`~neurms.compiled.two_sided_once.fit_once` does, from a rank's rows of G.
+
+    It sends n numbers, and one more where ``tracked``, for ||q||^2.
+    """
+    squares = gradient.square()
+    if not tracked:
+        # Divided first: a sum over all ranks could overflow where the mean does not.
+        total = context.summed(squares.sum(-2) / context.units(gradient))
+        return squares.mean(-1), total
+    start = tracked_start(s)
+    q = (squares @ start.unsqueeze(-1)).squeeze(-1) / start.square().sum(-1, keepdim=True)
+    # In float64: a rank does not know by which of all rows to normalise.
+    wide = q.double()
+    products = (squares.mT.double() @ wide.unsqueeze(-1)).squeeze(-1)
+    own = torch.cat([products, wide.square().sum(-1, keepdim=True)], -1)
+    sums = context.summed(own)
+    tiny = torch.finfo(torch.float64).tiny
+    return q, (sums[..., :-1] / sums[..., -1:].clamp(min=tiny)).to(q.dtype)
 
 
 def _rsqrt(values: Tensor) -> Tensor:

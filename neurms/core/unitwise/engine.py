@@ -320,9 +320,9 @@ class Engine:
                     "it has"
                 )
         self.synchronize(layers)
-        self._warn_of_still(layers, moving)
 
-    def _warn_of_still(self, layers: Iterable[TappedLayer], moving: Collection[Tensor]) -> None:
+    def warn_of_still(self, layers: Iterable[TappedLayer], moving: Collection[Tensor]) -> None:
+        """Warn, once for each layer, of statistics that stand still while training goes on."""
         for layer in layers:
             if layer.weight not in moving or not layer.stands_still or not layer.state.get("step"):
                 continue

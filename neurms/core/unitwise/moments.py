@@ -105,15 +105,18 @@ def _moved_features(
         part.squares().new_zeros(size) if part.pending.features is None else part.pending.features
         for part, size in zip(parts, sizes, strict=True)
     ]
-    last = [part.last("u", own) for part, own in zip(parts, squares, strict=True)]
+    last: list[Any] = [part.last("u", own) for part, own in zip(parts, squares, strict=True)]
     weights = [1.0 / count if count else 0.0 for count in rows]
     u: list[Any]
     c: list[Any]
-    u, c = map(list, structure.moved(last, squares, weights, steps, backend, features=True))
+    u, c = structure.moved(last, squares, weights, steps, backend, features=True)
     for index, count in enumerate(rows):
         if not count:
             state = {"v": last[index], "u": last[index]}
-            u[index], c[index] = last[index], structure.factors(state, steps[index])[1]
+            u[index] = last[index]
+            scale = structure.factors(state, steps[index])[1]
+            assert scale is not None
+            c[index] = scale
     return u, c
 
 

@@ -93,6 +93,7 @@ class UnitwiseMover(Mover):
     def move(self, views: Sequence[View]) -> None:
         """Commit the statistics of layers that move, then move their weights and biases."""
         engine, own = self._engine, {view.parameter: view for view in views}
+        engine.warn_of_still(engine, own)
         engine.commit(
             layer
             for layer in engine

@@ -253,6 +253,7 @@ class GradientPreconditioner:
         self.layers.prepare(layers, {p for p in moving if p.grad is not None})
         if bad := nonfinite_names(self._views(moving)) or self._bad_statistics(layers):
             return self._refused(bad)
+        self.layers.warn_of_still(layers, {p for p in moving if p.grad is not None})
         with use_backend(self.backend), WholeStep():
             self.layers.commit(layer for layer in layers if layer.observed.rows)
             moves = [move for layer in layers for move in self._moves_of(layer, moving)]

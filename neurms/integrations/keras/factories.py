@@ -91,8 +91,8 @@ def keras_racs(learning_rate: Any = 0.02, **settings: Any) -> Any:
 
     Args:
         learning_rate: A float, a schedule or a callable.
-        **settings: ``beta=.9, alpha=.05, gamma=1.01, iterations=5, bias_correction=False``, the
-            common settings and Keras's own arguments.
+        **settings: ``beta=.9, alpha=.05, gamma=1.01, iterations=5, bias_correction=False,
+            fit="power"``, the common settings and Keras's own arguments.
 
     Returns:
         The optimizer.

@@ -19,6 +19,8 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"neurms {v}": ("neurms", {"lr": 0.05, "momentum": 0.5, "variant": v}) for v in "UBF"},
     "rmnp": ("rmnp", {"weight_decay": 0.1}),
     "racs": ("racs", {}),
+    "racs tracked": ("racs", {"fit": "tracked"}),
+    "racs sums": ("racs", {"fit": "sums"}),
     "alice": ("alice", {"rank": 3, "leading": 1, "interval": 2}),
     "shared_basis": ("shared_basis", {"lr": 0.01, "rank": 2}),
 }

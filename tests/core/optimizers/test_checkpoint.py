@@ -125,6 +125,17 @@ def test_one_optimizer_loads_more_than_once() -> None:
     assert_same_state(optimizer.state_dict()["state"], source.state_dict()["state"])
 
 
+def test_what_an_earlier_release_did_not_know_is_what_held_then() -> None:
+    _, optimizer = trained("racs")
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["fit"], group["maximize"]
+    other = make("racs", small_model(), fit="sums")
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["fit"] == "power"
+    assert_same_state(other.state_dict(), optimizer.state_dict())
+
+
 def test_settings_come_from_the_checkpoint() -> None:
     """As in torch.optim: what was saved was made with them."""
     model, optimizer = trained(momentum=0.0, lr=0.3)

@@ -18,6 +18,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("rmnp", {"nesterov": False, "shape_scale": False}),
     ("racs", {"weight_decay": 0.1}),
     ("racs", {"bias_correction": True, "gamma": 1.0}),
+    ("racs", {"fit": "tracked", "weight_decay": 0.1}),
+    ("racs", {"fit": "sums", "bias_correction": True}),
+    ("racs", {"fit": "sums"}),
 ]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from neurms.compiled.two_sided import two_sided_fit
 from neurms.core.structures.base import Context
-from neurms.core.structures.two_sided import TwoSidedDiagonal
+from neurms.core.structures.two_sided import Fit, TwoSidedDiagonal
 from tests.core.structures.contract import TransformContract, gradients, run
 
 
@@ -43,9 +45,19 @@ class TestTwoSidedDiagonal(TransformContract):
         paper = TwoSidedDiagonal(beta=0.9)
         torch.testing.assert_close(paper(gradient, paper.init(gradient), Context(1)), 10 * plain)
 
+    def test_bias_correction_of_sums(self) -> None:
+        gradient = gradients(4, 3, steps=1)[0]
+        first = TwoSidedDiagonal(beta=0.9, bias_correction=True, fit="sums")
+        no_average = TwoSidedDiagonal(beta=0.0, fit="sums")
+        corrected = first(gradient, first.init(gradient), Context(1))
+        torch.testing.assert_close(
+            corrected, no_average(gradient, no_average.init(gradient), Context(1))
+        )
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
+            ({"fit": "rows"}, "fit='rows'"),
             ({"beta": 1.0}, "beta=1.0"),
             ({"iterations": 0}, "iterations=0"),
             ({"beta": -0.1}, "beta"),
@@ -54,3 +66,39 @@ class TestTwoSidedDiagonal(TransformContract):
     def test_bad_settings(self, settings: dict[str, float], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             TwoSidedDiagonal(**settings)  # type: ignore[arg-type]
+
+
+def truth(steps: Tensor, fit: str, beta: float) -> list[np.ndarray]:
+    """The definitions of the two fits of one read, word by word."""
+    q, s, updates = np.zeros(steps.shape[1]), np.zeros(steps.shape[2]), []
+    for g in steps.double().numpy():
+        squares = g**2
+        if fit == "sums":
+            new_q, new_s = squares.mean(1), squares.mean(0)
+        else:
+            start = np.maximum(s / s.mean(), 1e-3) if s.any() else np.ones_like(s)
+            new_q = squares @ start / (start @ start)
+            new_s = new_q @ squares / (new_q @ new_q)
+        q, s = beta * q + (1 - beta) * new_q, beta * s + (1 - beta) * new_s
+        total = s.mean() if fit == "sums" else 1.0
+        updates.append(np.sqrt(total) * g / np.sqrt(np.outer(q, s)))
+    return updates
+
+
+@pytest.mark.parametrize("fit", ["tracked", "sums"])
+@pytest.mark.parametrize("shape", [(7, 5), (4, 9), (1, 6), (6, 1)])
+def test_fits_of_one_read_over_25_steps(shape: tuple[int, int], fit: Fit) -> None:
+    steps = gradients(*shape, steps=25)
+    updates, _ = run(TwoSidedDiagonal(fit=fit), steps)
+    for update, expected in zip(updates, truth(steps, fit, 0.9), strict=True):
+        np.testing.assert_allclose(update.numpy(), expected, rtol=1e-12, atol=1e-14)
+
+
+class TestTracked(TransformContract):
+    transform = TwoSidedDiagonal(fit="tracked")
+    scale_invariant = True
+
+
+class TestSums(TransformContract):
+    transform = TwoSidedDiagonal(fit="sums")
+    scale_invariant = True

@@ -1,0 +1,130 @@
+"""One OpenMP runtime in the process, torch's, whatever is done with it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from neurms.compiled.native import compiler
+from neurms.compiled.native.toolchain import FOLDER
+
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps"),
+]
+
+
+def run(code: str, repository: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env={**os.environ, "PYTHONPATH": str(repository), **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+RUNTIMES = """
+    import torch, neurms
+    from neurms.compiled.finite import within
+    from neurms.compiled.native.openmp import runtimes
+    before = runtimes()
+    torch.set_num_threads(2)
+    assert neurms.warm_up() and within([torch.zeros(1 << 18)], [1.0])
+    assert before and runtimes() == before, (before, runtimes())
+    print(len(before))
+"""
+
+
+def test_the_kernels_bring_no_runtime(repository: Path) -> None:
+    assert run(RUNTIMES, repository) == "1"
+
+
+def test_a_hidden_runtime_is_made_visible() -> None:
+    """As torch's would be, were it loaded with its symbols for itself alone."""
+    code = f"""
+        import ctypes, runpy
+        module = runpy.run_path({str(FOLDER / "openmp.py")!r})
+        before = hasattr(ctypes.CDLL(None), "omp_get_num_threads")
+        ctypes.CDLL("libgomp.so.1")
+        hidden = hasattr(ctypes.CDLL(None), "omp_get_num_threads")
+        module["expose"]()
+        print(before, hidden, hasattr(ctypes.CDLL(None), "omp_get_num_threads"))
+    """
+    try:
+        found = run(code, Path())
+    except AssertionError as error:
+        if "libgomp.so.1" in str(error):
+            pytest.skip("the system has no libgomp")
+        raise
+    assert found == "False False True"
+
+
+COUNT = """
+    import os, torch, neurms
+    from neurms.compiled.finite import within
+    from neurms.compiled.native import threads
+    {change}
+    within([torch.zeros(1 << 22)], [1.0])
+    workers = len(os.listdir("/proc/self/task"))
+    print(threads(), torch.get_num_threads(), workers)
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_threads_are_torch_s_and_no_more(repository: Path, count: int) -> None:
+    """By the environment or by the call, kernels and torch share one team of workers."""
+    by_environment = run(COUNT.format(change=""), repository, OMP_NUM_THREADS=str(count))
+    by_call = run(COUNT.format(change=f"torch.set_num_threads({count})"), repository)
+    assert by_call.split()[:2] == [str(count)] * 2
+    taken, allowed, workers = by_environment.split()
+    assert taken == allowed  # no more than there are cores
+    alone = """
+        import os, torch
+        torch.zeros(1 << 22).add_(1)
+        print(len(os.listdir("/proc/self/task")))
+    """
+    torch_alone = run(alone, repository, OMP_NUM_THREADS=str(count))
+    assert workers == torch_alone
+
+
+TRAINING = """
+    import torch, neurms
+    from torch.utils.data import DataLoader, TensorDataset
+    torch.set_num_threads({count})
+    class Scaled(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x * torch.ones(1 << 16).sum() / (1 << 16), y
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Tanh(), torch.nn.Linear(256, 8))
+    optimizer = neurms.{optimizer}
+    data = Scaled(torch.randn(64, 256), torch.randint(8, (64,)))
+    for epoch in range(2):
+        for x, y in DataLoader(data, 16, num_workers=2, multiprocessing_context="{method}"):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    print("trained")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["RACS(model.parameters())", "NeuRMS(model)", 'NeuRMS(model, update="backward")'],
+)
+def test_loaders_workers_and_kernels_share_the_machine(
+    repository: Path, count: int, optimizer: str
+) -> None:
+    """Forked workers are made after the kernels have used OpenMP's threads."""
+    code = TRAINING.format(count=count, optimizer=optimizer, method="fork")
+    assert run(code, repository) == "trained"
