@@ -75,13 +75,15 @@ def section(content: Content) -> str:
     design = content["settings"]["design"]
     found, against = _judged(content)
     scores = {row.name: row.scores for row in found}
+    details = design["details"].items()
+    shown = {k: v for k, v in details if k not in HIDDEN and v is not None}
     return SECTION.format(
         title=TITLES[design["task"]],
         figure=f"Test {design['figure']}",
         margin=design["margin"],
         trials=design["trials"],
         seeds=len(design["seeds"]),
-        details=", ".join(f"{k} {v}" for k, v in design["details"].items() if k not in HIDDEN),
+        details=", ".join(f"{k} {v}" for k, v in shown.items()),
         table=table(found, against, _judged(content, CONTROL)[1]),
         claims=claims(design, scores),
         made=made_by(content),
