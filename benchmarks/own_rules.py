@@ -95,7 +95,7 @@ class ProbedMoments(GradientMoments):
         rows = (update @ right).double().square().mean(-1)
         columns = (update.mT @ left).double().square().mean(-1)
         by_unit, by_feature = self.scales(rows, columns, state, context)
-        return self._averaged(update, state) * by_unit[..., :, None] * by_feature[..., None, :]
+        return self.averaged(update, state) * by_unit[..., :, None] * by_feature[..., None, :]
 
 
 class TwoRates(torch.optim.AdamW):

@@ -9,14 +9,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from neurms.core.optimizers.base import Params, PreconditionedOptimizer
-from neurms.core.optimizers.recipe import Recipe
-from neurms.core.structures.base import Context, State, Structure
+import neurms
 from neurms.core.transforms.safeguards import NormGrowthLimiter
 
 
 @dataclass(frozen=True)
-class FeatureMeans(Structure):
+class FeatureMeans(neurms.Structure):
     """Q (x) I: every feature's gradient divided by a running RMS of that feature's gradient.
 
     Args:
@@ -27,32 +25,35 @@ class FeatureMeans(Structure):
     beta: float = 0.9
     eps: float = 1e-12
 
-    def init(self, matrix: Tensor) -> State:
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
         # Every tensor of the state starts with the matrix's batch axes: (..., m, n) -> (..., n).
         return {"q": matrix.new_zeros((*matrix.shape[:-2], matrix.shape[-1]))}
 
-    def observe(self, gradient: Tensor, state: State, context: Context) -> None:
+    def observe(self, gradient: Tensor, state: dict[str, Tensor], context: neurms.Context) -> None:
         state["q"].lerp_(gradient.square().mean(dim=-2), 1 - self.beta)
 
-    def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, state: dict[str, Tensor], context: neurms.Context
+    ) -> Tensor:
         corrected = state["q"] / (1 - self.beta**context.step)
         return gradient * (corrected + self.eps).rsqrt().unsqueeze(-2)
 
 
-class FeatureRMS(PreconditionedOptimizer):
+@neurms.register
+class FeatureRMS(neurms.PreconditionedOptimizer):
     """The optimizer around it: routing, AdamW for the rest, checks, checkpoints, memory plan."""
 
     rule = "feature_rms"
 
     def __init__(
-        self, params: Params, lr: float = 1e-3, beta: float = 0.9, gamma: float = 1.1, **common: Any
+        self, params: Any, lr: float = 1e-3, beta: float = 0.9, gamma: float = 1.1, **common: Any
     ) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "gamma": gamma}, common)
 
     @classmethod
-    def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
+    def recipe(cls, settings: Mapping[str, Any]) -> neurms.Recipe:
         # What composes with any structure is not written again: here, a bound on growing steps.
-        return Recipe((FeatureMeans(settings["beta"]), NormGrowthLimiter(settings["gamma"])))
+        return neurms.Recipe((FeatureMeans(settings["beta"]), NormGrowthLimiter(settings["gamma"])))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,7 +70,8 @@ def main() -> None:
     inputs, targets = load_digits(return_X_y=True)
     images, labels = torch.tensor(inputs / 16.0).float(), torch.tensor(targets)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
-    optimizer = FeatureRMS(model, lr=arguments.lr)
+    # By its name, as Lightning's optimizer_config and keras_optimizer take it, too.
+    optimizer = neurms.create("feature_rms", model, lr=arguments.lr)
     print(optimizer.plan())
     for _ in range(60 if arguments.quick else arguments.steps):
         batch = torch.randint(1400, (64,))

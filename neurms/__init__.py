@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from neurms.compiled.native.load import warm_up as warm_up
     from neurms.core.distributed.joining import JoinableOptimizer as JoinableOptimizer
     from neurms.core.ground.errors import CheckpointError as CheckpointError
+    from neurms.core.ground.errors import MissingParametersError as MissingParametersError
     from neurms.core.ground.errors import NeurmsError as NeurmsError
     from neurms.core.ground.errors import NonFiniteError as NonFiniteError
+    from neurms.core.ground.errors import SparseGradientError as SparseGradientError
     from neurms.core.ground.errors import UnsupportedTrainingError as UnsupportedTrainingError
     from neurms.core.optimizers.adapprox import Adapprox as Adapprox
     from neurms.core.optimizers.alice import Alice as Alice
@@ -76,7 +78,9 @@ _EXPORTS = {
     "GradientPreconditioner": "neurms.core.unitwise.preconditioner",
     "warm_up": "neurms.compiled.native.load",
     "NeurmsError": "neurms.core.ground.errors",
+    "MissingParametersError": "neurms.core.ground.errors",
     "NonFiniteError": "neurms.core.ground.errors",
+    "SparseGradientError": "neurms.core.ground.errors",
     "UnsupportedTrainingError": "neurms.core.ground.errors",
     "CheckpointError": "neurms.core.ground.errors",
     "use_backend": "neurms.compiled.backends",

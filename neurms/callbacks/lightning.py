@@ -19,7 +19,7 @@ from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.checks import checked_settings
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
-from neurms.core.unitwise.rule import Gemm, LossReduction, Variant
+from neurms.core.unitwise.rule import Gemm, LossReduction, Normalize, Variant
 from neurms.core.unitwise.scale_summary import scale_summary
 from neurms.core.unitwise.tapped import TappedLayer
 from neurms.integrations.trainer_checks import (
@@ -48,6 +48,9 @@ class NeuRMSCallback(Callback):
     convolutions, and of their biases, to S G C (:class:`~neurms.core.unitwise.neurms.NeuRMS`):
     SGD(lr, momentum) with this callback moves as neurms.NeuRMS(lr, momentum) does. Beside Adam or
     RMSprop, which divide by an RMS of their own, much of a slowly varying scale cancels.
+    ``variant="P"`` makes gradients of an RMS of about 1: SGD's lr is on AdamW's scale then, and SGD
+    had better have no momentum, which would sum such updates and lengthen them up to 1 / (1 -
+    momentum) times; ``momentum`` here averages gradients instead.
     Embeddings, norms, tied weights and whatever else the rule cannot take keep the module's own
     optimizer as it was; :meth:`plan` lists them, and a summary is logged at the start.
 
@@ -69,8 +72,9 @@ class NeuRMSCallback(Callback):
 
     Args:
         variant: Where the factors act: "U" on the update, "B" on the error sent upstream, too, "F"
-            on the update with feature factors beside the unit factors.
-        beta: Decay of the second moments.
+            on the update with feature factors beside the unit factors; "P" scales gradients by
+            their own moments, without taps.
+        beta: Decay of the second moments; None is .95 for "P", .99 for the others.
         eps: Added to a second moment before its root.
         v_min: Floor of a second moment.
         s_min: Least unit factor.
@@ -94,6 +98,9 @@ class NeuRMSCallback(Callback):
         nonfinite: What a NaN or infinity does without a GradScaler: "raise", or "skip" the step.
         log: Log a few scalars under "neurms/" at the Trainer's logging interval.
         gemm: What update="backward" multiplies D and H in: "float32", or "bfloat16".
+        probes: Of variant P with update="backward", which no callback can ask for.
+        seed: Of those probes.
+        normalize: "rms" to divide what reaches the optimizer by the average of its RMS, or None.
 
     Raises:
         TypeError: A setting is of the wrong type.
@@ -123,7 +130,7 @@ class NeuRMSCallback(Callback):
     def __init__(
         self,
         variant: Variant = "U",
-        beta: float = 0.99,
+        beta: float | None = None,
         eps: float = 1e-8,
         v_min: float = 1e-12,
         s_min: float = 0.0,
@@ -147,13 +154,16 @@ class NeuRMSCallback(Callback):
         nonfinite: NonFinite = "raise",
         log: bool = True,
         gemm: Gemm = "float32",
+        probes: int = 4,
+        seed: int = 0,
+        normalize: Normalize | None = None,
     ) -> None:
         given = dict(locals())
         names = given.keys() - {"self", "log", "__class__"}
         self.settings = checked_settings({name: given[name] for name in names})
         # Not ``log``: Lightning puts the module's own method of that name here.
         self.log_scalars = log
-        self._preconditioner: GradientPreconditioner | None = None
+        self.preconditioner: GradientPreconditioner | None = None
         self._own: list[NeuRMS] = []
         self._scaled: list[NeuRMS] = []
         self._scaler: Any = None
@@ -180,7 +190,7 @@ class NeuRMSCallback(Callback):
         if not others:
             for optimizer in own:
                 check_agreement(optimizer, self.settings)
-        self._preconditioner = self._made_for(pl_module, own, others) if others else None
+        self.preconditioner = self._made_for(pl_module, own, others) if others else None
         self._adopt()
         self._announce(others)
 
@@ -191,14 +201,15 @@ class NeuRMSCallback(Callback):
         if self._scaler is not None:
             # A scaler meets overflows all the time, and skips those steps itself.
             settings["nonfinite"] = "skip"
-            settings["loss_scale"] = settings["loss_scale"] or _CurrentScale(self._scaler)
+            if settings["variant"] != "P":
+                settings["loss_scale"] = settings["loss_scale"] or _CurrentScale(self._scaler)
         leave = [p for optimizer in own for g in optimizer.param_groups for p in g["params"]]
         try:
             made = GradientPreconditioner(pl_module, leave=leave, optimizers=others, **settings)
         except UnsupportedTrainingError as error:
             raise MisconfigurationException(str(error)) from error
         try:
-            check_layers_are_optimized(made, others)
+            check_layers_are_optimized(made.taken, others)
             if self._loaded:
                 made.load_state_dict(self._loaded)
         except Exception:
@@ -219,8 +230,8 @@ class NeuRMSCallback(Callback):
 
     def _release(self) -> None:
         """Take every tap off; statistics stay, for checkpoints written after the fit."""
-        if self._preconditioner is not None:
-            self._preconditioner.detach()
+        if self.preconditioner is not None:
+            self.preconditioner.detach()
         for optimizer in self._own:
             optimizer.detach()
         for optimizer in self._scaled:
@@ -244,9 +255,9 @@ class NeuRMSCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Commit the statistics and scale the gradients of this optimizer's parameters."""
-        if self._preconditioner is not None and not isinstance(optimizer, NeuRMS):
+        if self.preconditioner is not None and not isinstance(optimizer, NeuRMS):
             with trainer.profiler.profile("[NeuRMS]precondition"):  # type: ignore[attr-defined]
-                applied = self._preconditioner.precondition_(optimizer)
+                applied = self.preconditioner.precondition_(optimizer)
             if not applied and self._scaler is None:
                 # Nobody else will skip this step; without gradients it moves nothing.
                 for group in optimizer.param_groups:
@@ -260,11 +271,11 @@ class NeuRMSCallback(Callback):
             self._log_scalars(pl_module)
 
     def _log_scalars(self, pl_module: LightningModule) -> None:
-        layers = [*(self._preconditioner or ()), *self._own_layers()]
+        layers = [*(self.preconditioner or ()), *self._own_layers()]
         for name, value in scale_summary(layers).items():
             pl_module.log(f"neurms/{name}", value, on_step=True, on_epoch=False)
-        if self._preconditioner is not None:
-            skipped = float(self._preconditioner.skipped_steps)
+        if self.preconditioner is not None:
+            skipped = float(self.preconditioner.skipped_steps)
             pl_module.log("neurms/skipped_steps", skipped, on_step=True, on_epoch=False)
 
     def _own_layers(self) -> Iterator[TappedLayer]:
@@ -279,8 +290,8 @@ class NeuRMSCallback(Callback):
         Raises:
             RuntimeError: No fit has started yet.
         """
-        if self._preconditioner is not None:
-            return self._preconditioner.plan()
+        if self.preconditioner is not None:
+            return self.preconditioner.plan()
         if self._own:
             return Plan([row for optimizer in self._own for row in optimizer.plan()])
         raise RuntimeError("NeuRMSCallback has no plan before trainer.fit has made the optimizers")
@@ -301,7 +312,7 @@ class NeuRMSCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics by parameter name, and the velocities where momentum is set."""
-        return self._loaded if self._preconditioner is None else self._preconditioner.state_dict()
+        return self._loaded if self.preconditioner is None else self.preconditioner.state_dict()
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -319,8 +330,8 @@ class NeuRMSCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's statistics until the fit starts, or take them in a running fit."""
-        if self._preconditioner is not None and self._preconditioner.attached and state_dict:
-            self._preconditioner.load_state_dict(state_dict)
+        if self.preconditioner is not None and self.preconditioner.attached and state_dict:
+            self.preconditioner.load_state_dict(state_dict)
         else:
             self._loaded = state_dict
 

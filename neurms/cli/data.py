@@ -111,6 +111,9 @@ def load(name: str) -> ImageData:
 def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
     """Split off ``count`` examples drawn at random: (the rest, the held out).
 
+    Raises:
+        ValueError: ``count`` leaves one of the two parts empty.
+
     Example:
         >>> train, validation = hold_out(load("digits").train, 360, seed=0)
         >>> len(train), len(validation)

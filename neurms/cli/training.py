@@ -166,6 +166,9 @@ def fit(
 
     Returns:
         The run's figures.
+
+    Raises:
+        KeyboardInterrupt: The training was interrupted.
     """
     torch.manual_seed(seed)
     steps = steps_of(budget, len(train))

@@ -32,7 +32,7 @@ from neurms.compiled.backends import Kernel, kernel
 from neurms.compiled.lists import list_kernel
 from neurms.compiled.native import addresses, are_plain, library, numbers, threads
 
-__all__ = ["apply_updates_", "scale_gradients_"]
+__all__ = ["Item", "apply_updates_", "as_rows", "have_rows", "scale_gradients_"]
 
 Item = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """A weight, its gradient, velocity, unit scale and feature scale."""
@@ -293,7 +293,7 @@ def _fit(items: Sequence[Item]) -> list[bool]:
     ]
 
 
-def _as_rows(item: Item) -> Item | None:
+def as_rows(item: Item) -> Item | None:
     """Return an item as matrices stored by rows, or as vectors; None where it cannot be one."""
     w, g, velocity, left, right = item
     if w.ndim == 2 and not w.is_contiguous():
@@ -314,12 +314,12 @@ def _as_rows(item: Item) -> Item | None:
     return item if are_plain([x for x in item if x is not None]) and _fit([item])[0] else None
 
 
-def _have_rows(*columns: Sequence[Any]) -> list[bool]:
+def have_rows(*columns: Sequence[Any]) -> list[bool]:
     """Return which items the native form serves; plain ones are seen without a call for each."""
     items: list[Item] = list(zip(*columns[:5], strict=True))
     plain = are_plain([x for item in items for x in item if x is not None])
     fit = _fit(items) if plain else [False] * len(items)
-    return [good or _as_rows(item) is not None for good, item in zip(fit, items, strict=True)]
+    return [good or as_rows(item) is not None for good, item in zip(fit, items, strict=True)]
 
 
 def _apply_natively(
@@ -334,7 +334,7 @@ def _apply_natively(
     items: Any = zip(weights, gradients, velocities, lefts, rights, strict=True)
     stored = map(Tensor.is_contiguous, weights)
     items = [
-        item if by_rows and item[0].ndim < 3 else _as_rows(item)
+        item if by_rows and item[0].ndim < 3 else as_rows(item)
         for by_rows, item in zip(stored, items, strict=True)
     ]
     # A vector is one row, whose elements have factors of their own.
@@ -406,4 +406,4 @@ def _in_graph(
     return sums if rest[-1] else None
 
 
-apply_updates_.native(_have_rows, _in_graph)(_apply_natively)
+apply_updates_.native(have_rows, _in_graph)(_apply_natively)

@@ -13,7 +13,6 @@ from neurms.core.ground.extras import require
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.unitwise.checks import default_settings
 from neurms.core.unitwise.neurms import NeuRMS
-from neurms.core.unitwise.tapped import TappedLayer
 
 require("lightning", extra="lightning")
 
@@ -83,11 +82,12 @@ def check_scaler(
     optimizers: Iterable[torch.optim.Optimizer], scaler: Any, settings: Mapping[str, Any]
 ) -> None:
     """Raise where gradients are still multiplied by the loss scale when the callback sees them."""
-    if scaler is None or not (settings["momentum"] or settings["agc"] is not None):
+    needing = [name for name in ("momentum", "agc", "normalize") if settings[name] not in (0, None)]
+    if scaler is None or not needing:
         return
     for optimizer in optimizers:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            name = "momentum" if settings["momentum"] else "agc"
+            name = needing[0]
             raise MisconfigurationException(
                 f"{name}={settings[name]!r} needs unscaled gradients, but a fused "
                 f"{type(optimizer).__name__} divides the loss scale out only in its step; build it "
@@ -96,12 +96,11 @@ def check_scaler(
 
 
 def check_layers_are_optimized(
-    layers: Iterable[TappedLayer], optimizers: Iterable[torch.optim.Optimizer]
+    taken: Iterable[Tensor], optimizers: Iterable[torch.optim.Optimizer]
 ) -> None:
-    """Raise if no optimizer holds a parameter of a tapped layer."""
+    """Raise if no optimizer holds a parameter among those whose gradients will be scaled."""
     held = {id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
-    parameters: list[Tensor] = [p for x in layers for p in (x.weight, x.bias) if p is not None]
-    if not any(id(parameter) in held for parameter in parameters):
+    if not any(id(parameter) in held for parameter in taken):
         raise MisconfigurationException(
             "no optimizer of the module holds a weight that NeuRMSCallback could precondition; "
             "return one over self.parameters() from configure_optimizers"

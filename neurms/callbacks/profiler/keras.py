@@ -238,7 +238,7 @@ class _OurView(OptimizerView):
     """The torch engine inside one of this library's Keras optimizers."""
 
     def __init__(self, optimizer: Any) -> None:
-        super().__init__([optimizer._built_engine().optimizer])
+        super().__init__([optimizer.engine.optimizer])
         self._keras = optimizer
 
     @property

@@ -116,7 +116,7 @@ def _callbacks(trainer: Trainer) -> list[Any]:
 
 def _preconditioner(callbacks: Iterable[Any]) -> Any:
     """Return what a NeuRMSCallback holds beside a foreign optimizer, if there is one."""
-    found = [getattr(callback, "_preconditioner", None) for callback in callbacks]
+    found = [getattr(callback, "preconditioner", None) for callback in callbacks]
     return next((preconditioner for preconditioner in found if preconditioner is not None), None)
 
 

@@ -234,6 +234,33 @@ double move_measured_rows(const Target& t, const Rule& rule, Range rows) {
   return total;
 }
 
+// sum_j (x_j right_j)^2; a null `right` is 1.
+template <bool kRight>
+float strip_square_sum(const float* x, const float* right, int64_t n) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    const float scaled = kRight ? x[j] * right[j] : x[j];
+    sum += scaled * scaled;
+  }
+  return sum;
+}
+
+// The sum of squares of rows of L X R.
+double rows_square_sum(const float* x, int64_t n, const float* left, const float* right, Range rows) {
+  double total = 0.0;
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    double squares = 0.0;
+    for (int64_t j = 0; j < n; j += kStrip) {
+      const int64_t width = std::min(kStrip, n - j);
+      squares += right ? strip_square_sum<true>(x + i * n + j, right + j, width)
+                       : strip_square_sum<false>(x + i * n + j, nullptr, width);
+    }
+    total += left ? static_cast<double>(left[i]) * left[i] * squares : squares;
+  }
+  return total;
+}
+
 int64_t elements(int64_t count, const int64_t* sizes) {
   int64_t total = 0;
   for (int64_t k = 0; k < count; ++k) total += sizes[k];
@@ -321,6 +348,27 @@ void neurms_apply_updates(int64_t count, float* const* w, const float* const* g,
   for (int64_t k = 0; k < count && measured; ++k) {
     measured[k] = 0.0;
     for (int part = 0; part < size; ++part) measured[k] += sums[part * count + k];
+  }
+}
+
+// For several matrices (m x n) the sums of squares of L X R; null factors are 1.
+void neurms_move_square_sums(int64_t count, const float* const* x, const int64_t* m, const int64_t* n,
+                        const float* const* left, const float* const* right, double* sums, int threads) {
+  int64_t total = 0;
+  for (int64_t k = 0; k < count; ++k) total += m[k] * n[k];
+  const int size = total < kAlone ? 1 : threads;
+  std::vector<double> parts(size * count);
+#pragma omp parallel num_threads(size)
+  {
+    const int part = omp_get_thread_num();
+    for (int64_t k = 0; k < count; ++k) {
+      const Range rows = share(m[k], part, omp_get_num_threads(), 1);
+      parts[part * count + k] = rows_square_sum(x[k], n[k], left[k], right[k], rows);
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    sums[k] = 0.0;
+    for (int part = 0; part < size; ++part) sums[k] += parts[part * count + k];
   }
 }
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from neurms.core.ground.precision import compute_dtype
-from neurms.core.ground.shards import RowShard, mesh_of, placement_of
+from neurms.core.ground.shards import RowShard, mesh_of, placement_of, row_shard
 from neurms.core.optimizers.by_recipe import batches, is_fused
 from neurms.core.optimizers.plan import meta_like
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import FALLBACK
 from neurms.core.structures.base import Context
+from neurms.core.unitwise.gradient_rule import bias_of
 from neurms.core.unitwise.neurms import NeuRMS
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def step_exchanges(optimizer: PreconditionedOptimizer) -> list[Exchange]:
         if view.parameter.requires_grad and not view.empty
     ]
     found = [*_statistics(optimizer), *_verdicts(views)]
+    if isinstance(optimizer, NeuRMS) and optimizer.probed:
+        found += _moments(optimizer, views)
     # NeuRMS's factors are the same on every rank, and act on the rows that are there.
     own = [view for view in views if view.rule not in (FALLBACK, NeuRMS.rule) and view.sharded]
     for view in own:
@@ -71,7 +74,7 @@ def step_exchanges(optimizer: PreconditionedOptimizer) -> list[Exchange]:
     own.sort(key=lambda view: not _moves_rows(view))
     for recipe, batch in batches(own):
         found += _of_batch(recipe, batch)
-    return found
+    return found + list(_lengths(views))
 
 
 def _moves_rows(view: View) -> bool:
@@ -81,7 +84,7 @@ def _moves_rows(view: View) -> bool:
 
 def _statistics(optimizer: PreconditionedOptimizer) -> Iterator[Exchange]:
     layers = list(optimizer.layers) if isinstance(optimizer, NeuRMS) else []
-    if not isinstance(optimizer, NeuRMS) or optimizer.layers.ranks.size == 1:
+    if not isinstance(optimizer, NeuRMS) or not layers or optimizer.layers.ranks.size == 1:
         return
     # float64 sums by unit and by feature, and two counts of rows.
     sizes = [8 * (sum(layer.sizes) + 2) for layer in layers]
@@ -90,6 +93,39 @@ def _statistics(optimizer: PreconditionedOptimizer) -> Iterator[Exchange]:
             size = 8 * (layer.route.layout.units + 2)
             yield Exchange("all-reduce", size, f"scale of {layer.name} in backward")
     yield Exchange("all-reduce", sum(sizes), "statistics of all layers")
+
+
+def _moments(optimizer: NeuRMS, views: list[View]) -> Iterator[Exchange]:
+    """Yield what variant P sends: q, and the column sums with a bias's, of each matrix by rows."""
+    for view in views:
+        if view.rule != NeuRMS.rule or not view.sharded or view.parameter.ndim < 2:
+            continue
+        recipe = optimizer.recipe_of(view.group)
+        bias = bias_of(view.route, optimizer.routes)
+        if shard_for(recipe, view.parameter, view.route.layout) is not None:
+            size = 8 * (sum(view.route.layout.matrix_shape) + (bias is not None))
+            yield Exchange("all-reduce", size, f"sums over rows of {view.route.name}")
+            continue
+        gathered = [view] if bias is None else [view, optimizer.view_of(bias.parameter)]
+        for own in gathered:
+            size = _gathered_numbers(own.parameter) * own.parameter.element_size()
+            yield Exchange("all-gather", size, f"gradient of {own.route.name}")
+        for own in gathered if view.group["momentum"] else ():
+            size = _gathered_numbers(own.parameter) * compute_dtype(own.parameter).itemsize
+            yield Exchange("all-gather", size, f"momentum of {own.route.name}")
+
+
+def _lengths(views: list[View]) -> Iterator[Exchange]:
+    """Yield the sums over rows that ``normalize`` takes: a float64 for each tensor of a group."""
+    counts: dict[tuple[int, Any], int] = {}
+    for view in views:
+        if view.rule == NeuRMS.rule and view.sharded and view.group["normalize"]:
+            shard = row_shard(view.parameter, view.route.layout)
+            assert shard is not None, "other cuts are refused when layers are attached"
+            key = id(view.group), shard.group
+            counts[key] = counts.get(key, 0) + 1
+    for count in counts.values():
+        yield Exchange("all-reduce", 8 * count, "lengths of the updates of a group")
 
 
 def _verdicts(views: list[View]) -> Iterator[Exchange]:

@@ -12,8 +12,10 @@ from typing import Any
 
 __all__ = [
     "CheckpointError",
+    "MissingParametersError",
     "NeurmsError",
     "NonFiniteError",
+    "SparseGradientError",
     "UnsupportedTrainingError",
     "check_betas",
     "check_choice",
@@ -58,6 +60,10 @@ def check_real(
 
     A 0-d tensor passes too (torch schedulers may hold lr in one). ``strict`` excludes ``low``
     itself.
+
+    Raises:
+        TypeError: It is no real number.
+        ValueError: It is not finite, or too small.
     """
     number = _number(name, value)
     too_low = number <= low if strict else number < low

@@ -19,8 +19,9 @@ def require(package: str, *, extra: str) -> ModuleType:
         The package.
 
     Raises:
-        ImportError: It is not installed. A package that is there and fails to import raises its own
-            error, which no installation of the extra would cure.
+        ImportError: It is not installed.
+        ModuleNotFoundError: It is there and does not find something itself, which no installation
+            of the extra would cure.
 
     Example:
         >>> require("torch", extra="all").__name__

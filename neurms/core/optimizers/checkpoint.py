@@ -22,7 +22,7 @@ __all__ = ["check_entries", "restore", "verified"]
 
 Group = dict[str, Any]
 
-_LATER: Group = {"maximize": False, "fit": "power"}
+_LATER: Group = {"maximize": False, "fit": "power", "probes": 4, "seed": 0}
 """Settings that checkpoints of earlier releases do not have, and what held then."""
 
 

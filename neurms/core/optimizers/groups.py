@@ -33,7 +33,8 @@ def completed(param_group: Any, rule: str, defaults: Mapping[str, Any], rate: fl
         rate: The learning rate that :func:`base_rate` of the optimizer's own groups is.
 
     Raises:
-        ValueError: A setting is out of its range, or ``"params"`` is missing.
+        MissingParametersError: ``"params"`` is missing.
+        ValueError: A setting is out of its range.
         TypeError: It is no dictionary, or ``"params"`` has no order.
     """
     needed = f"param_group={param_group!r} must be a dictionary with 'params'"

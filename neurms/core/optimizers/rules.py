@@ -10,14 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["announce", "rule_class", "rule_names"]
+__all__ = ["announce", "follow", "rule_class", "rule_names"]
 
 _LOADERS: dict[str, Callable[[], type[Any]]] = {}
+_FOLLOWERS: list[Callable[[str], object]] = []
 
 
 def announce(name: str, load: Callable[[], type[Any]]) -> None:
     """Make a rule known by its snake_case name; its class is loaded when it is first asked for."""
     _LOADERS[name] = load
+    for hear in _FOLLOWERS:
+        hear(name)
+
+
+def follow(hear: Callable[[str], object]) -> None:
+    """Call ``hear`` with the name of every rule: those that are known now, and each later one."""
+    _FOLLOWERS.append(hear)
+    for name in rule_names():
+        hear(name)
 
 
 def rule_names() -> list[str]:

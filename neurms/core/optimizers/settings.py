@@ -101,6 +101,10 @@ def check_common(rule: str, common: Mapping[str, Any], own: Iterable[str] = ()) 
         rule: Whose settings they are, for messages.
         common: What was given.
         own: Names of the rule's own settings, for messages.
+
+    Raises:
+        TypeError: A setting is unknown, or of the wrong kind.
+        ValueError: A setting is out of its range.
     """
     unknown = sorted(set(common) - set(COMMON_DEFAULTS))
     if unknown:

@@ -6,7 +6,7 @@ sees matrices in the (units x features) view and a flat dictionary of state. A :
 the wider notion, a step from one update matrix to the next; momentum, the norm-growth limiter and
 the trust ratio are transforms too, which is why they compose with every structure.
 
-Contract, tested for every structure by ``tests/core/structures/contract.py``:
+Contract, tested for every structure by ``neurms.testing.TransformContract``:
 
 - Matrices have shape (..., m, n): leading axes are a batch of equally shaped layers that are
   processed together; a result does not depend on what else is in the batch.

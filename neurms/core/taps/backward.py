@@ -63,6 +63,9 @@ class BackwardUpdateTap:
         module: The layer, of class ``nn.Linear`` exactly.
         sink: Receives D and H, already flattened to rows; whoever makes the tap keeps it.
         name: The layer's name for error messages.
+        writes: Whether the sink changes the weight. One that only gathers what the weight will move
+            by at the step may be handed D and H any number of times, so that uses and backwards
+            are not counted.
 
     Raises:
         TypeError: ``module`` is not exactly an ``nn.Linear`` or ``sink`` no
@@ -94,7 +97,9 @@ class BackwardUpdateTap:
         >>> tap.detach()
     """
 
-    def __init__(self, module: nn.Linear, sink: UpdateSink, *, name: str = "") -> None:
+    def __init__(
+        self, module: nn.Linear, sink: UpdateSink, *, name: str = "", writes: bool = True
+    ) -> None:
         if type(module) not in (nn.Linear, _TappedLinear):
             raise TypeError(
                 f"module={name or type(module).__name__!r} must be exactly an nn.Linear, not a "
@@ -105,6 +110,7 @@ class BackwardUpdateTap:
         self.name = name or f"Linear({module.in_features}, {module.out_features})"
         self.fired = False
         self.spent = False
+        self._writes = writes
         self.weight = module.weight
         self._module = weakref.ref(module)
         self._sink = weakref.ref(sink)
@@ -187,6 +193,8 @@ class BackwardUpdateTap:
     def _record(self) -> _Use:
         self._refuse_ranks()
         task = graph_task()
+        if not self._writes:
+            return _Use(task)
         if self.spent and task != OUTSIDE_BACKWARD:
             raise self._refused("is recomputed by a checkpoint after its weight was updated")
         waiting = self._waiting() if self._waiting is not None else None
@@ -229,7 +237,7 @@ class BackwardUpdateTap:
             raise self._refused("has its weight's gradient asked for by torch.autograd.grad")
         if goes == "nowhere":
             return False
-        if self.spent:
+        if self.spent and self._writes:
             raise self._refused(
                 "is reached by a second backward before optimizer.step() (gradient accumulation "
                 "or a retained graph)"

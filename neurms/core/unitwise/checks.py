@@ -13,6 +13,7 @@ from neurms.core.ground.errors import CheckpointError
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.optimizers.checkpoint import check_entries
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
+from neurms.core.unitwise.gradient_rule import check_probed, gradient_recipe
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.rule import UnitwiseRule, check_modes
 
@@ -48,6 +49,15 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     chosen = {**defaults, **settings}
     UnitwiseRule.of(chosen)
+    if chosen["variant"] == "P":
+        gradient_recipe(chosen, defaults)
+        check_probed(chosen, defaults, ("heads",))
+        if chosen["update"] == "backward":
+            raise ValueError(
+                'update="backward" cannot go with variant="P" beside another optimizer, whose '
+                'gradients it would scale; use neurms.NeuRMS(model, variant="P", '
+                'update="backward") as the optimizer itself'
+            )
     modes = ("loss_reduction", "update", "gemm", "loss_scale", "agc")
     check_modes(**{name: chosen[name] for name in modes})
     check_common("a NeuRMS preconditioner", {name: chosen[name] for name in _COMMON})

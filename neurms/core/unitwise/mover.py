@@ -18,6 +18,7 @@ from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.view import View
 from neurms.core.routing import FALLBACK, Route
 from neurms.core.unitwise.engine import Engine
+from neurms.core.unitwise.lengths import Length, length_like, normalized
 from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.moves import Move, write_moves_
 from neurms.core.unitwise.rule import Rules, UnitwiseRule
@@ -80,7 +81,7 @@ class UnitwiseMover(Mover):
             )
             bias_to_fallback(self._optimizer, layer)
         for view in views:
-            view.bound = torch.finfo(view.dtype).max
+            view.bound = self._rules.of(view.group).greatest(view.parameter)
 
     def look_at(self) -> tuple[list[Tensor], list[float]]:
         """Return the statistics of all layers."""
@@ -111,6 +112,9 @@ class UnitwiseMover(Mover):
                 self._optimizer.opened_state(bias.parameter)["step"] += 1
                 alike.setdefault(id(bias.group), []).append((bias, (s, None)))
         for parts in alike.values():
+            if self._rules.of(parts[0][0].group).normalize:
+                self._move_normalized(parts)
+                continue
             # Who measures wants each parameter's time.
             for part in [[one] for one in parts] if is_observed() else [parts]:
                 self._move(part)
@@ -119,9 +123,32 @@ class UnitwiseMover(Mover):
         rule = self._rules.of(parts[0][0].group)
         with span("update", [view.parameter for view, _ in parts]):
             moves = [self._move_of(view, factors, rule) for view, factors in parts]
-            write_moves_([m for m in moves if m.target.numel()], rule, self._engine.backend)
-            for (view, _), move in zip(parts, moves, strict=True):
-                view.written(move.target)
+            self._write([view for view, _ in parts], moves, rule)
+
+    def _move_normalized(self, parts: Sequence[tuple[View, Factors]]) -> None:
+        # Measured all together, observed or not: the other ranks take part in one exchange.
+        rule = self._rules.of(parts[0][0].group)
+        views = [view for view, _ in parts]
+        with span("scale", [view.parameter for view in views]):
+            moves = [self._move_of(view, factors, rule) for view, factors in parts]
+            lengths = [self._length_of(view) for view in views]
+            moves = normalized(moves, lengths, rule, self._engine.backend)
+        pairs = list(zip(views, moves, strict=True))
+        for part in [[one] for one in pairs] if is_observed() else [pairs]:
+            own = [view for view, _ in part]
+            with span("update", [view.parameter for view in own]):
+                self._write(own, [move for _, move in part], rule)
+
+    def _write(self, views: Sequence[View], moves: Sequence[Move], rule: UnitwiseRule) -> None:
+        write_moves_([m for m in moves if m.target.numel()], rule, self._engine.backend)
+        for view, move in zip(views, moves, strict=True):
+            view.written(move.target)
+
+    def _length_of(self, view: View) -> Length:
+        parameter, layout = view.parameter, view.route.layout
+        state = self._optimizer.opened_state(parameter)
+        shard = row_shard(parameter, layout) if view.sharded else None
+        return Length(state["length"], state["step"], parameter.numel(), shard)
 
     def _move_of(self, view: View, factors: Factors, rule: UnitwiseRule) -> Move:
         target, gradient, layout = view.target(), view.gradient, view.route.layout
@@ -143,11 +170,13 @@ class UnitwiseMover(Mover):
     # ---------------------------------------------------------------- state
 
     def state_for(self, like: Tensor, route: Route, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a step, v and u of a weight, a velocity with momentum."""
+        """Return a step, v and u of a weight, a velocity with momentum, a length to normalise."""
         layer = self._engine.of(route.parameter)
         state: dict[str, Any] = {"step": 0} if layer is None else layer.new_state(like)
         if group["momentum"]:
             state["momentum"] = velocity_like(like)
+        if group["normalize"]:
+            state["length"] = length_like(like)
         return state
 
     def expected_state(
@@ -155,13 +184,14 @@ class UnitwiseMover(Mover):
     ) -> dict[str, Any]:
         """As fresh state is, save that what may change in training follows the checkpoint.
 
-        A layer that had gone to the fallback before saving goes there again, and a velocity is
-        there if momentum ever was.
+        A layer that had gone to the fallback before saving goes there again, and a velocity or
+        a length is there if momentum or ``normalize`` ever was.
         """
         if "exp_avg" in saved:
             return adamw_state(like)
         momentum = 0.9 if "momentum" in saved else 0.0
-        return self.state_for(like, route, {**group, "momentum": momentum})
+        normalize = "rms" if "length" in saved else None
+        return self.state_for(like, route, {**group, "momentum": momentum, "normalize": normalize})
 
 
 def to_fallback(optimizer: Reroutes, engine: Engine, layer: TappedLayer) -> None:

@@ -13,9 +13,9 @@ from neurms.compiled.update import apply_updates_
 from neurms.core.ground.layout import Layout
 from neurms.core.unitwise.rule import UnitwiseRule
 
-__all__ = ["Factors", "Move", "write_moves_"]
+__all__ = ["Factors", "Move", "apply_", "seen", "write_moves_"]
 
-Factors = tuple[Tensor, Tensor | None]
+Factors = tuple[Tensor | None, Tensor | None]
 
 
 class Move(NamedTuple):
@@ -26,10 +26,11 @@ class Move(NamedTuple):
         gradient: G, the same shape; it may be the target itself.
         velocity: The same shape, advanced in place, or None without momentum.
         layout: Units and features of all three.
-        factors: s (m,), and c (n,) or None.
+        factors: s (m,) and c (n,), None for 1.
         rate: Learning rate.
         decay: What is kept of the target.
         weight: What ``agc`` bounds the rows of the update by.
+        gain: Factor of the update, before ``agc``.
     """
 
     target: Tensor
@@ -40,6 +41,7 @@ class Move(NamedTuple):
     rate: float
     decay: float
     weight: Tensor
+    gain: float | Tensor = 1.0
 
 
 def write_moves_(moves: Sequence[Move], rule: UnitwiseRule, backend: str = "auto") -> None:
@@ -51,30 +53,31 @@ def write_moves_(moves: Sequence[Move], rule: UnitwiseRule, backend: str = "auto
         backend: How kernels run.
     """
     bounded = [rule.agc is not None and move.target.ndim > 1 for move in moves]
-    _apply_([move for move, own in zip(moves, bounded, strict=True) if not own], rule, backend)
+    apply_([move for move, own in zip(moves, bounded, strict=True) if not own], rule, backend)
     for move, own in zip(moves, bounded, strict=True):
         if own:
             _apply_clipped_(move, rule, backend)
 
 
-def _apply_(moves: Sequence[Move], rule: UnitwiseRule, backend: str) -> None:
-    seen = [_seen(move) for move in moves]
-    velocities = [move.velocity for move in seen]
+def apply_(moves: Sequence[Move], rule: UnitwiseRule, backend: str) -> None:
+    """Move tensors of one parameter group in one call, without ``agc``."""
+    shown = [seen(move) for move in moves]
+    velocities = [move.velocity for move in shown]
     # B's gradients came out of backward scaled; its velocity may be scaled once more.
     applied = not rule.upstream or (rule.momentum and rule.coupled)
     apply_updates_.on(backend)(
-        [move.target for move in seen],
-        [move.gradient for move in seen],
-        velocities if rule.momentum else [None] * len(seen),
-        [move.factors[0] if applied else None for move in seen],
-        [move.factors[1] if applied else None for move in seen],
-        [move.rate for move in seen],
-        [move.decay for move in seen],
+        [move.target for move in shown],
+        [move.gradient for move in shown],
+        velocities if rule.momentum else [None] * len(shown),
+        [move.factors[0] if applied else None for move in shown],
+        [move.factors[1] if applied else None for move in shown],
+        [move.rate * move.gain for move in shown],
+        [move.decay for move in shown],
         momentum=rule.momentum,
         scale_gradient=not rule.upstream,
         scale_velocity=rule.coupled,
     )
-    for move, own in zip(moves, seen, strict=True):
+    for move, own in zip(moves, shown, strict=True):
         if own is not move:
             _write_back(move.layout, move.target, own.target)
             if move.velocity is not None and own.velocity is not None:
@@ -85,7 +88,7 @@ def _apply_clipped_(move: Move, rule: UnitwiseRule, backend: str) -> None:
     """As above, with the update formed so that its rows can be bounded."""
     wide = move.gradient.dtype if move.velocity is None else move.velocity.dtype
     update = torch.empty_like(move.gradient, dtype=wide).zero_()
-    _apply_([move._replace(target=update, rate=-1.0, decay=0.0)], rule, backend)
+    apply_([move._replace(target=update, rate=-1.0, decay=0.0)], rule, backend)
     rows = move.layout.matrix(update).clone()
     assert rule.agc is not None
     row_clip_(rows, move.layout.matrix(move.weight.detach().to(rows.dtype)), rule.agc)
@@ -93,7 +96,7 @@ def _apply_clipped_(move: Move, rule: UnitwiseRule, backend: str) -> None:
     move.target.mul_(move.decay).add_(clipped.to(move.target.dtype), alpha=-move.rate)
 
 
-def _seen(move: Move) -> Move:
+def seen(move: Move) -> Move:
     """Return a move of a vector or a matrix as it is, of anything else by blocks.
 
     Blocks (groups, units, features, taps) are views, or copies where the strides of the kernel

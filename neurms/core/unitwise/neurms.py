@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Never, Self, Unpack
+from typing import Any, ClassVar, Literal, Self, Unpack
 
 from torch import Tensor, nn
 
 from neurms.core.ground.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
-from neurms.core.optimizers.base import PreconditionedOptimizer
+from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
@@ -17,7 +17,10 @@ from neurms.core.optimizers.view import View
 from neurms.core.routing import Head, Route
 from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.engine import Engine
+from neurms.core.unitwise.gradient_mover import GradientMover
+from neurms.core.unitwise.gradient_rule import check_probed, gradient_recipe, gradient_routes
 from neurms.core.unitwise.layers import neurms_routes
+from neurms.core.unitwise.lengths import length_like
 from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.mover import (
     UnitwiseMover,
@@ -25,8 +28,18 @@ from neurms.core.unitwise.mover import (
     to_fallback,
     velocity_like,
 )
-from neurms.core.unitwise.products import Product, write_product_
-from neurms.core.unitwise.rule import Gemm, LossReduction, Rules, UnitwiseRule, Variant, check_modes
+from neurms.core.unitwise.probed import ProbedLayers
+from neurms.core.unitwise.probed_mover import ProbedMover
+from neurms.core.unitwise.products import Product, length_of, write_product_
+from neurms.core.unitwise.rule import (
+    Gemm,
+    LossReduction,
+    Normalize,
+    Rules,
+    UnitwiseRule,
+    Variant,
+    check_modes,
+)
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["NeuRMS"]
@@ -47,19 +60,41 @@ class NeuRMS(PreconditionedOptimizer):
     State per layer: m numbers, m + n for F; no moment for each parameter unless ``momentum`` is
     set.
 
-    Linear layers and convolutions (the head and all their biases included) get this rule;
-    embeddings, norms, tied and parametrized weights, ``nn.MultiheadAttention`` and weights whose
-    layer is never called get AdamW: see :meth:`plan`. Statistics are those of backward passes that
-    add to ``.grad``: k micro-batches with the loss divided by k count as one big batch, and so do
-    the batches of several ranks. For B, which needs its scale while errors travel, each micro-batch
-    is scaled by what has been seen so far, which is not one big batch; its ranks exchange m numbers
-    in the backward of each layer, so every rank must use every layer.
+    Variant **P** scales by the gradient's own moments instead, q_i of its row sums of squares and
+    s_j of its column sums, W by -lr G_ij sqrt(T / (q_i s_j)) with T = (sum q + sum s) / 2; see
+    :class:`~neurms.core.structures.gradient_moments.GradientMoments`. A layer's bias is one more
+    column of its matrix. Updates have an RMS of about 1, so that lr is on AdamW's scale. There are
+    no taps: ``model`` may also be parameters or parameter groups (matrices get the rule), compiled
+    models stay whole, and accumulation, GradScaler, DDP and FSDP2 need nothing. It takes what every
+    rule takes: ``nn.MultiheadAttention`` too. ``momentum`` averages G before the factors. Of the
+    settings below it has ``beta``, ``momentum`` and ``kappa``.
+
+    ``normalize="rms"`` divides what moves a tensor, but for lr, by the average of its own RMS, so
+    that the rate is on AdamW's scale: a step of about lr in every entry, and never more than 10 lr
+    in RMS. With U_t = S G C, or V with ``momentum``:
+
+        l_t = (.9 (1 - .9^(t-1)) l_(t-1) + .1 RMS(U_t)) / (1 - .9^t)
+        W <- W - lr U_t / l_t
+
+    One number of state more for each weight and each bias. A bias has a length of its own: its
+    gradient does not carry the scale of the layer's inputs, as the weight's in U and B does, so
+    that the weight's length would make its steps 1 / RMS(H) times as long. Nothing depends on the
+    loss's scale then, but for ``eps``, ``v_min`` and absolute bounds. Momentum adds one more read
+    of V and of its update to the cost of one more read of G.
+
+    Under U, B and F linear layers and convolutions (the head and all their biases included) get
+    this rule; embeddings, norms, tied and parametrized weights, ``nn.MultiheadAttention`` and
+    weights whose layer is never called get AdamW: see :meth:`plan`. Statistics are those of
+    backward passes that add to ``.grad``: k micro-batches with the loss divided by k count as one
+    big batch, and so do the batches of several ranks. For B, which needs its scale while errors
+    travel, each micro-batch is scaled by what has been seen so far, which is not one big batch; its
+    ranks exchange m numbers in the backward of each layer, so every rank must use every layer.
 
     Args:
-        model: The model whose layers are tapped; parameters alone will not do.
+        model: The model whose layers are tapped; parameters alone will do for P only.
         lr: Learning rate.
-        variant: ``"U"``, ``"B"`` or ``"F"``.
-        beta: Decay of the second moments (.99, .995, .999 in the draft).
+        variant: ``"U"``, ``"B"``, ``"F"`` or ``"P"``.
+        beta: Decay of the second moments (.99, .995, .999 in the draft); None is .99, .95 for P.
         eps: Added to a second moment before its root.
         v_min: Floor of a second moment.
         s_min: Least unit factor; positive for the convergence theorem.
@@ -67,14 +102,15 @@ class NeuRMS(PreconditionedOptimizer):
         c_min: Least feature factor (F).
         c_max: Greatest feature factor (F).
         bias_correction: Divide the averages by 1 - beta^t; False is the draft's Algorithm 1.
-        momentum: Velocity V <- momentum V + S G C, W <- W - lr V; 0 keeps no velocity.
+        momentum: Velocity V <- momentum V + S G C, W <- W - lr V; 0 keeps no velocity. For P the
+            average M <- momentum M + (1 - momentum) G that is scaled in G's place.
         momentum_coupling: ``"gradient"``, or ``"gradient+velocity"`` to scale V by S and C once
             more.
         agc: Adaptive gradient clipping, or None: each row of the update, before lr, is at most
             agc max(||W_i||, 1e-3) long. Biases are left alone.
         clip: ``"absolute"`` bounds, or ``"relative"``: within ``kappa`` of the layer's median
             factor.
-        kappa: Width of the relative clip.
+        kappa: Width of the relative clip, and of P's.
         loss_reduction: Whether the loss is a ``"mean"`` or a ``"sum"`` over rows: D = N d or D = d,
             with d autograd's error signal and N all rows of the layer in the step.
         update: ``"step"``, or ``"backward"`` to write W -= lr (D S)^T H C during backward without
@@ -88,6 +124,12 @@ class NeuRMS(PreconditionedOptimizer):
             takes a fraction of the time where the processor has AMX or AMD's AVX512-BF16, and more
             elsewhere: ``neurms doctor`` tells. Inputs that autocast has made bfloat16 are
             multiplied as such in any case.
+        probes: Pairs of probes a step from which P estimates moments with ``update="backward"``.
+        seed: Of the probes; with a layer's name and the step it determines them.
+        normalize: ``"rms"``: updates divided by the average of their RMS, before ``agc``; None is
+            the draft. ``update="backward"`` without momentum never forms the update: the square of
+            its norm is estimated without bias from 4 probes z of random signs, ||S D^T (H C z)||^2,
+            the same in a resumed run.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`; ``weight_decay`` acts on
             weights, not on biases.
 
@@ -99,7 +141,7 @@ class NeuRMS(PreconditionedOptimizer):
         "Unitwise RMS preconditioning via buffer scaling", draft, 2025: Algorithm 1 (B, U), section
         5 (F). Settled here: D is the per-row error, so that scales are the same in every layer,
         whatever the batch; micro-batches and ranks are summed before one commit at the step; bias
-        correction is on.
+        correction is on. ``normalize`` and P are additions; P is Adafactor's fit of G^2.
 
     Example:
         >>> import torch, neurms
@@ -119,10 +161,10 @@ class NeuRMS(PreconditionedOptimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Params,
         lr: float = 1e-2,
         variant: Variant = "U",
-        beta: float = 0.99,
+        beta: float | None = None,
         eps: float = 1e-8,
         v_min: float = 1e-12,
         s_min: float = 0.0,
@@ -140,9 +182,12 @@ class NeuRMS(PreconditionedOptimizer):
         loss_scale: Callable[[], Tensor | float] | None = None,
         heads: Mapping[str, int] | None = None,
         gemm: Gemm = "float32",
+        probes: int = 4,
+        seed: int = 0,
+        normalize: Normalize | None = None,
         **common: Unpack[CommonSettings],
     ) -> None:
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) and (variant != "P" or update != "step"):
             raise TypeError(
                 f"model={type(model).__name__} must be an nn.Module: NeuRMS reads the error "
                 "signals and inputs of layers, which parameters alone do not show; pass the model "
@@ -164,8 +209,17 @@ class NeuRMS(PreconditionedOptimizer):
             "agc": agc,
             "clip": clip,
             "kappa": kappa,
+            "probes": probes,
+            "seed": seed,
+            "normalize": normalize,
         }
         check_modes(loss_reduction, update, gemm, loss_scale, agc)
+        self.probed = variant == "P"
+        if self.probed:
+            own = {"loss_scale": loss_scale, "heads": heads}
+            check_probed(own, self.default_settings(), tuple(own))
+        writes = self.probed and update == "backward"
+        self.probed_layers = ProbedLayers(self, gemm) if writes else None
         self.update_mode = update
         self.layers = Engine(
             self,
@@ -178,6 +232,12 @@ class NeuRMS(PreconditionedOptimizer):
         )
         self._rules = Rules()
         super().__init__(model, settings, common)
+        if self.probed and self.probed_layers is None:
+            return
+        assert isinstance(model, nn.Module)
+        if self.probed_layers is not None:
+            self.probed_layers.attach(model, self.routes.values(), waits=momentum > 0)
+            return
         self.layers.attach(
             [route for route in self.routes.values() if route.rule == self.rule],
             in_backward=update == "backward",
@@ -187,7 +247,9 @@ class NeuRMS(PreconditionedOptimizer):
 
     @classmethod
     def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
-        """Return the unit-and-feature structure of these settings; raises on a bad one."""
+        """Return the structure of these settings; raises on a bad one."""
+        if settings["variant"] == "P":
+            return gradient_recipe(settings, cls.default_settings())
         return Recipe((UnitwiseRule.of(settings).structure,), batched=False)
 
     def __enter__(self) -> Self:
@@ -199,20 +261,58 @@ class NeuRMS(PreconditionedOptimizer):
     def detach(self) -> None:
         """Remove all taps from the model; layers go on with the statistics they have."""
         self.layers.detach()
+        if self.probed_layers is not None:
+            self.probed_layers.detach()
 
-    def __getstate__(self) -> Never:
-        """Refuse copies and pickles, whose taps would be on no model."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold; taps would be on no model.
+
+        Raises:
+            TypeError: There are taps.
+        """
+        if self.probed and self.update_mode == "step":
+            return super().__getstate__()
         name = type(self).__name__
         raise TypeError(
             f"{name} cannot be copied or pickled: it is tied to its model by taps. Save "
             f"optimizer.state_dict(), build {name} on the copied model, and load it there"
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or a pickle, which only has an engine without layers."""
+        super().__setstate__(state)
+        if "layers" not in self.__dict__:
+            self.probed, self.update_mode, self._rules = True, "step", Rules()
+            self.probed_layers = None
+            self.layers = Engine(
+                self,
+                loss_reduction="mean",
+                gemm="float32",
+                loss_scale=None,
+                heads=None,
+                backend=self.backend,
+            )
+
     # ---------------------------------------------------------------- routing and parts
+
+    def _completed(self, param_group: Any) -> dict[str, Any]:
+        group = super()._completed(param_group)
+        own = self.defaults["variant"]
+        if (
+            group["rule"] == self.rule
+            and group["variant"] != own
+            and "P" in (own, group["variant"])
+        ):
+            raise ValueError(
+                f"variant={group['variant']!r} of a parameter group cannot go with the "
+                f"optimizer's variant={own!r}: P needs no taps, the others do; use two optimizers"
+            )
+        return group
 
     def route(self, model: nn.Module, head: Head) -> Iterable[Route]:
         """Return the route of every parameter, those of biases by their layers."""
-        return neurms_routes(model, self.rule, head, self.exclude)
+        of = gradient_routes if self.probed else neurms_routes
+        return of(model, self.rule, head, self.exclude)
 
     def route_parameters(
         self, named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
@@ -223,6 +323,8 @@ class NeuRMS(PreconditionedOptimizer):
             TypeError: One would be under the rule, which has to tap its layer.
         """
         routes = super().route_parameters(named, group)
+        if self.probed and self.update_mode == "step":
+            return routes
         if lost := [route.name for route in routes if route.rule == self.rule]:
             raise TypeError(
                 f"parameter {lost[0]!r} comes without its module, which {self.rule} has to tap; "
@@ -234,8 +336,14 @@ class NeuRMS(PreconditionedOptimizer):
     def replaced(self, old: Route, new: Route) -> None:
         """Have taps follow a weight to the parameter in its place."""
         self.layers.follow(old, new)
+        if self.probed_layers is not None:
+            self.probed_layers.follow(old, new)
 
     def _made_mover(self, kind: str) -> Mover:
+        if kind == self.rule and self.probed_layers is not None:
+            return ProbedMover(weakref.proxy(self), self.probed_layers)
+        if kind == self.rule and self.probed:
+            return GradientMover(weakref.proxy(self))
         if kind == self.rule:
             return UnitwiseMover(weakref.proxy(self), self.layers, self._rules)
         return super()._made_mover(kind)
@@ -253,9 +361,10 @@ class NeuRMS(PreconditionedOptimizer):
 
     def rule_of(self, weight: Tensor) -> UnitwiseRule:
         """Return what the settings of a weight's group say."""
-        return self._rules.of(self._view(weight).group)
+        return self._rules.of(self.view_of(weight).group)
 
-    def _view(self, parameter: Tensor) -> View:
+    def view_of(self, parameter: Tensor) -> View:
+        """Return a parameter's view."""
         # Asked by every layer in every backward; whether groups have changed, the step will see.
         return (self._work or self.work()).view_of(parameter)
 
@@ -267,20 +376,23 @@ class NeuRMS(PreconditionedOptimizer):
     def opened_state(self, parameter: Tensor) -> dict[str, Any]:
         """Return a parameter's state; momentum may have been switched on by a scheduler since."""
         state: dict[str, Any] = self.state[parameter]
-        view = self._view(parameter)
+        view = self.view_of(parameter)
         if not state:
             state.update(self.state_for(parameter, view.route, view.group))
         if view.group["momentum"] and "momentum" not in state:
             state["momentum"] = velocity_like(parameter)
+        if view.group["normalize"] and "length" not in state:
+            state["length"] = length_like(parameter)
         return state
 
     def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
         """Write W -= lr (D S)^T H C into the weight, or into its velocity first."""
-        view, rule = self._view(layer.weight), layer.rule
+        view, rule = self.view_of(layer.weight), layer.rule
         view.state = self.state[layer.weight]
         velocity = view.state["momentum"] if rule.momentum else None
         target, rate = view.target(), float(view.group["lr"])
-        write_product_(target, product, factors, rule, velocity, rate, view.decay)
+        length = length_of(layer) if rule.normalize else None
+        write_product_(target, product, factors, rule, velocity, rate, view.decay, length)
         view.written(target)
 
     # ---------------------------------------------------------------- the step
@@ -288,6 +400,8 @@ class NeuRMS(PreconditionedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients, and with them the statistics that no step has taken."""
         self.layers.forget()
+        if self.probed_layers is not None:
+            self.probed_layers.forget()
         self.work()
         super().zero_grad(set_to_none)
 
@@ -297,16 +411,29 @@ class NeuRMS(PreconditionedOptimizer):
         self.layers.synchronize(list(self.layers))
         self.layers.clear()
 
+    def _shares(self, views: Sequence[View]) -> list[tuple[Mover, list[View]]]:
+        """Return the views of each mover; the rule's own has work where no parameter has views."""
+        shares, own = super()._shares(views), self.mover_of(self.rule)
+        if self.update_mode == "backward" and all(mover is not own for mover, _ in shares):
+            shares.append((own, []))
+        return shares
+
     def move(self, shares: Sequence[tuple[Mover, Sequence[View]]]) -> None:
         """Take the step; what it has seen is used up then."""
         super().move(shares)
+        self._clear()
+
+    def _clear(self) -> None:
         self.layers.clear()
+        if self.probed_layers is not None:
+            self.probed_layers.clear()
 
     def on_nonfinite(self, names: Sequence[str]) -> None:
         """Leave a step out whose gradients or statistics are bad, or raise."""
-        updated = self.layers.updated
+        probed = self.probed_layers
+        updated = self.layers.updated if probed is None else probed.updated
         if self.update_mode == "backward":
-            self.layers.clear()
+            self._clear()
         if updated and self.nonfinite == "raise":
             raise NonFiniteError(
                 f"the gradient of {', '.join(map(repr, names[:5]))} is NaN or infinite and was not "
@@ -320,7 +447,7 @@ class NeuRMS(PreconditionedOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         # The one thing that torch.amp.GradScaler asks of an optimizer before its step; its
         # unscaling writes gradients without autograd counting it, which the guard would miss.
-        if self.update_mode != "backward" and self.loss_scale is None:
+        if self.update_mode != "backward" and self.loss_scale is None and not self.probed:
             raise UnsupportedTrainingError(
                 "a GradScaler multiplies the loss, and with it the error signals that NeuRMS "
                 "averages; pass loss_scale=scaler.get_scale to divide its scale out"
@@ -353,7 +480,7 @@ class NeuRMS(PreconditionedOptimizer):
     def restore(self, state_dict: dict[str, Any]) -> None:
         """Take a verified state dict over; layers that had gone to the fallback go there again."""
         super().restore(state_dict)
-        self.layers.clear()
+        self._clear()
         for layer in list(self.layers):
             kept = {p: self.state.get(p, {}) for p in (layer.weight, layer.bias) if p is not None}
             if "exp_avg" in kept[layer.weight]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -14,7 +15,7 @@ from neurms.compiled.backends import use_backend
 from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
 from neurms.core.ground.interrupts import WholeStep
 from neurms.core.ground.layout import default_layout
-from neurms.core.ground.shards import local, row_shard
+from neurms.core.ground.shards import is_sharded, local, row_shard
 from neurms.core.ground.spans import gradients_ready, is_observed, span
 from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.gradients import nonfinite_names
@@ -22,14 +23,22 @@ from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.optimizers.view import View
 from neurms.core.routing import FALLBACK, Route
-from neurms.core.unitwise.checks import backward_problem, checked_settings, verified_state
+from neurms.core.unitwise.checks import (
+    backward_problem,
+    checked_settings,
+    default_settings,
+    verified_state,
+)
 from neurms.core.unitwise.engine import Engine
+from neurms.core.unitwise.gradient_rule import gradient_routes
+from neurms.core.unitwise.gradient_scaler import GradientScaler
 from neurms.core.unitwise.layers import neurms_routes
+from neurms.core.unitwise.lengths import Length, length_like, normalized
 from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.mover import velocity_like
 from neurms.core.unitwise.moves import Move, write_moves_
 from neurms.core.unitwise.neurms import NeuRMS
-from neurms.core.unitwise.products import Product, write_product_
+from neurms.core.unitwise.products import Product, length_of, write_product_
 from neurms.core.unitwise.rule import UnitwiseRule
 from neurms.core.unitwise.tapped import TappedLayer
 
@@ -48,9 +57,15 @@ class GradientPreconditioner:
         G <- S G C                        biases: S (D^T 1);  variant B: G already is (D S)^T H
         G <- V <- momentum V + S G C      with ``momentum``; S V C with "gradient+velocity"
 
-    then row-clipped with ``agc``. SGD(lr, momentum) beside it moves as NeuRMS(lr, momentum) does.
-    An optimizer that divides by its own running RMS (Adam) undoes most of a slowly varying scale.
-    Other parameters' gradients are left as they are.
+    divided by its average RMS with ``normalize="rms"`` (the optimizer's own momentum comes after
+    that), then row-clipped with ``agc``. SGD(lr, momentum) beside it moves as NeuRMS(lr, momentum)
+    does, but for ``normalize``. An optimizer that divides by its own running RMS (Adam) undoes most
+    of a slowly varying scale. Other parameters' gradients are left as they are.
+
+    ``variant="P"`` needs no taps. Beside SGD(lr) without momentum it moves as NeuRMS(lr,
+    variant="P") does, with lr on AdamW's scale. SGD's own momentum then sums updates whose RMS is
+    1, so that steps become up to 1 / (1 - momentum) times as long: ``momentum`` here averages
+    gradients instead.
 
     ``update="backward"`` writes linear weights during backward with the lr and the momentum of the
     plain SGD that holds them, which finds no gradient for them and does the rest.
@@ -106,19 +121,27 @@ class GradientPreconditioner:
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.skipped_steps = 0
         self._rule = UnitwiseRule.of(self.settings)
+        self._moments: GradientScaler | None = None
         self._optimizers = list(optimizers)
         self._groups: dict[Tensor, dict[str, Any]] = {}
         left = {id(parameter) for parameter in leave}
         head = self.settings["head"] or NeuRMS.default_head
+        of = gradient_routes if self.settings["variant"] == "P" else neurms_routes
         self.routes = [
             replace(route, rule=FALLBACK, reason="left to another optimizer")
             if id(route.parameter) in left
             else route
-            for route in neurms_routes(model, NeuRMS.rule, head, self.settings["exclude"])
+            for route in of(model, NeuRMS.rule, head, self.settings["exclude"])
         ]
         self._names = {r.parameter: r.name.replace(_COMPILED, "") for r in self.routes}
         names = ("loss_reduction", "gemm", "loss_scale", "heads", "backend", "process_group")
         self.layers = Engine(self, **{name: self.settings[name] for name in names})
+        if self.settings["variant"] == "P":
+            self._moments = GradientScaler(
+                self.routes, self.settings, default_settings(), self.state
+            )
+            self._attached = True
+            return
         self._check_backward_optimizers()
         self.layers.attach(
             [route for route in self.routes if not route.is_fallback],
@@ -135,6 +158,13 @@ class GradientPreconditioner:
     def __iter__(self) -> Iterator[TappedLayer]:
         """Iterate over the tapped layers."""
         return iter(self.layers)
+
+    @property
+    def taken(self) -> list[Tensor]:
+        """The parameters whose gradients are scaled."""
+        if self._moments is not None:
+            return [route.parameter for route in self.routes if not route.is_fallback]
+        return [p for x in self for p in (x.weight, x.bias) if p is not None]
 
     # ---------------------------------------------------------------- taps
 
@@ -193,7 +223,8 @@ class GradientPreconditioner:
         rate = float(self._group_of(layer.weight)["lr"])
         decay = 1.0 - rate * self.settings["weight_decay"]
         velocity = self.state[layer.weight].get("momentum")
-        write_product_(layer.weight, product, factors, layer.rule, velocity, rate, decay)
+        length = length_of(layer) if layer.rule.normalize else None
+        write_product_(layer.weight, product, factors, layer.rule, velocity, rate, decay, length)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         # Looked up anew after every step: loading an optimizer's state replaces its groups.
@@ -254,9 +285,16 @@ class GradientPreconditioner:
         if bad := nonfinite_names(self._views(moving)) or self._bad_statistics(layers):
             return self._refused(bad)
         self.layers.warn_of_still(layers, {p for p in moving if p.grad is not None})
+        if self._moments is not None:
+            with use_backend(self.backend), WholeStep():
+                self._decay_weights(self._moments.scale(moving), moving)
+            return True
         with use_backend(self.backend), WholeStep():
             self.layers.commit(layer for layer in layers if layer.observed.rows)
             moves = [move for layer in layers for move in self._moves_of(layer, moving)]
+            if self._rule.normalize and moves:
+                moves = self._normalized(moves)
+            moves = [(parameter, move) for parameter, move in moves if move.target.numel()]
             for part in [[one] for one in moves] if is_observed() else [moves]:
                 with span("scale", [parameter for parameter, _ in part]):
                     write_moves_([move for _, move in part], self._rule, self.layers.backend)
@@ -278,6 +316,7 @@ class GradientPreconditioner:
 
     def _views(self, moving: Iterable[Tensor]) -> list[View]:
         """Return views of gradients, to be judged."""
+        own = {p for layer in self for p in (layer.weight, layer.bias)}
         views = []
         for index, parameter in enumerate(moving):
             gradient = parameter.grad
@@ -286,7 +325,9 @@ class GradientPreconditioner:
             name = self._names.get(parameter, f"param_{index}")
             values = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
             route = Route(name, parameter, "tensor", FALLBACK, "", default_layout(parameter))
-            views.append(View(index, route, {}, {}, values))
+            ours = parameter in own
+            bound = self._rule.greatest(parameter) if ours else math.inf
+            views.append(View(index, route, {}, {}, values, bound=bound))
         return views
 
     def _bad_statistics(self, layers: Sequence[TappedLayer]) -> list[str]:
@@ -319,8 +360,22 @@ class GradientPreconditioner:
         for parameter, factors in ((layer.weight, (s, c)), (layer.bias, (s, None))):
             if parameter is None or parameter not in moving or parameter.grad is None:
                 continue
-            if (move := self._move_of(parameter, layer, factors)) is not None:
-                yield parameter, move
+            yield parameter, self._move_of(parameter, layer, factors)
+
+    def _normalized(self, moves: Sequence[tuple[Tensor, Move]]) -> list[tuple[Tensor, Move]]:
+        """Return moves divided by the lengths of what they write into gradients."""
+        steps = {p: x.state["step"] for x in self for p in (x.weight, x.bias) if p is not None}
+        lengths = []
+        for parameter, _ in moves:
+            layer = self.layers.of(parameter)
+            layout = default_layout(parameter) if layer is None else layer.route.layout
+            shard = row_shard(parameter, layout) if is_sharded(parameter) else None
+            average = self.opened_state(parameter)["length"]
+            lengths.append(Length(average, steps[parameter], parameter.numel(), shard))
+        own = [parameter for parameter, _ in moves]
+        with span("scale", own):
+            made = normalized([m for _, m in moves], lengths, self._rule, self.layers.backend)
+        return list(zip(own, made, strict=True))
 
     def _decay(self, layers: Iterable[TappedLayer], moving: Mapping[Tensor, Any]) -> None:
         decay = self.settings["weight_decay"]
@@ -329,7 +384,13 @@ class GradientPreconditioner:
             if weight in moving and weight.grad is not None and layer.state.get("step"):
                 weight.mul_(1.0 - float(moving[weight]["lr"]) * decay)
 
-    def _move_of(self, parameter: Tensor, layer: TappedLayer, factors: Factors) -> Move | None:
+    def _decay_weights(self, scaled: Iterable[Tensor], moving: Mapping[Tensor, Any]) -> None:
+        decay = self.settings["weight_decay"]
+        for weight in scaled if decay else ():
+            if weight.ndim >= 2:
+                weight.mul_(1.0 - float(moving[weight]["lr"]) * decay)
+
+    def _move_of(self, parameter: Tensor, layer: TappedLayer, factors: Factors) -> Move:
         """Return what overwrites a gradient by S G C, or by the velocity that S G C enters."""
         layout = layer.route.layout if parameter is layer.weight else default_layout(parameter)
         gradient, velocity = parameter.grad, self.opened_state(parameter).get("momentum")
@@ -342,8 +403,6 @@ class GradientPreconditioner:
             assert s is not None
             factors, gradient = (s, c), local(gradient)
             velocity = None if velocity is None else local(velocity)
-        if not gradient.numel():
-            return None
         return Move(gradient, gradient, velocity, layout, factors, -1.0, 0.0, weight)
 
     def _give_up(self, layer: TappedLayer) -> None:
@@ -358,18 +417,21 @@ class GradientPreconditioner:
 
     def _new_state(self, parameter: Tensor, like: Tensor) -> dict[str, Any]:
         """Return fresh state on the device of ``like``: step, v and u of a weight; its velocity."""
+        if self._moments is not None:
+            return self._moments.new_state(parameter, like)
         layer = self.layers.of(parameter)
         state = {} if layer is None else layer.new_state(like)
         if self._momentum_of(parameter):
             state["momentum"] = velocity_like(like)
+        if self._rule.normalize:
+            state["length"] = length_like(like)
         return state
 
     def plan(self) -> Plan:
         """Return the table of what is preconditioned, with the bytes of state kept here."""
-        biases = {layer.bias for layer in self if layer.bias is not None}
-        rows = []
+        taken, rows = set(self.taken), []
         for route in self.routes:
-            ours = self.layers.of(route.parameter) is not None or route.parameter in biases
+            ours = route.parameter in taken
             state = self._new_state(route.parameter, meta_like(route.parameter)) if ours else {}
             rows.append(
                 PlanRow(
@@ -402,14 +464,15 @@ class GradientPreconditioner:
         Raises:
             CheckpointError: It belongs to another model or other settings; nothing was changed.
         """
-        parameters = {self._names[x.weight]: x.weight for x in self}
-        parameters |= {self._names[x.bias]: x.bias for x in self if x.bias is not None}
+        parameters = {self._names[parameter]: parameter for parameter in self.taken}
         self.state = verified_state(
             state_dict,
             parameters,
             self.settings["variant"],
             lambda p: self._new_state(p, meta_like(p)),
         )
+        if self._moments is not None:
+            self._moments.state = self.state
         self.skipped_steps = state_dict["skipped_steps"]
         self.clear()
 

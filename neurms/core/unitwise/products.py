@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
+from neurms.compiled.move_square_sums import move_square_sums
 from neurms.compiled.update import apply_updates_
+from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.spans import span
+from neurms.core.unitwise.lengths import Length, gains_
 from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.rule import Gemm, UnitwiseRule
 from neurms.core.unitwise.statistics import scalar
+from neurms.core.unitwise.tapped import TappedLayer
 
-__all__ = ["Product", "write_product_"]
+__all__ = ["PROBES", "Product", "ProbedLength", "add_product_", "length_of", "write_product_"]
+
+PROBES = 4
+"""Probes of a gradient that is not formed: what its square norm is told by."""
 
 
 class Product(NamedTuple):
@@ -41,6 +49,57 @@ class Product(NamedTuple):
         return self.gemm == "bfloat16" or self.errors.dtype is self.activations.dtype is low
 
 
+class ProbedLength(NamedTuple):
+    """The length of updates that are not formed, and the seed of the probes of this one."""
+
+    length: Length
+    seed: int
+
+
+def length_of(layer: TappedLayer) -> ProbedLength:
+    """Return the length of a layer's updates, before its commit.
+
+    Its probes come from the layer's name and the number of the step, so that a resumed run draws
+    those of an uninterrupted one.
+    """
+    state, weight = layer.state, layer.weight
+    step = state["step"] + 1
+    seed = (zlib.crc32(layer.name.encode()) * 1_000_003 + step) % 2**63
+    return ProbedLength(Length(state["length"], step, weight.numel()), seed)
+
+
+def probed_square_sum(
+    product: Product, factors: tuple[Tensor | None, Tensor | None], seed: int, count: int = PROBES
+) -> Tensor:
+    """Return an unbiased estimate of ||S D^T H C||_F^2 from thin products.
+
+    For z of independent signs E ||S D^T H C z||^2 = ||S D^T H C||_F^2; the mean of ``count`` draws.
+    Its relative variance is at most 2 / count, for a gradient of rank one.
+
+    Args:
+        product: D and H.
+        factors: s (m,) and c (n,), None for 1.
+        seed: Of the draws.
+        count: Number of probes.
+
+    Returns:
+        Shape (1,), float64.
+    """
+    s, c = factors
+    errors, activations = product.errors, product.activations
+    low = errors.dtype is activations.dtype is torch.bfloat16
+    wide = torch.bfloat16 if low else compute_dtype(errors)
+    generator = torch.Generator().manual_seed(seed)
+    shape = activations.shape[1], count
+    signs = torch.randint(0, 2, shape, dtype=torch.int8, generator=generator, device="cpu")
+    z = signs.to(errors.device, compute_dtype(errors)).mul_(2).sub_(1)
+    if c is not None:
+        z *= c.to(z)[:, None]
+    seen = errors.to(wide).mT @ (activations.to(wide) @ z.to(wide))
+    seen = seen.to(z.dtype) if s is None else seen.to(z.dtype) * s.to(z)[:, None]
+    return seen.double().square().sum().reshape(1) / count
+
+
 def write_product_(
     target: Tensor,
     product: Product,
@@ -49,6 +108,7 @@ def write_product_(
     velocity: Tensor | None,
     rate: float,
     decay: float,
+    length: ProbedLength | None = None,
 ) -> None:
     """Write W <- decay W - rate S D^T H C by one GEMM, or V <- mu V + S D^T H C and W from V.
 
@@ -60,23 +120,35 @@ def write_product_(
         velocity: V, shape (m, n), where the rule has momentum.
         rate: Learning rate.
         decay: What is kept of W.
+        length: What the update is divided by, or None. Of a velocity it is measured, of a product
+            probed.
     """
     applied: tuple[Tensor | None, Tensor | None] = (None, None) if rule.upstream else factors
     if velocity is None:
-        _write_(target, product, applied, rate, decay)
+        if length is not None:
+            rate *= _gain_(length, probed_square_sum(product, applied, length.seed))
+        add_product_(target, product, applied, rate, decay)
         return
     # B's factors are in D already, and would be missing where the velocity is scaled again.
-    if product.in_bfloat16 and not (rule.coupled and rule.upstream):
+    fused = product.in_bfloat16 and length is None
+    if fused and not (rule.coupled and rule.upstream):
         move, rates = bfloat16_gemm_.on(product.backend), (scalar(rate), scalar(decay))
         signals = product.errors, product.activations
         move(target, *signals, *applied, *rates, velocity, scalar(rule.momentum), rule.coupled)
         return
-    _write_(velocity, product, applied, -1.0, rule.momentum)
+    add_product_(velocity, product, applied, -1.0, rule.momentum)
     left, right = factors if rule.coupled else (None, None)
+    if length is not None:
+        rate *= _gain_(length, move_square_sums([velocity], [left], [right]))
     apply_updates_([target], [velocity], [None], [left], [right], [rate], [decay])
 
 
-def _write_(
+def _gain_(length: ProbedLength, total: Tensor) -> float:
+    # A product's rate is a plain number: an accelerator is waited for.
+    return float(gains_([length.length], total))
+
+
+def add_product_(
     target: Tensor,
     product: Product,
     factors: tuple[Tensor | None, Tensor | None],

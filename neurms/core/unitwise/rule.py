@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from neurms.core.ground.errors import check_choice, check_fraction, check_real
+from neurms.core.ground.precision import compute_dtype
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 
-__all__ = ["Gemm", "LossReduction", "Rules", "UnitwiseRule", "Variant", "check_gemm", "check_modes"]
+__all__ = [
+    "Gemm",
+    "LossReduction",
+    "Normalize",
+    "Rules",
+    "UnitwiseRule",
+    "Variant",
+    "beta_of",
+    "check_gemm",
+    "check_modes",
+]
 
-Variant = Literal["U", "B", "F"]
+Variant = Literal["U", "B", "F", "P"]
 LossReduction = Literal["mean", "sum"]
+Normalize = Literal["rms"]
 Gemm = Literal["float32", "bfloat16"]
 """What D and H are multiplied in where no gradient is formed."""
 
 _STRUCTURE = (
-    "beta",
     "eps",
     "v_min",
     "s_min",
@@ -40,6 +55,7 @@ class UnitwiseRule:
         momentum: Decay of the velocity, 0 for none.
         coupled: Whether the velocity is scaled once more on its way into the weight.
         agc: Bound on each row of the update relative to the weight's, or None.
+        normalize: ``"rms"`` where updates are divided by the average of their length, or None.
     """
 
     structure: UnitFeatureDiagonal
@@ -47,6 +63,7 @@ class UnitwiseRule:
     momentum: float = 0.0
     coupled: bool = False
     agc: float | None = None
+    normalize: Normalize | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> UnitwiseRule:
@@ -55,15 +72,18 @@ class UnitwiseRule:
         Raises:
             ValueError: A setting is out of its range.
         """
-        check_choice("variant", settings["variant"], ("U", "B", "F"))
+        check_choice("variant", settings["variant"], ("U", "B", "F", "P"))
         check_fraction("momentum", settings["momentum"])
         check_choice(
             "momentum_coupling", settings["momentum_coupling"], ("gradient", "gradient+velocity")
         )
         if settings["agc"] is not None:
             check_real("agc", settings["agc"], strict=True, cure="None switches it off")
+        check_choice("normalize", settings["normalize"], (None, "rms"))
         structure = UnitFeatureDiagonal(
-            **{name: settings[name] for name in _STRUCTURE}, factored=settings["variant"] == "F"
+            beta_of(settings),
+            **{name: settings[name] for name in _STRUCTURE},
+            factored=settings["variant"] == "F",
         )
         return cls(
             structure,
@@ -71,12 +91,36 @@ class UnitwiseRule:
             settings["momentum"],
             settings["momentum_coupling"] == "gradient+velocity",
             settings["agc"],
+            settings["normalize"],
         )
+
+    def greatest(self, parameter: Tensor) -> float:
+        """Return what an entry of a gradient may be at most.
+
+        With ``normalize`` the squares of what moves the parameter have to stay finite in its dtype,
+        with room for what a velocity adds up.
+        """
+        most = torch.finfo(compute_dtype(parameter)).max
+        if self.normalize is None:
+            return most
+        structure = self.structure
+        root = max(structure.eps, structure.v_min) ** -0.5
+        factor = min(root, structure.c_max) if structure.clip == "absolute" else root
+        room = 1e3 * max(factor, 1.0) if structure.factored else 1e3
+        return math.sqrt(most / max(parameter.numel(), 1)) / room
 
     @property
     def variant(self) -> Variant:
         """The variant's letter."""
         return "B" if self.upstream else "F" if self.structure.factored else "U"
+
+
+def beta_of(settings: Mapping[str, Any]) -> float:
+    """Return the decay of second moments: where it is None, what the variant wants."""
+    beta: float | None = settings["beta"]
+    if beta is None:
+        return 0.95 if settings["variant"] == "P" else 0.99
+    return beta
 
 
 class Rules:

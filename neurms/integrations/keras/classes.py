@@ -1,7 +1,9 @@
-"""One registered Keras optimizer class for each rule of the library.
+"""One registered Keras optimizer class for each rule, whoever wrote it.
 
 They are made from the registry, so that a new rule is a Keras optimizer without a line here. Each
-is an attribute of this module under its torch name, ``neurms>NAME`` to Keras's serialization.
+is an attribute of this module: a rule of the library under its torch name, ``neurms>NAME`` to
+Keras's serialization; a rule of somebody else's, whose class may be called the same, under its own
+snake_case name, ``neurms>rule:NAME``.
 """
 
 from __future__ import annotations
@@ -10,29 +12,34 @@ from typing import Any
 
 import keras
 
-from neurms.core.optimizers.registry import available, is_torch, optimizer_class
+from neurms.core.optimizers.registry import available, optimizer_class
+from neurms.core.optimizers.rules import follow, rule_names
 from neurms.integrations.keras.neurms import TappedOptimizer
 from neurms.integrations.keras.optimizer import NeurmsOptimizer
 from neurms.integrations.keras.settings import needs_taps
 
 __all__ = ["CLASSES", "keras_class"]
 
+CLASSES: dict[str, type[NeurmsOptimizer]] = {}
+"""snake_case name -> class."""
 
-def _made(rule: str) -> type[NeurmsOptimizer]:
+
+def _make(rule: str) -> type[NeurmsOptimizer]:
     torch_class = optimizer_class(rule)
     base = TappedOptimizer if needs_taps(rule) else NeurmsOptimizer
     docstring = f"{torch_class.__name__} for Keras; its settings are those of the torch optimizer."
-    body = {"rule": rule, "__doc__": docstring, "__module__": __name__}
+    ours = torch_class.__module__.startswith("neurms.")
+    # Keras and pickle look a class up by its module and name.
+    name = torch_class.__name__ if ours else f"rule:{rule}"
+    body = {"rule": rule, "__doc__": docstring, "__module__": __name__, "__qualname__": name}
     made: Any = type(torch_class.__name__, (base,), body)
-    registered: type[NeurmsOptimizer] = keras.saving.register_keras_serializable("neurms")(made)
+    register = keras.saving.register_keras_serializable("neurms", name)
+    registered: type[NeurmsOptimizer] = register(made)
+    globals()[name] = CLASSES[rule] = registered
     return registered
 
 
-CLASSES = {rule: _made(rule) for rule in available() if not is_torch(rule)}
-"""snake_case name -> class."""
-
-# Keras looks a class up by its module and name, too.
-globals().update({made.__name__: made for made in CLASSES.values()})
+follow(_make)
 
 
 def keras_class(rule: str) -> type[NeurmsOptimizer]:
@@ -41,6 +48,6 @@ def keras_class(rule: str) -> type[NeurmsOptimizer]:
     Raises:
         ValueError: No rule has that name.
     """
-    if rule not in CLASSES:
+    if rule not in rule_names():
         raise ValueError(f"name={rule!r} is not known; choose one of {available()}")
     return CLASSES[rule]

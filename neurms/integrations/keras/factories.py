@@ -66,9 +66,9 @@ def keras_neurms(learning_rate: Any = 1e-2, variant: str = "U", **settings: Any)
         learning_rate: A float, a schedule or a callable.
         variant: ``"U"``, ``"B"`` or ``"F"``.
         **settings: ``beta=.99, eps=1e-8, s_max=100., momentum=0., agc=None, clip="absolute",
-            loss_reduction="mean"``, ... as in :class:`neurms.NeuRMS` (but for ``update``,
-            ``gemm`` and ``loss_scale``, which Keras settles), the common settings and Keras's own
-            arguments.
+            normalize=None, loss_reduction="mean"``, ... as in :class:`neurms.NeuRMS` (but for
+            ``update``, ``gemm`` and ``loss_scale``, which Keras settles), the common settings and
+            Keras's own arguments.
 
     Returns:
         The optimizer.

@@ -67,7 +67,7 @@ class TappedOptimizer(NeurmsOptimizer):
     @property
     def layers(self) -> Layers:
         """The tapped layers."""
-        return self._built_engine().layers
+        return self.engine.layers
 
     # ---------------------------------------------------------------- taps
 

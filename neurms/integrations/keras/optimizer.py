@@ -316,6 +316,9 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
             var_list: Variables.
             var_names: Regular expressions searched for in variable names, or in paths if they hold
                 a slash.
+
+        Raises:
+            TypeError: ``var_names`` is one text.
         """
         if isinstance(var_names, str):
             raise TypeError(f"var_names={var_names!r} must be a sequence; write ({var_names!r},)")
@@ -400,13 +403,19 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
         """
         if self.built and self._engine is None:
             return Plan([])
-        return Plan([*self._built_engine().optimizer.plan(), *self._frozen])
+        return Plan([*self.engine.optimizer.plan(), *self._frozen])
 
     def state_bytes(self) -> int:
         """Return the bytes of the rule's and AdamW's state, without Keras's own variables."""
-        return self._built_engine().optimizer.state_bytes()
+        return self.engine.optimizer.state_bytes()
 
-    def _built_engine(self) -> Engine:
+    @property
+    def engine(self) -> Engine:
+        """The torch optimizer inside, and what moves it.
+
+        Raises:
+            ValueError: The optimizer is not built yet.
+        """
         if self._engine is None:
             raise ValueError(
                 f"{self.name!r} is not built; call optimizer.build(model.trainable_variables), or "

@@ -55,7 +55,7 @@ def peak_of(schedule: Any) -> float:
     Example:
         >>> peak_of(keras.optimizers.schedules.CosineDecay(0.0, 90, 0.0, None, 0.5, 10))
         0.5
-    """
+    """  # noqa: DOC501  (a ValueError, made below)
     rates: dict[int, float] = {}
 
     def rate(step: int) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from neurms import Alice
 from neurms.core.diagnostics.bases import basis_cosines, subspace_cosines
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 
 def test_a_known_turn_in_the_plane_of_two_directions() -> None:

@@ -39,6 +39,27 @@ def test_neurms(pool: Ranks, variant: str, wrap: str) -> None:
     assert sorted(found["backward"]) == sorted(plain + scales)
 
 
+@pytest.mark.parametrize("width", [7, 7000])
+def test_neurms_of_the_gradients_own_moments(pool: Ranks, width: int) -> None:
+    settings = {"variant": "P", "momentum": 0.5}
+    arguments = {"rule": "neurms", "settings": settings, "wrap": "fsdp", "width": width}
+    found = pool.run(2, counting.calls, **arguments)[0]
+    sizes = [(6, 4), (width, 12), (5, width), (3, 5)]
+    sums = [("all-reduce", 8 * (m + n + 1)) for m, n in sizes]
+    assert found["step"] == FINITE + sums
+    assert found["predicted"] == found["step"]
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_lengths_are_one_exchange_more_where_rows_are_cut(pool: Ranks, wrap: str) -> None:
+    plain = counted(pool, 2, "neurms", {}, wrap)
+    found = counted(pool, 2, "neurms", {"normalize": "rms"}, wrap)
+    lengths = [("all-reduce", 8 * PARAMETERS)] if wrap == "fsdp" else []
+    assert found["step"] == plain["step"] + lengths
+    assert found["predicted"] == found["step"]
+    assert found["backward"] == plain["backward"]
+
+
 @pytest.mark.parametrize("name", ["rmnp", "racs", "alice", "shared_basis"])
 def test_replicas_send_nothing_in_a_step(pool: Ranks, name: str) -> None:
     rule, settings = RULES[name]

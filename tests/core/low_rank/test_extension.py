@@ -15,7 +15,7 @@ from neurms.core.structures.eigen_basis import EigenBasis
 from neurms.core.structures.projected_diagonal import ProjectedDiagonal
 from neurms.core.structures.two_sided import TwoSidedDiagonal
 from neurms.core.structures.two_sided_eigen import TwoSidedEigen
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 ALICE = TrackedSubspace(3, interval=3, leading=3, beta=0.9)
 

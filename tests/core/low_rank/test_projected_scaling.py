@@ -11,7 +11,7 @@ from neurms.core.low_rank.subspaces import RandomSubspace, SingularSubspace
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context
 from neurms.core.structures.projected_diagonal import ProjectedDiagonal
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 ADAM = ProjectedDiagonal((0.9, 0.999), 1e-6)
 

@@ -13,7 +13,7 @@ from neurms.core.low_rank.residuals import (
     column_scale,
 )
 from neurms.core.structures.base import Context, State
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 
 def projection(gradient: Tensor, basis: Tensor, *, knows_energy: bool = False) -> Projection:

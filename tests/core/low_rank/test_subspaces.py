@@ -18,7 +18,7 @@ from neurms.core.low_rank.subspaces import (
 )
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context, State
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 
 def advance(subspace: Subspace, steps: Tensor, seeds: tuple[int, ...] = (7,)) -> list[State]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neurms import Adapprox
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 
 def test_equations() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neurms import BlockAdam
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 
 @pytest.mark.parametrize(("features", "size"), [(6, 1), (7, 5)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neurms.core.optimizers.registry import create
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 FAMILY: dict[str, dict[str, Any]] = {
     "eigen_adam": {"interval": 3},

@@ -7,7 +7,7 @@ import torch
 
 from neurms import LAMB
 from neurms.core.optimizers.plan import tensor_bytes
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 
 def test_equations() -> None:

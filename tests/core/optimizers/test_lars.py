@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neurms import LARS
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from neurms import RMNP, Nora
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 
 def test_steps_are_orthogonal_to_the_rows() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neurms import RACS
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((6, 4), torch.float64), ((256, 200), torch.float32)])

@@ -9,7 +9,7 @@ import torch
 
 from neurms import Shampoo
 from neurms.core.structures.kronecker import Kronecker
-from tests.core.structures.contract import gradients, run
+from neurms.testing import gradients, run
 
 
 def path(steps: torch.Tensor, **settings: Any) -> list[torch.Tensor]:

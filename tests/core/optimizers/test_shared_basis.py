@@ -9,7 +9,7 @@ import torch
 
 from neurms import SharedBasis
 from neurms.core.structures.shared_basis import SharedBasisBlocks
-from tests.core.structures.contract import gradients, run
+from neurms.testing import gradients, run
 
 
 def test_grafted_onto_normalised_rmsprop_then_momentum() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neurms import Shampoo, Sketchy
-from tests.core.structures.contract import gradients
+from neurms.testing import gradients
 
 
 @pytest.mark.parametrize("betas", [(0.0, 1.0), (0.9, 0.95)])

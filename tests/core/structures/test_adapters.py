@@ -10,7 +10,7 @@ from neurms.core.structures.block_diagonal import BlockDiagonal
 from neurms.core.structures.diagonal import Diagonal
 from neurms.core.structures.kronecker import Kronecker
 from neurms.core.structures.two_sided import TwoSidedDiagonal
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 class TestAveraged(TransformContract):

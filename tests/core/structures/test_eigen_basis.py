@@ -11,7 +11,7 @@ from torch import Tensor
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context
 from neurms.core.structures.eigen_basis import EigenBasis, due
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 def vec(matrix: Tensor) -> Tensor:

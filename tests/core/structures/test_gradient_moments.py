@@ -14,7 +14,7 @@ from torch import Tensor
 from neurms.core.ground.shards import RowShard
 from neurms.core.structures.base import Context, State
 from neurms.core.structures.gradient_moments import GradientMoments, with_bias
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 def lower_median_clip(factors: np.ndarray, kappa: float) -> np.ndarray:

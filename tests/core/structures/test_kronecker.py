@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.kronecker import Kronecker
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 def power(matrix: Tensor, exponent: float) -> Tensor:

@@ -12,7 +12,7 @@ from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context
 from neurms.core.structures.kronecker import Kronecker
 from neurms.core.structures.kronecker_sketch import KroneckerSketch
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 def dense_factor(state: dict[str, Tensor], side: str) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context
 from neurms.core.structures.low_rank_moment import LowRankMoment
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 class TestLowRankMoment(TransformContract):

@@ -12,7 +12,7 @@ from neurms.core.structures.one_sided_diagonal import (
     RowStandardized,
     WithoutRadialPart,
 )
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 class TestRowNormalized(TransformContract):

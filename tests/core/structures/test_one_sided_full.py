@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neurms.core.structures.one_sided_full import Orthogonalized, Whitened
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 def dense_whitening(gradient: Tensor) -> Tensor:

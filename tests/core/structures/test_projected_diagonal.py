@@ -8,7 +8,7 @@ import torch
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context
 from neurms.core.structures.projected_diagonal import ProjectedDiagonal
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 class TestProjectedDiagonal(TransformContract):

@@ -10,7 +10,7 @@ from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context
 from neurms.core.structures.scaled_full import ScaledFull, scaled_full_fit
 from neurms.core.structures.two_sided import TwoSidedDiagonal
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 class TestScaledFull(TransformContract):

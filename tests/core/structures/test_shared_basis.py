@@ -15,7 +15,7 @@ from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures import shared_basis
 from neurms.core.structures.base import Context
 from neurms.core.structures.shared_basis import SharedBasisBlocks
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 def dense(

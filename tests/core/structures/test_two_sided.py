@@ -10,7 +10,7 @@ from torch import Tensor
 from neurms.compiled.two_sided import two_sided_fit
 from neurms.core.structures.base import Context
 from neurms.core.structures.two_sided import Fit, TwoSidedDiagonal
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 class TestTwoSidedDiagonal(TransformContract):

@@ -12,7 +12,7 @@ from torch import Tensor
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context
 from neurms.core.structures.two_sided_eigen import TwoSidedEigen
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

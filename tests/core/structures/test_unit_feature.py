@@ -12,7 +12,7 @@ from torch import Tensor
 from neurms.core.optimizers.plan import tensor_bytes
 from neurms.core.structures.base import Context, Moments, State
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from tests.core.structures.contract import TransformContract, gradients
+from neurms.testing import TransformContract, gradients
 
 
 @dataclass(frozen=True)

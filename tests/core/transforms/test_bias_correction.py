@@ -7,7 +7,7 @@ import torch
 
 from neurms.core.structures.projected_diagonal import ProjectedDiagonal
 from neurms.core.transforms.bias_correction import BiasCorrection
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 class TestBiasCorrection(TransformContract):

@@ -7,7 +7,7 @@ import torch
 
 from neurms.core.structures.base import Context
 from neurms.core.transforms.momentum import Momentum
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 class TestAverage(TransformContract):

@@ -20,7 +20,7 @@ from neurms.core.transforms.safeguards import (
     RowClip,
     TrustRatio,
 )
-from tests.core.structures.contract import TransformContract, gradients, run
+from neurms.testing import TransformContract, gradients, run
 
 
 class TestNormGrowthLimiter(TransformContract):

@@ -8,7 +8,7 @@ from torch.optim._muon import _adjust_lr
 
 from neurms.core.structures.base import Context
 from neurms.core.transforms.shape_scale import ShapeScale
-from tests.core.structures.contract import TransformContract
+from neurms.testing import TransformContract
 
 
 class TestShapeScale(TransformContract):

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "kappa": 10.0,
     "loss_reduction": "mean",
     "weight_decay": 0.0,
+    "normalize": None,
 }
 
 
@@ -60,6 +61,7 @@ class Layer:
     u: Tensor | float = 0.0
     t: int = 0
     velocities: dict[str, Tensor] = field(default_factory=dict)
+    lengths: dict[str, list[Tensor]] = field(default_factory=dict)
     inputs: Tensor | None = None
     errors: Tensor | None = None
     sent: Tensor | None = None
@@ -158,6 +160,12 @@ class Truth:
                 layer.velocities[name] = velocity
                 coupled = p["momentum_coupling"] == "gradient+velocity"
                 update = velocity * scale if coupled else velocity
+            if p["normalize"]:
+                seen = layer.lengths.setdefault(name, [])
+                seen.append(update.square().mean().sqrt())
+                ages = range(len(seen) - 1, -1, -1)
+                total = sum(0.9**age * r for age, r in zip(ages, seen, strict=True))
+                update = update / (total / sum(0.9**age for age in ages))
             if p["agc"] is not None and name == "weight":
                 update = _row_clipped(update, parameter, p["agc"], layer.module)
             if name == "weight":

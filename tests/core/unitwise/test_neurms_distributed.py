@@ -21,6 +21,9 @@ CASES: dict[str, dict[str, Any]] = {
     "U in two parts": {"variant": "U", "parts": 2},
     "F in two parts": {"variant": "F", "parts": 2},
     "B in two parts": {"variant": "B", "parts": 2, "order": [0, 1, 4, 5, 2, 3, 6, 7]},
+    "U normalised": {"variant": "U", "normalize": "rms"},
+    "B normalised": {"variant": "B", "normalize": "rms"},
+    "F normalised in two parts": {"variant": "F", "normalize": "rms", "parts": 2},
     "U with heads": {"variant": "U", "heads": {"0.weight": 2}},
 }
 

@@ -40,7 +40,7 @@ def keras_plain() -> type:
     from neurms.integrations.keras import classes
 
     with known():
-        return classes._made(NAME)
+        return classes._make(NAME)
 
 
 def known() -> Any:

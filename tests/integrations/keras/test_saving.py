@@ -92,6 +92,22 @@ def test_neurms_keeps_what_an_unfinished_window_saw(variant: str, tmp_path: Path
     assert equal(model, loaded)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_lengths_of_updates_are_variables(momentum: float, tmp_path: Path) -> None:
+    model = model_with(keras_neurms(normalize="rms", momentum=momentum))
+    fit(model)
+    lengths = [v for v in model.optimizer.variables if v.name.endswith("_length")]
+    assert len(lengths) == 6
+    assert all(v.shape == () and float(v.numpy()) > 0 for v in lengths)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.get_config()["normalize"] == "rms"
+    assert equal(model, loaded)
+    for one in (model, loaded):
+        fit(one, epochs=2)
+    assert equal(model, loaded)
+
+
 def test_a_wrapped_optimizer_goes_on_too(tmp_path: Path) -> None:
     inner = keras_neurms(gradient_accumulation_steps=2)
     model = model_with(keras.optimizers.LossScaleOptimizer(inner))

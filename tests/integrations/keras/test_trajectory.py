@@ -77,6 +77,8 @@ def test_neurms_follows_its_torch_optimizer(variant: str, momentum: float) -> No
     settings = {"variant": variant, "momentum": momentum, "agc": 0.1, "weight_decay": 0.1}
     keras_settings = {"exclude_from_weight_decay": ["bias"]}
     assert moved("neurms", settings, "float64", **keras_settings) < 1e-10
+    settings = {"variant": variant, "momentum": momentum, "normalize": "rms"}
+    assert moved("neurms", settings, "float64") < 1e-10
 
 
 @pytest.mark.parametrize("rule", ["neurms", "racs", "rmnp"])

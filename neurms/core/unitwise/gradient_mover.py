@@ -1,0 +1,426 @@
+"""How matrices and their biases move by the gradient's own moments: variant P at the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from neurms.compiled.backends import PROMPT
+from neurms.compiled.gradient_factors import gradient_factors
+from neurms.compiled.native import LEAST_ELEMENTS
+from neurms.compiled.square_sums import square_sums
+from neurms.compiled.update import apply_updates_
+from neurms.core.ground.errors import UnsupportedTrainingError
+from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.shards import is_sharded, local, own_part, row_shard, wrapped_rows
+from neurms.core.ground.spans import is_observed, span
+from neurms.core.optimizers.by_recipe import RecipeMover
+from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.view import View, shard_for
+from neurms.core.routing import Route
+from neurms.core.structures.gradient_moments import GradientMoments, with_bias
+from neurms.core.unitwise.gradient_rule import bias_of
+from neurms.core.unitwise.mover import velocity_like
+
+__all__ = ["Factors", "GradientMover", "Holder", "Layer", "Target", "scales", "structure_of"]
+
+State = dict[str, Any]
+Factors = tuple[Tensor, Tensor]
+
+
+class Holder(Protocol):
+    """What the mover needs of its optimizer."""
+
+    backend: str
+    routes: dict[Tensor, Route]
+
+    def recipe_of(self, group: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of a parameter group."""
+
+    def view_of(self, parameter: Tensor) -> View:
+        """Return a parameter's view."""
+
+    def opened_state(self, parameter: Tensor) -> State:
+        """Return a parameter's state, made if it is not there, with a velocity where one is due."""
+
+
+@dataclass(slots=True, eq=False)
+class Layer:
+    """A matrix with its bias in one step.
+
+    Args:
+        weight: The matrix as its rule sees it: this rank's rows, or all of it.
+        bias: Its bias, or None.
+        structure: Its settings.
+        moves: Whether the matrix has a gradient; without one it counts as zero.
+    """
+
+    weight: View
+    bias: View | None
+    structure: GradientMoments
+    moves: bool = True
+
+    @property
+    def views(self) -> list[View]:
+        """What moves."""
+        own = [self.weight] if self.moves else []
+        return own if self.bias is None else [*own, self.bias]
+
+    @property
+    def columns(self) -> int:
+        """n, without the bias."""
+        return self.weight.route.layout.matrix_shape[1]
+
+    def bias_gradient(self) -> Tensor | None:
+        """Return the bias's gradient for the rows that are here, shape (m,), or None."""
+        if self.bias is None:
+            return None
+        return _vector(self.bias, self.bias.gradient, self.weight.shard is not None)
+
+
+class GradientMover(RecipeMover):
+    """Moves matrices and their biases by the gradient's own moments, many in one call.
+
+    Args:
+        optimizer: Holds routes and state, and this; so it had better be a weak proxy.
+    """
+
+    def __init__(self, optimizer: Holder) -> None:
+        super().__init__(optimizer.recipe_of)
+        self._optimizer = optimizer
+
+    def move(self, views: Sequence[View]) -> None:
+        """Take the step of all layers: sums, factors and moves of each kind in one call."""
+        backend = self._backend(views)
+        alike: dict[GradientMoments, list[Layer]] = {}
+        for layer in self.layers(views):
+            if layer.weight.sharded:
+                # At once: matrices that are gathered would all be whole together.
+                self.write([layer], self._scales([layer], layer.structure, backend), backend)
+            else:
+                alike.setdefault(layer.structure, []).append(layer)
+        for structure, own in alike.items():
+            # Who measures wants each layer's time.
+            for part in [[one] for one in own] if is_observed() else [own]:
+                self.write(part, self._scales(part, structure, backend), backend)
+
+    def layers(self, views: Sequence[View]) -> Iterable[Layer]:
+        """Yield each matrix with its bias, its step counted."""
+        own = {view.parameter: view for view in views}
+        for view in views:
+            weight = self._weight_of(view)
+            if weight is not view and weight.parameter in own:
+                continue
+            other = bias_of(weight.route, self._optimizer.routes)
+            bias = None if other is None else own.get(other.parameter)
+            yield self._layer(weight, bias, weight.parameter in own)
+
+    def _weight_of(self, view: View) -> View:
+        """Return the view of the matrix that a parameter is, or is a column of."""
+        if view.parameter.ndim >= 2 or view.route.module is None:
+            return view
+        for route in map(self._optimizer.routes.get, view.route.module._parameters.values()):  # type: ignore[arg-type]
+            if route is not None and route.parameter.ndim >= 2:
+                bias = bias_of(route, self._optimizer.routes)
+                if bias is not None and bias.parameter is view.parameter:
+                    return self._optimizer.view_of(route.parameter)
+        return view
+
+    def _layer(self, weight: View, bias: View | None, moves: bool) -> Layer:
+        for view in (weight, bias):
+            if view is not None:
+                view.state = self._optimizer.opened_state(view.parameter)
+                view.state["step"] += 1
+        recipe = weight.recipe or self._optimizer.recipe_of(weight.group)
+        structure = structure_of(recipe)
+        if not weight.sharded:
+            return Layer(weight, bias, structure, moves)
+        shard = shard_for(recipe, weight.parameter, weight.route.layout)
+        own = replace(weight, shard=shard)
+        if shard is None:
+            own.gradient = own.seen(own.gradient) if moves else own.gradient
+            bias = None if bias is None else replace(bias, gradient=bias.seen(bias.gradient))
+        elif bias is not None:
+            _check_bias(bias, own)
+        return Layer(own, bias, structure, moves)
+
+    def _backend(self, views: Sequence[View]) -> str:
+        backend = self._optimizer.backend
+        large = any(view.parameter.numel() >= LEAST_ELEMENTS for view in views)
+        # Where there are large layers, small ones may as well run natively.
+        return PROMPT if large and backend == "auto" else backend
+
+    # ---------------------------------------------------------------- moments and factors
+
+    def _scales(
+        self, layers: Sequence[Layer], structure: GradientMoments, backend: str
+    ) -> list[Factors]:
+        """Bring the moments of layers up to date and return the factors (m,) and (n [+ 1],)."""
+        parameters = [view.parameter for layer in layers for view in layer.views]
+        with span("reduce", parameters):
+            sums = _sums_of(layers, backend)
+        with span("scale", parameters):
+            return scales(layers, sums, structure, backend)
+
+    # ---------------------------------------------------------------- weights
+
+    def write(
+        self,
+        layers: Sequence[Layer],
+        factors: Sequence[Factors],
+        backend: str,
+    ) -> None:
+        """Move the matrices and biases of layers by their scaled gradients."""
+        momentum = layers[0].structure.momentum
+        moves = [
+            move
+            for layer, own in zip(layers, factors, strict=True)
+            for move in _moves_of(layer, *own, self._target, bool(momentum))
+        ]
+        with span("update", [move.view.parameter for move in moves]):
+            _apply_([move for move in moves if not move.formed], momentum, backend)
+            for move in moves:
+                if move.formed:
+                    _apply_formed_(move, momentum)
+                self._written(move.view, move.target)
+
+    def _written(self, view: View, target: Tensor) -> None:
+        view.written(target)
+
+    def _target(self, view: View, decay: float) -> Target:
+        """Return what a parameter's scaled gradient enters."""
+        return Target(view.target(), float(view.group["lr"]), decay)
+
+    # ---------------------------------------------------------------- state
+
+    def state_for(self, like: Tensor, route: Route, group: Mapping[str, Any]) -> State:
+        """Return a step; the roots ``q`` and ``s`` of a matrix; M with momentum."""
+        structure = structure_of(self._optimizer.recipe_of(group))
+        state: State = {"step": 0}
+        if like.ndim >= 2:
+            state |= self._moments(like, route, replace(structure, momentum=0.0))
+        if structure.momentum:
+            state["momentum"] = velocity_like(like)
+        return state
+
+    def _moments(self, like: Tensor, route: Route, structure: GradientMoments) -> State:
+        units, features = route.layout.matrix_shape
+        features += bias_of(route, self._optimizer.routes) is not None
+        recipe = Recipe((structure,))
+        shard = shard_for(recipe, like, route.layout)
+        shape = (units if shard is None else shard.rows, features)
+        # A matrix without storage: only its shape is wanted.
+        sizes = structure.init(torch.empty(shape, dtype=compute_dtype(like), device="meta"))
+        made = {key: torch.zeros_like(value, device=like.device) for key, value in sizes.items()}
+        if shard is None:
+            return made
+        return dict(wrapped_rows(made, {"q": 0, "s": None}, like, shard.total))
+
+    def expected_state(
+        self, like: Tensor, route: Route, group: Mapping[str, Any], saved: Mapping[str, Any]
+    ) -> State:
+        """As fresh state is, with M where it has ever been kept."""
+        momentum = group["momentum"] or 0.9 if "momentum" in saved else 0.0
+        return self.state_for(like, route, {**group, "momentum": momentum})
+
+
+def structure_of(recipe: Recipe) -> GradientMoments:
+    """Return the structure of variant P's recipe.
+
+    Raises:
+        ValueError: The group's variant was changed.
+    """
+    (structure,) = recipe.transforms
+    if not isinstance(structure, GradientMoments):
+        raise ValueError(
+            'the variant of a parameter group was changed from "P"; a variant holds for the whole '
+            "optimizer: build it with the other one"
+        )
+    return structure
+
+
+def _check_bias(bias: View, weight: View) -> None:
+    """Raise unless a bias is cut as the rows of its matrix are."""
+    shard = row_shard(bias.parameter, bias.route.layout) if is_sharded(bias.parameter) else None
+    if shard is None or (shard.start, shard.rows) != (weight.shard.start, weight.shard.rows):  # type: ignore[union-attr]
+        raise UnsupportedTrainingError(
+            f"the bias {bias.route.name!r} is not sharded as the rows of {weight.route.name!r} "
+            f"are; shard both alike, or pass exclude=({bias.route.name!r},)"
+        )
+
+
+def _vector(view: View, tensor: Tensor, rows: bool) -> Tensor:
+    """Return a tensor like a bias: this rank's ``rows``, or all of it, in the rule's dtype."""
+    whole = local(tensor) if rows or not is_sharded(tensor) else tensor.full_tensor()  # type: ignore[attr-defined]
+    return whole.to(view.dtype)
+
+
+# -------------------------------------------------------------------- moments and factors
+
+
+def _sums_of(layers: Sequence[Layer], backend: str) -> list[tuple[Tensor, Tensor]]:
+    """Return row sums and column sums of squares of [G | g] of layers, G's in one call."""
+    gradients = [
+        layer.weight.matrix(layer.weight.seen(layer.weight.gradient))
+        for layer in layers
+        if layer.moves
+    ]
+    made = iter(zip(*square_sums.on(backend)(gradients), strict=True))
+    return [_with_own_bias(layer, next(made) if layer.moves else None) for layer in layers]
+
+
+def _with_own_bias(layer: Layer, sums: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    q, s = local(layer.weight.state["q"]), layer.weight.state["s"]
+    if sums is None:
+        sums = q.new_zeros(q.shape, dtype=torch.float64), s.new_zeros(layer.columns).double()
+    bias = layer.bias_gradient()
+    if bias is not None:
+        return with_bias(*sums, bias)
+    rows, columns = sums
+    # A bias that has no gradient in this step, a frozen one's, counts as zero.
+    missing = s.numel() - columns.numel()
+    return rows, torch.cat([columns, columns.new_zeros(missing)]) if missing else columns
+
+
+def scales(
+    layers: Sequence[Layer],
+    sums: Sequence[tuple[Tensor, Tensor]],
+    structure: GradientMoments,
+    backend: str,
+) -> list[Factors]:
+    """Bring the moments of layers up to date and return their factors, m and n (+ 1) of each."""
+    here = [i for i, layer in enumerate(layers) if layer.weight.shard is None]
+    made: dict[int, Factors] = {}
+    if here:
+        states = [layers[i].weight.state for i in here]
+        rows, columns = [sums[i][0] for i in here], [sums[i][1] for i in here]
+        kept = [state["q"] for state in states], [state["s"] for state in states]
+        corrections = [1.0 - structure.beta ** state["step"] for state in states]
+        q, s, left, right = gradient_factors.on(backend)(
+            rows, columns, *kept, corrections, structure.beta, structure.kappa
+        )
+        torch._foreach_copy_([*kept[0], *kept[1]], [*q, *s])
+        made = dict(zip(here, zip(left, right, strict=True), strict=True))
+    for i, layer in enumerate(layers):
+        if i not in made:
+            view = layer.weight
+            made[i] = structure.scales(*sums[i], view.own_state, view.context())
+    return [made[i] for i in range(len(layers))]
+
+
+# -------------------------------------------------------------------- moves
+
+
+class Target(NamedTuple):
+    """What a scaled gradient enters: T <- decay T - rate U."""
+
+    tensor: Tensor
+    rate: float
+    decay: float
+
+
+@dataclass(slots=True, eq=False)
+class _Move:
+    """One tensor's part: T <- decay T - rate left X right, X the gradient or its average.
+
+    ``formed`` ones are stored in a way that the list kernel does not know as a matrix, or are cut
+    otherwise than by rows.
+    """
+
+    view: View
+    target: Tensor
+    rows: bool
+    left: Tensor
+    right: Tensor | None
+    rate: float
+    decay: float
+    matrix: Tensor
+    gradient: Tensor
+    velocity: Tensor | None
+    formed: bool
+
+
+def _moves_of(
+    layer: Layer,
+    left: Tensor,
+    right: Tensor,
+    target_of: Callable[[View, float], Target],
+    averages: bool,
+) -> list[_Move]:
+    weight, bias = layer.weight, layer.bias
+    rows = weight.shard is not None
+    moves = []
+    if layer.moves:
+        target = target_of(weight, weight.decay)
+        moves.append(_move_of(weight, target, rows, left, right[: layer.columns], averages))
+    if bias is not None:
+        # Weight decay is for weights.
+        target = target_of(bias, 1.0)
+        moves.append(_move_of(bias, target, rows, left * right[-1], None, averages))
+    return moves
+
+
+def _move_of(
+    view: View, into: Target, rows: bool, left: Tensor, right: Tensor | None, averages: bool
+) -> _Move:
+    target, rate, decay = into
+    velocity = local(view.state["momentum"]) if averages else None
+    if view.sharded and not rows:
+        return _Move(
+            view, target, rows, left, right, rate, decay, target, view.gradient, velocity, True
+        )
+    gradient = local(view.gradient)
+    if right is None:
+        gradient = gradient.to(view.dtype)
+        return _Move(
+            view, target, rows, left, right, rate, decay, target, gradient, velocity, False
+        )
+    matrix, gradient = view.matrix(target), view.matrix(gradient)
+    formed = matrix.data_ptr() != target.data_ptr()
+    if velocity is not None:
+        seen = view.matrix(velocity)
+        formed = formed or seen.data_ptr() != velocity.data_ptr()
+        velocity = velocity if formed else seen
+    if formed:
+        gradient = view.gradient
+    return _Move(view, target, rows, left, right, rate, decay, matrix, gradient, velocity, formed)
+
+
+def _apply_(moves: Sequence[_Move], momentum: float, backend: str) -> None:
+    moves = [move for move in moves if move.matrix.numel()]
+    if not moves:
+        return
+    apply_updates_.on(backend)(
+        [move.matrix for move in moves],
+        [move.gradient for move in moves],
+        [move.velocity for move in moves],
+        [move.left for move in moves],
+        [move.right for move in moves],
+        [move.rate for move in moves],
+        [move.decay for move in moves],
+        momentum=momentum,
+        fresh=1.0 - momentum,
+        scale_gradient=not momentum,
+        scale_velocity=bool(momentum),
+    )
+
+
+def _apply_formed_(move: _Move, momentum: float) -> None:
+    view, x = move.view, move.gradient
+    here = move.rows or not view.sharded
+    if move.velocity is not None:
+        own = local(x) if here else own_part(x, view.parameter)
+        move.velocity.lerp_(own.to(view.dtype), 1.0 - momentum)
+        x = view.state["momentum"]
+    if move.right is None:
+        step = _vector(view, x, move.rows) * move.left
+    else:
+        update = view.matrix(view.seen(x)) * move.left[:, None] * move.right
+        step = view.layout.from_matrix(update)
+    if move.decay != 1.0:
+        move.target.mul_(move.decay)
+    move.target.add_(step if here else own_part(step, view.parameter), alpha=-move.rate)

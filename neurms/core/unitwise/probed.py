@@ -1,0 +1,367 @@
+"""Variant P in backward: D and H become probed moments and an update, never a gradient."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neurms.compiled.backends import use_backend
+from neurms.compiled.finite import within
+from neurms.compiled.gradient_factors import gradient_factors
+from neurms.compiled.probes import mean_squares, probe_products
+from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.spans import span
+from neurms.core.ground.warn import warn_user
+from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.settings import NonFinite
+from neurms.core.optimizers.view import View
+from neurms.core.routing import Route
+from neurms.core.structures.base import Context
+from neurms.core.structures.gradient_moments import GradientMoments
+from neurms.core.taps.backward import BackwardUpdateTap, is_tapped_linear
+from neurms.core.taps.guard import GradientGuard
+from neurms.core.taps.hooks import forget_compiled_graphs
+from neurms.core.unitwise.gradient_mover import structure_of
+from neurms.core.unitwise.layers import is_compiled
+from neurms.core.unitwise.products import Product, add_product_
+from neurms.core.unitwise.rule import Gemm
+
+__all__ = ["Foreseen", "ProbedLayer", "ProbedLayers", "drawn_probes"]
+
+
+class Owner(Protocol):
+    """What probed layers ask of their optimizer."""
+
+    backend: str
+    nonfinite: NonFinite
+    routes: dict[Tensor, Route]
+
+    def recipe_of(self, group: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of a parameter group."""
+
+    def view_of(self, parameter: Tensor) -> View:
+        """Return a parameter's view."""
+
+    def opened_state(self, parameter: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, made if it is not there."""
+
+
+class Foreseen(NamedTuple):
+    """What a commit of one backward gives: the roots q and s, and the factors that they make."""
+
+    q: Tensor
+    s: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def drawn_probes(
+    seed: int, step: int, sizes: tuple[int, int], count: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return random signs (n, count) and (m, count), the same wherever seed and step are.
+
+    Args:
+        seed: Of the layer.
+        step: The step's number.
+        sizes: n and m.
+        count: Pairs of probes.
+        like: Gives device and dtype.
+    """
+    generator = Context(step, None, (seed,)).generator(0)
+    right, left = (
+        torch.randint(0, 2, (size, count), generator=generator).mul_(2).sub_(1).to(like)
+        for size in sizes
+    )
+    return right, left
+
+
+class ProbedLayer:
+    """One linear layer; the sink of its tap.
+
+    Without momentum its weight moves as soon as D and H are there. With momentum they enter M, and
+    what the probes have seen is summed, until the step moves the weight: parts of a batch add up.
+
+    Args:
+        route: The weight's route.
+        layers: Holds it; held weakly.
+        waits: Whether the weight waits for the step.
+    """
+
+    def __init__(self, route: Route, layers: ProbedLayers, waits: bool) -> None:
+        self.route = route
+        self.weight = route.parameter
+        self.waits = waits
+        self.foreseen: Foreseen | None = None
+        self.products: tuple[Tensor, Tensor] | None = None
+        self.tap: BackwardUpdateTap | None = None
+        self._layers = weakref.ref(layers)
+        self._probes: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def layers(self) -> ProbedLayers:
+        """What holds the layer."""
+        layers = self._layers()
+        if layers is None:
+            raise ReferenceError(f"the optimizer of layer {self.route.name!r} no longer exists")
+        return layers
+
+    @property
+    def fired(self) -> bool:
+        """Whether a step has something to commit."""
+        return self.foreseen is not None or self.products is not None
+
+    def rescale_errors(self, errors: Tensor) -> None:
+        """Leave D as it is."""
+
+    @torch.no_grad()
+    def update(self, errors: Tensor, activations: Tensor) -> None:
+        """Take D and H of one backward."""
+        owner = self.layers.owner
+        view = owner.view_of(self.weight)
+        view.state = owner.opened_state(self.weight)
+        structure = structure_of(owner.recipe_of(view.group))
+        if bool(structure.momentum) != self.waits:
+            raise ValueError(
+                f"momentum={structure.momentum!r} was {'positive' if self.waits else 'zero'} when "
+                'the optimizer was built, and update="backward" cannot begin or end to keep an '
+                'average; build it anew, or use update="step"'
+            )
+        with use_backend(owner.backend), span("reduce", [self.weight]):
+            products = probe_products(errors, activations, *self._drawn(view))
+        if not self.layers.accepts(self, products):
+            return
+        product = Product(errors, activations, None, self.layers.gemm, owner.backend)
+        with use_backend(owner.backend), span("update", [self.weight]):
+            if self.waits:
+                self._gather(view, structure, product, products)
+            else:
+                self._write(view, structure, product, products)
+
+    def _drawn(self, view: View) -> tuple[Tensor, Tensor]:
+        """Return this step's probes, drawn once for all parts of its batch."""
+        if self._probes is None:
+            q, s = view.state["q"], view.state["s"]
+            sizes, count = (s.numel(), q.numel()), int(view.group["probes"])
+            self._probes = drawn_probes(view.seed, view.state["step"] + 1, sizes, count, q)
+        return self._probes
+
+    def _gather(
+        self,
+        view: View,
+        structure: GradientMoments,
+        product: Product,
+        products: tuple[Tensor, Tensor],
+    ) -> None:
+        mu, velocity = structure.momentum, view.state["momentum"]
+        before, sign = self.products, -1.0 if view.group["maximize"] else 1.0
+        kept = mu if before is None else 1.0
+        add_product_(velocity, product, (None, None), -(1.0 - mu) * sign, kept)
+        wide = compute_dtype(self.weight)
+        fresh = products[0].to(wide), products[1].to(wide)
+        self.products = fresh if before is None else (before[0] + fresh[0], before[1] + fresh[1])
+
+    def _write(
+        self,
+        view: View,
+        structure: GradientMoments,
+        product: Product,
+        products: tuple[Tensor, Tensor],
+    ) -> None:
+        state, features = view.state, product.activations.size(1)
+        rows, columns = map(mean_squares, products)
+        correction = 1.0 - structure.beta ** (state["step"] + 1)
+        made = gradient_factors.on(product.backend)(
+            [rows], [columns], [state["q"]], [state["s"]], [correction],
+            structure.beta, structure.kappa,
+        )  # fmt: skip
+        self.foreseen = Foreseen(*(item for (item,) in made))
+        factors = self.foreseen.left, self.foreseen.right[:features]
+        rate = float(view.group["lr"]) * (-1.0 if view.group["maximize"] else 1.0)
+        target = view.target()
+        add_product_(target, product, factors, rate, view.decay)
+        view.written(target)
+
+    def clear(self) -> None:
+        """Forget what no step has committed."""
+        self.foreseen = self.products = self._probes = None
+        if self.tap is not None:
+            self.tap.rearm()
+
+
+@dataclass(eq=False)
+class _Verdict:
+    """What this backward has updated, and what it has left out."""
+
+    updated: list[str]
+    bad: list[str]
+
+
+class ProbedLayers:
+    """The layers that variant P moves without a gradient.
+
+    Args:
+        owner: The optimizer; held weakly.
+        gemm: What D and H are multiplied in.
+    """
+
+    def __init__(self, owner: Owner, gemm: Gemm) -> None:
+        self.gemm: Gemm = gemm
+        self._owner = weakref.ref(owner)
+        self._layers: dict[Tensor, ProbedLayer] = {}
+        self._guard: GradientGuard | None = None
+        self._verdict = _Verdict([], [])
+        self._compiled = False
+
+    @property
+    def owner(self) -> Owner:
+        """The optimizer."""
+        owner = self._owner()
+        if owner is None:
+            raise ReferenceError("the optimizer of these layers no longer exists")
+        return owner
+
+    def __iter__(self) -> Iterator[ProbedLayer]:
+        return iter(self._layers.values())
+
+    def of(self, weight: Tensor) -> ProbedLayer | None:
+        """Return the layer of a weight, or None."""
+        return self._layers.get(weight)
+
+    # ---------------------------------------------------------------- taps
+
+    def attach(self, model: nn.Module, routes: Iterable[Route], waits: bool) -> None:
+        """Tap the linear layers among ``routes``, all or none.
+
+        Raises:
+            UnsupportedTrainingError: Several ranks train.
+            ValueError: A weight is tapped by another optimizer.
+        """
+        known = list(routes)
+        for route in known:
+            if not route.is_fallback and route.parameter.ndim == 2 and _is_linear(route.module):
+                layer = ProbedLayer(route, self, waits)
+                self._layers[route.parameter] = layer
+                layer.tap = _tap_of(layer)
+        self._compiled = any(map(is_compiled, model.modules()))
+        try:
+            for layer in self:
+                assert layer.tap is not None
+                layer.tap.attach()
+        except BaseException:
+            self.detach()
+            raise
+        if self._compiled:
+            forget_compiled_graphs()
+        guarded = (r.parameter for r in known if r.parameter not in self._layers)
+        self._guard = GradientGuard(guarded)
+
+    def detach(self) -> None:
+        """Remove every tap."""
+        for layer in self:
+            if layer.tap is not None:
+                layer.tap.detach()
+        if self._compiled:
+            forget_compiled_graphs()
+        if self._guard is not None:
+            self._guard.detach()
+            self._guard = None
+
+    def follow(self, old: Route, new: Route) -> None:
+        """Have a tap follow its weight to the parameter in its place."""
+        layer = self._layers.pop(old.parameter, None)
+        if layer is None:
+            return
+        if layer.tap is not None:
+            layer.tap.detach()
+        layer.route, layer.weight = new, new.parameter
+        self._layers[new.parameter] = layer
+        layer.tap = _tap_of(layer)
+        layer.tap.attach()
+
+    # ---------------------------------------------------------------- between steps
+
+    @property
+    def updated(self) -> list[str]:
+        """Names of the layers that backward has updated since the last step."""
+        return list(self._verdict.updated)
+
+    def clear(self) -> None:
+        """Let the next step begin."""
+        self._verdict = _Verdict([], [])
+        for layer in self:
+            layer.clear()
+
+    def forget(self) -> None:
+        """Drop pending statistics along with gradients."""
+        if lost := [layer.route.name for layer in self if layer.products is not None]:
+            warn_user(
+                f"zero_grad() came before step(), and the average of {lost[0]!r} holds the "
+                'gradient that it drops: update="backward" adds to it during backward'
+            )
+        self.clear()
+        if self._guard is not None:
+            self._guard.forget()
+
+    def prepare(self, moving: Iterable[Tensor]) -> None:
+        """Refuse what a step must not take.
+
+        Raises:
+            UnsupportedTrainingError: Gradients were changed, or a weight used outside its layer.
+        """
+        if self._guard is not None:
+            self._guard.check()
+        for weight in moving:
+            layer = self._layers.get(weight)
+            if layer is not None and layer.fired:
+                raise UnsupportedTrainingError(
+                    f"weight {layer.route.name!r} was updated during backward and has a gradient "
+                    'too: it is used outside its layer, which update="backward" cannot see; use '
+                    'update="step"'
+                )
+
+    def bad_names(self) -> list[str]:
+        """Return the layers whose update was left out."""
+        return list(self._verdict.bad)
+
+    def accepts(self, layer: ProbedLayer, products: tuple[Tensor, Tensor]) -> bool:
+        """Return whether an update may be written.
+
+        Raises:
+            NonFiniteError: D or H is not finite and ``nonfinite`` is ``"raise"``; names what was
+                updated before.
+        """
+        bounds = [torch.finfo(item.dtype).max for item in products]
+        # Whatever is not finite in D or H has made a product NaN or infinite.
+        if within([item.contiguous() for item in products], bounds):
+            self._verdict.updated.append(layer.route.name)
+            return True
+        if self.owner.nonfinite == "skip":
+            self._verdict.bad.append(layer.route.name)
+            return False
+        before = ", ".join(self.updated) or "no layer"
+        self.clear()
+        for other in self:
+            if other.tap is not None:
+                other.tap.abandon()
+        raise NonFiniteError(
+            f"the error signal or input of {layer.route.name!r} is NaN or infinite; it was left as "
+            f'it was, but update="backward" had already updated in this pass: {before}. Lower lr, '
+            'or use update="step", which checks everything before it changes anything'
+        )
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    # A subclass may be one that a dead optimizer's tap has left behind.
+    return module is not None and (type(module) is nn.Linear or is_tapped_linear(module))
+
+
+def _tap_of(layer: ProbedLayer) -> BackwardUpdateTap:
+    module = layer.route.module
+    assert isinstance(module, nn.Linear)
+    return BackwardUpdateTap(module, layer, name=layer.route.name, writes=not layer.waits)

@@ -1,0 +1,96 @@
+"""The step of variant P with ``update="backward"``: commits what backward has foreseen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from neurms.compiled.probes import mean_squares
+from neurms.compiled.update import apply_updates_
+from neurms.core.ground.spans import span
+from neurms.core.optimizers.view import View
+from neurms.core.unitwise.gradient_mover import (
+    Factors,
+    GradientMover,
+    Holder,
+    Layer,
+    scales,
+)
+from neurms.core.unitwise.gradient_rule import bias_of
+from neurms.core.unitwise.probed import ProbedLayer, ProbedLayers
+
+__all__ = ["ProbedMover"]
+
+
+class ProbedMover(GradientMover):
+    """Moves what has a gradient as :class:`GradientMover` does, and commits probed layers.
+
+    Args:
+        optimizer: Holds routes and state, and this; so it had better be a weak proxy.
+        layers: The layers that have no gradient.
+    """
+
+    def __init__(self, optimizer: Holder, layers: ProbedLayers) -> None:
+        super().__init__(optimizer)
+        self._probed = layers
+
+    def prepare(self, views: Sequence[View]) -> None:
+        """Refuse what a step must not take."""
+        super().prepare(views)
+        self._probed.prepare([view.parameter for view in views])
+
+    def look_at(self) -> tuple[list[Tensor], list[float]]:
+        """Return what makes any look fail where backward has left something out."""
+        return ([torch.ones(1)], [0.0]) if self._probed.bad_names() else ([], [])
+
+    def bad_names(self) -> list[str]:
+        """Return the layers that backward has left out."""
+        return self._probed.bad_names()
+
+    def move(self, views: Sequence[View]) -> None:
+        """Commit probed layers and move their biases, then all others."""
+        own = {view.parameter: view for view in views}
+        backend = self._backend(views)
+        for probed in self._probed:
+            if probed.fired:
+                other = bias_of(probed.route, self._optimizer.routes)
+                bias = None if other is None else own.pop(other.parameter, None)
+                self._commit(probed, bias, backend)
+        super().move(list(own.values()))
+
+    def _commit(self, probed: ProbedLayer, bias: View | None, backend: str) -> None:
+        weight = self._optimizer.view_of(probed.weight)
+        layer = self._layer(weight, bias, moves=False)
+        factors = self._committed(probed, layer, backend)
+        if probed.waits:
+            _move_waiting(weight, layer, factors, backend)
+        self.write([layer], [factors], backend)
+
+    def _committed(self, probed: ProbedLayer, layer: Layer, backend: str) -> Factors:
+        state, ahead = layer.weight.state, probed.foreseen
+        if ahead is not None:
+            torch._foreach_copy_([state["q"], state["s"]], [ahead.q, ahead.s])
+            return ahead.left, ahead.right
+        assert probed.products is not None
+        rows, columns = map(mean_squares, probed.products)
+        (factors,) = scales([layer], [(rows, columns)], layer.structure, backend)
+        return factors
+
+
+def _move_waiting(weight: View, layer: Layer, factors: Factors, backend: str) -> None:
+    """Move a weight by its average M, which backward has brought up to date."""
+    left, right = factors
+    target, rate = weight.target(), float(weight.group["lr"])
+    with span("update", [weight.parameter]):
+        apply_updates_.on(backend)(
+            [target],
+            [weight.state["momentum"]],
+            [None],
+            [left],
+            [right[: layer.columns]],
+            [rate],
+            [weight.decay],
+        )
+        weight.written(target)

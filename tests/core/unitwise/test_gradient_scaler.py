@@ -1,0 +1,78 @@
+"""Variant P beside another optimizer is variant P."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from neurms import GradientPreconditioner, NeuRMS
+from tests.core.unitwise.neurms_models import cnn, images, mlp, transposed, vectors
+from tests.core.unitwise.test_gradient_mover import Attention, assert_equal, backward, tokens
+
+CASES: Any = {
+    "mlp": (mlp, vectors),
+    "cnn": (cnn, images),
+    "transposed": (transposed, images),
+    "attention": (Attention, tokens),
+}
+
+
+def train(model: nn.Module, scaler: GradientPreconditioner, batch: Any, steps: int) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for _ in range(steps):
+        backward(model, batch)
+        assert scaler.precondition_(optimizer)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize("case", CASES)
+def test_sgd_beside_it_is_the_optimizer(case: str, momentum: float) -> None:
+    make, batch = CASES[case]
+    model, other = make().double(), make().double()
+    settings: Any = {"variant": "P", "momentum": momentum, "weight_decay": 0.1}
+    scaler, optimizer = (
+        GradientPreconditioner(model, **settings),
+        NeuRMS(other, lr=0.02, **settings),
+    )
+    train(model, scaler, batch(), 6)
+    for _ in range(6):
+        backward(other, batch())
+        optimizer.step()
+    assert_equal(model, other)
+    assert scaler.state_bytes() == scaler.plan().state_bytes == optimizer.state_bytes()
+
+
+def test_resumes_bit_for_bit() -> None:
+    model = mlp().double()
+    scaler = GradientPreconditioner(model, variant="P", momentum=0.5)
+    train(model, scaler, vectors(), 3)
+    twin = copy.deepcopy(model)
+    other = GradientPreconditioner(twin, variant="P", momentum=0.5)
+    other.load_state_dict(copy.deepcopy(scaler.state_dict()))
+    train(model, scaler, vectors(), 3)
+    train(twin, other, vectors(), 3)
+    assert_equal(model, twin, 0, 0)
+
+
+def test_a_bad_gradient_is_left_out() -> None:
+    model = mlp().double()
+    scaler = GradientPreconditioner(model, variant="P", nonfinite="skip")
+    backward(model, vectors())
+    assert model[0].weight.grad is not None
+    model[0].weight.grad[0] = float("nan")
+    before = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    assert not scaler.precondition_(model.parameters())
+    for p, gradient in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_it_refuses() -> None:
+    with pytest.raises(ValueError, match="as the optimizer itself"):
+        GradientPreconditioner(mlp(), variant="P", update="backward")
+    with pytest.raises(ValueError, match="agc="):
+        GradientPreconditioner(mlp(), variant="P", agc=0.1)
