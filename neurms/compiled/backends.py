@@ -254,7 +254,7 @@ def _is_on_cpu(arg: object) -> bool:
 @functools.lru_cache(maxsize=1024)
 def scalar(value: float) -> torch.Tensor:
     """Return a 0-d float64 tensor, made once for each value; nobody may write it."""
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _boxed(form: Callable[..., R], definition: Callable[..., Any]) -> Callable[..., R]:

@@ -103,7 +103,7 @@ def _merged(results: Sequence[Any], places: Sequence[Sequence[int]]) -> Any:
         return all(results)
     if isinstance(first, tuple):
         return tuple(_merged(part, places) for part in zip(*results, strict=True))
-    order = torch.tensor([i for place in places for i in place]).argsort()
+    order = torch.tensor([i for place in places for i in place], device="cpu").argsort()
     if isinstance(first, Tensor):
         return torch.cat(list(results))[order]
     joined = [item for part in results for item in part]

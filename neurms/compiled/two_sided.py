@@ -155,7 +155,7 @@ def _two_sided_scales_(
         threads(),
     )
     increment_version((q, s))
-    return left, right, torch.tensor(norm, dtype=torch.float32)
+    return left, right, torch.tensor(norm, dtype=torch.float32, device="cpu")
 
 
 @kernel

@@ -235,7 +235,7 @@ def apply_updates_(
     ]
     if not measure:
         return None
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 def _check(*columns: Sequence[Any]) -> None:
@@ -343,7 +343,7 @@ def _apply_natively(
         for w, g, v, left, right in items
     ]
     w, g, v, left, right = zip(*items, strict=True)
-    measured = torch.empty(len(w), dtype=torch.float64) if measure else None
+    measured = torch.empty(len(w), dtype=torch.float64, device="cpu") if measure else None
     kernels.neurms_apply_updates(
         len(w),
         *map(addresses, (w, g, v)),

@@ -26,9 +26,11 @@ __all__ = [
     "Head",
     "Route",
     "RoutedModel",
+    "applies_to_nothing",
     "check_patterns",
     "excluded",
     "head_of",
+    "movable",
     "route_model",
     "route_tensors",
 ]
@@ -36,6 +38,8 @@ __all__ = [
 FALLBACK = "fallback"
 Head = Literal["rule", "fallback"]
 
+_ASKED = "asked for by its group"
+_EXCLUDED = "excluded by"
 _ATTENTION_MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -90,7 +94,7 @@ def route_tensors(named: Iterable[tuple[str, Tensor]], rule: str) -> list[Route]
         matrix = tensor.ndim >= 2
         reason = f"{tensor.ndim} axes" if matrix else f"{tensor.ndim}-D tensor: no matrix"
         if rule == FALLBACK:
-            reason = "asked for by its group"
+            reason = _ASKED
         routes.append(
             Route(
                 name,
@@ -164,12 +168,43 @@ def excluded(routes: list[Route], patterns: Sequence[str], *, every: bool = True
         check_patterns(routes, patterns)
     for pattern in patterns:
         routes = [
-            replace(route, rule=FALLBACK, reason=f"excluded by {pattern!r}")
+            replace(route, rule=FALLBACK, reason=f"{_EXCLUDED} {pattern!r}")
             if _matches(route.name, pattern)
             else route
             for route in routes
         ]
     return routes
+
+
+def movable(route: Route, units: int, features: int) -> Route:
+    """Return a route that leads to the fallback if its rule never moves so small a matrix.
+
+    Args:
+        route: A parameter's route.
+        units: Fewest units that its rule can move.
+        features: Fewest features.
+    """
+    m, n = route.layout.matrix_shape
+    if route.is_fallback or (m >= units and n >= features) or not m * n:
+        return route
+    count, least, what = (n, features, "feature") if n < features else (m, units, "unit")
+    plural = "" if count == 1 else "s"
+    reason = f"{count} {what}{plural}, and {route.rule} moves matrices of at least {least}"
+    return replace(route, rule=FALLBACK, reason=reason)
+
+
+def applies_to_nothing(rule: str, routes: Iterable[Route]) -> str:
+    """Return a warning if every parameter has gone to the fallback unasked, "" otherwise."""
+    own = [route for route in routes if route.parameter.requires_grad]
+    asked = (_ASKED, _EXCLUDED)
+    if not own or not all(r.is_fallback and not r.reason.startswith(asked) for r in own):
+        return ""
+    reasons = sorted({route.reason for route in own})[:3]
+    return (
+        f"{rule} applies to 0 of {len(own)} parameters ({'; '.join(reasons)}): AdamW takes all of "
+        "them at fallback_lr, and lr only scales that rate; choose another rule, or pass the "
+        "matrices themselves (named_parameters()) to have them under the rule"
+    )
 
 
 def check_patterns(routes: Iterable[Route], patterns: Sequence[str]) -> None:

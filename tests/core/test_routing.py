@@ -10,9 +10,11 @@ from torch.nn.utils import parametrizations, weight_norm
 from neurms.core.routing import (
     FALLBACK,
     Route,
+    applies_to_nothing,
     check_patterns,
     excluded,
     head_of,
+    movable,
     route_model,
     route_tensors,
 )
@@ -180,3 +182,22 @@ def test_bare_tensors_go_by_their_axes() -> None:
         ("rule", "3 axes"),
     ]
     assert all(r.is_fallback for r in route_tensors([("w", torch.zeros(2, 2))], FALLBACK))
+
+
+def test_a_matrix_too_small_for_its_rule_goes_to_the_fallback_with_the_reason() -> None:
+    (route,) = route_tensors([("w", torch.ones(5, 1))], "rule")
+    assert movable(route, 1, 1) is route
+    assert movable(route, 1, 2).reason == "1 feature, and rule moves matrices of at least 2"
+    assert movable(route, 6, 1).reason == "5 units, and rule moves matrices of at least 6"
+    assert movable(route, 1, 2).is_fallback
+
+
+def test_a_rule_that_applies_to_nothing_is_told_from_one_that_was_not_asked_for() -> None:
+    vectors = route_tensors([("a", torch.ones(3, requires_grad=True))], "muon")
+    assert "muon applies to 0 of 1 parameters (1-D tensor" in applies_to_nothing("muon", vectors)
+    matrix = route_tensors([("w", torch.ones(3, 2, requires_grad=True))], "muon")
+    assert not applies_to_nothing("muon", [*vectors, *matrix])
+    assert not applies_to_nothing("muon", excluded(matrix, ("w",)))
+    assert not applies_to_nothing("muon", route_tensors([("a", torch.ones(3))], FALLBACK))
+    frozen = route_tensors([("w", torch.ones(3, 2))], "muon")
+    assert "0 of 1" in applies_to_nothing("muon", [*vectors, *frozen])

@@ -78,7 +78,7 @@ def bfloat16_engine() -> int:
     return 0 if kernels is None else int(kernels.neurms_bf16_engine())
 
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> bytes:

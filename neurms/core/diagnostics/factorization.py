@@ -254,7 +254,7 @@ def spaced(count: int, limit: int, device: torch.device) -> Tensor | None:
     """Return ``limit`` indices spread evenly over ``count``, None if all of them fit."""
     if count <= limit:
         return None
-    steps = torch.arange(limit, dtype=torch.float64) * (count / limit)
+    steps = torch.arange(limit, dtype=torch.float64, device="cpu") * (count / limit)
     return steps.floor().long().to(device)
 
 

@@ -102,9 +102,12 @@ def broadcast_state(optimizer: PreconditionedOptimizer, source: int, group: Any 
     known = [
         optimizer.state[p].get("step", -1) if p in optimizer.state else -1 for p, _ in parameters
     ]
-    steps = torch.tensor(known, device=device)
-    torch.distributed.broadcast(steps, source, group=group)
-    for (parameter, own), step in zip(parameters, steps.tolist(), strict=True):
+    seeds = [
+        optimizer.state[p].get("seed", -1) if p in optimizer.state else -1 for p, _ in parameters
+    ]
+    counts = torch.tensor([known, seeds], device=device)
+    torch.distributed.broadcast(counts, source, group=group)
+    for (parameter, own), step, seed in zip(parameters, *counts.tolist(), strict=True):
         if step < 0:
             optimizer.state.pop(parameter, None)
             continue
@@ -112,5 +115,8 @@ def broadcast_state(optimizer: PreconditionedOptimizer, source: int, group: Any 
         if not state:
             state.update(optimizer.state_for(parameter, optimizer.routes[parameter], own))
         state["step"] = step
+        state.pop("seed", None)
+        if seed >= 0:
+            state["seed"] = seed
         for key in sorted(key for key, value in state.items() if isinstance(value, Tensor)):
             torch.distributed.broadcast(state[key], source, group=group)

@@ -10,6 +10,8 @@ import math
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 __all__ = [
     "CheckpointError",
     "MissingParametersError",
@@ -152,6 +154,8 @@ def check_interval(low_name: str, low: Any, high_name: str, high: Any) -> None:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, (bool, str, bytes)) or value is None:
         raise TypeError(f"{name}={value!r} must be a real number, not {type(value).__name__}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} holds {value.numel()} numbers and must be one")
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):

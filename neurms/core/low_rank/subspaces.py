@@ -252,7 +252,7 @@ def _picked(tracked: Tensor, outside: Tensor, total: int, context: Context) -> T
 def normal_draws(shape: tuple[int, ...], like: Tensor, context: Context) -> Tensor:
     """Return normal numbers (..., m, k), each matrix's from its own seed and the context's step."""
     draws = [
-        torch.randn(shape[-2:], generator=context.generator(index), dtype=like.dtype)
+        torch.randn(shape[-2:], generator=context.generator(index), dtype=like.dtype, device="cpu")
         for index in range(math.prod(shape[:-2]))
     ]
     return torch.stack(draws).reshape(shape).to(like.device)

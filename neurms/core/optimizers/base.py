@@ -19,24 +19,27 @@ from neurms.core.ground.errors import NonFiniteError, check_real
 from neurms.core.ground.interrupts import WholeStep
 from neurms.core.ground.precision import compute_dtype, without_autocast
 from neurms.core.ground.spans import gradients_ready
+from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.by_recipe import RecipeMover
 from neurms.core.optimizers.checkpoint import restore, verified
 from neurms.core.optimizers.fallback import FallbackMover, fallback_rate
-from neurms.core.optimizers.gradients import bad_names, is_rehearsal
+from neurms.core.optimizers.gradients import bad_names, hold_nothing, is_rehearsal
 from neurms.core.optimizers.groups import Params, check_parameters, completed, parameters_of
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tensor_bytes
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.recipes import Recipes, default_settings
 from neurms.core.optimizers.settings import GROUP_SETTINGS, check_common
-from neurms.core.optimizers.view import View
+from neurms.core.optimizers.view import View, seed_of
 from neurms.core.optimizers.work import Work, meet
 from neurms.core.routing import (
     FALLBACK,
     Head,
     Route,
+    applies_to_nothing,
     check_patterns,
     excluded,
+    movable,
     route_model,
     route_tensors,
 )
@@ -98,6 +101,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             params = [(route.name, p) for p, route in self.routes.items()]
         super().__init__(params, defaults)
         check_patterns(self.routes.values(), self.exclude)
+        if idle := applies_to_nothing(self.rule, self.routes.values()):
+            warn_user(idle)
 
     def _begin(self) -> None:
         """Make what neither copies nor pickles hold."""
@@ -147,7 +152,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if new := [(name, p) for name, p in named if p not in self.routes]:
             routes = self.route_parameters(new, group)
         check_parameters(routes, self.low_precision)
-        return routes
+        if group["rule"] == FALLBACK:
+            return routes
+        recipe = self.recipe_of(group)
+        return [movable(route, recipe.least_units, recipe.least_features) for route in routes]
 
     def route_parameters(
         self, named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
@@ -267,8 +275,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteError: A gradient is bad and ``nonfinite="raise"``.
         """
+        if hold_nothing(views):
+            self._rehearse(views, steps=1)
+            return True
         if not any(self.state.values()) and is_rehearsal(views):
-            self._make_states(views)
+            self._rehearse(views, steps=0)
             return True
         for mover, own in self._shares(views):
             mover.prepare(own)
@@ -315,6 +326,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 view.state = self.state[view.parameter]
                 view.state.update(self.state_for(view.parameter, view.route, view.group))
 
+    def _rehearse(self, views: Sequence[View], steps: int) -> None:
+        """Make state and count steps, and move nothing."""
+        self._make_states(views)
+        for view in views:
+            view.state["step"] += steps
+
     def on_nonfinite(self, names: Sequence[str]) -> None:
         """Leave a step out whose gradients or statistics are bad, or raise."""
         if self.nonfinite == "skip":
@@ -352,7 +369,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def state_for(self, like: Tensor, route: Route, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return fresh state for a parameter like ``like`` (which may be on the meta device)."""
         state = self.mover_of(route.rule).state_for(like, route, group)
-        return {**state, **self._master(like)}
+        return {**state, **self._seed(like, route, group), **self._master(like)}
 
     def expected_state(
         self, like: Tensor, parameter: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
@@ -360,7 +377,15 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Return the keys and shapes that a checkpoint must hold for ``parameter``."""
         route = self.routes[parameter]
         state = self.mover_of(route.rule).expected_state(like, route, group, saved)
-        return {**state, **self._master(like)}
+        # Checkpoints of earlier releases have none.
+        seed = {"seed": seed_of(route, group)} if "seed" in saved else {}
+        return {**state, **seed, **self._master(like)}
+
+    def _seed(self, like: Tensor, route: Route, group: Mapping[str, Any]) -> dict[str, int]:
+        """Return the seed of a parameter's draws where there are any; its name may change."""
+        rounds = self.low_precision == "stochastic" and compute_dtype(like) != like.dtype
+        draws = not route.is_fallback and "seed" in self._recipes.settings_of(group["rule"])
+        return {"seed": seed_of(route, group)} if rounds or draws else {}
 
     def _master(self, like: Tensor) -> dict[str, Tensor]:
         if self.low_precision != "master" or compute_dtype(like) == like.dtype:

@@ -22,7 +22,18 @@ __all__ = ["check_entries", "restore", "verified"]
 
 Group = dict[str, Any]
 
-_LATER: Group = {"maximize": False, "fit": "power", "probes": 4, "seed": 0}
+_LATER: Group = {
+    "maximize": False,
+    "fit": "power",
+    "probes": 4,
+    "seed": 0,
+    "normalize": None,
+    "switching": "complement",
+    "residual": "optimal",
+    "oversampling": 0,
+    "iterations": 1,
+    "norm_iterations": 8,
+}
 """Settings that checkpoints of earlier releases do not have, and what held then."""
 
 
@@ -162,8 +173,9 @@ def _aligned(groups: Sequence[Group], state_dict: dict[str, Any]) -> dict[str, A
 
 def _completed(optimizer: HasState, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return ``state_dict`` with the settings that its release did not have yet."""
-    later = {key: value for key, value in _LATER.items() if key in optimizer.defaults}
-    groups = [{**later, **group} for group in state_dict["param_groups"]]
+    own = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    # A group under another rule than its optimizer's has settings of that rule.
+    groups = [{**{k: v for k, v in _LATER.items() if k in now}, **saved} for now, saved in own]
     return {**state_dict, "param_groups": groups}
 
 

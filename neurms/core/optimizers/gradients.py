@@ -14,7 +14,7 @@ from neurms.core.ground.shards import is_sharded, local, mesh_of
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.view import View
 
-__all__ = ["bad_names", "is_rehearsal", "nonfinite_names"]
+__all__ = ["bad_names", "hold_nothing", "is_rehearsal", "nonfinite_names"]
 
 
 def bad_names(views: Sequence[View], movers: Sequence[Mover]) -> list[str]:
@@ -45,6 +45,17 @@ def nonfinite_names(views: Sequence[View]) -> list[str]:
         return []
     names = _on_any_rank(real, set(_bad_here(real)))
     return [view.route.name for view in real if view.route.name in names]
+
+
+def hold_nothing(views: Sequence[View]) -> bool:
+    """Return whether these parameters hold no numbers: fake tensors, or the meta device.
+
+    Whoever takes a step on those wants to know what it allocates; no number says where to move.
+    """
+    # One tells of all: no model is there in part.
+    return bool(views) and (
+        views[0].device.type == "meta" or isinstance(views[0].parameter, FakeTensor)
+    )
 
 
 def is_rehearsal(views: Sequence[View]) -> bool:

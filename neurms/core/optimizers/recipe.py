@@ -49,7 +49,7 @@ class FusedStep(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _scalar(value: float) -> Tensor:
     # Kept, because kernels only read it and making one costs more than a small kernel.
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,16 @@ class Recipe:
     def any_scale(self) -> bool:
         """Whether no transform minds how large a gradient is."""
         return all(transform.any_scale for transform in self.transforms)
+
+    @functools.cached_property
+    def least_units(self) -> int:
+        """Fewest units of a matrix that every transform can move."""
+        return max((transform.least_units for transform in self.transforms), default=1)
+
+    @functools.cached_property
+    def least_features(self) -> int:
+        """Fewest features of a matrix that every transform can move."""
+        return max((transform.least_features for transform in self.transforms), default=1)
 
     def greatest(self, like: Tensor) -> float:
         """Return the magnitude up to which gradients of a matrix like ``like`` can be worked on.

@@ -59,6 +59,10 @@ class Recipes:
         check_kinds(defaults, group, optional)
         return maker.recipe(group)
 
+    def settings_of(self, rule: str) -> dict[str, Any]:
+        """Return the defaults of a rule's own settings."""
+        return default_settings(self.maker(rule))
+
     def maker(self, rule: str) -> type[MakesRecipes]:
         """Return the class that makes a rule's recipes.
 

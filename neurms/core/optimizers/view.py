@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from neurms.core.optimizers.recipe import Recipe
 from neurms.core.routing import Route
 from neurms.core.structures.base import Context, State
 
-__all__ = ["View", "shard_for"]
+__all__ = ["View", "seed_of", "shard_for"]
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +93,7 @@ class View:
     def seed(self) -> int:
         """Seed of the parameter's random draws: its state's, else one made of its name."""
         known: int | None = self.state.get("seed")
+        # Checkpoints of earlier releases have none.
         return seed_of(self.route, self.group) if known is None else known
 
     @property
@@ -190,7 +192,7 @@ class View:
         return replace(self, gradient=self.seen(part), begun=True)
 
 
-def seed_of(route: Route, group: dict[str, Any]) -> int:
+def seed_of(route: Route, group: Mapping[str, Any]) -> int:
     """Return the seed of a parameter's draws, from its name: no order of groups matters."""
     return zlib.crc32(route.name.encode()) + (int(group.get("seed", 0)) << 32)
 

@@ -81,7 +81,9 @@ class LowRankMoment(Structure):
         k = state["left"].shape[-1]
         columns = min(k + self.oversampling, m, n)
         draws = [
-            torch.randn(n, columns, generator=context.generator(i), dtype=torch.float32)
+            torch.randn(
+                n, columns, generator=context.generator(i), dtype=torch.float32, device="cpu"
+            )
             for i in range(moment[..., 0, 0].numel())
         ]
         omega = torch.stack(draws).reshape(*batch, n, columns).to(moment)

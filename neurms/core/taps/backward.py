@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,9 @@ class BackwardUpdateTap:
         module = self._module()
         if module is not None and _TAPS.get(module) is self:
             del _TAPS[module]
-            module.__class__ = nn.Linear
+            # A parametrization puts a class of its own on top of this one.
+            if is_tapped_linear(module):
+                module.__class__ = nn.Linear
 
     def rearm(self) -> None:
         """Allow the next backward; the optimizer calls it at a step's end and in zero_grad.
@@ -170,11 +172,16 @@ class BackwardUpdateTap:
 
     def forward(self, module: nn.Linear, inputs: Tensor) -> Tensor:
         """Return ``inputs W^T + b``, recorded so that backward updates W if a gradient is due."""
-        weight = module._parameters["weight"]
+        weight = module._parameters.get("weight")
         if self._sink() is None:
             self.detach()
             return F.linear(inputs, module.weight, module.bias)
-        if weight is not self.weight or not _is_trained(inputs, weight):
+        if weight is None and torch.is_grad_enabled() and self.weight.requires_grad:
+            raise self._refused(
+                "was pruned or parametrized after its optimizer was built, and multiplies with "
+                "another tensor than its weight"
+            )
+        if weight is None or weight is not self.weight or not _is_trained(inputs, weight):
             return F.linear(inputs, module.weight, module.bias)
         use = self._record()
         dtype = None
@@ -271,6 +278,12 @@ class _TappedLinear(nn.Linear):
 
     def _get_name(self) -> str:
         return "Linear"
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise UnsupportedTrainingError(
+            "torch.jit.script cannot compile a layer that NeuRMS updates in backward; script a "
+            "copy (copy.deepcopy(model)), which is a plain one, or call optimizer.detach() first"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Protocol 1's form for every protocol: later ones insist on the object's own class.

@@ -28,17 +28,24 @@ from neurms.core.ground.errors import UnsupportedTrainingError, check_choice
 from neurms.core.ground.spans import span
 from neurms.core.taps.accumulation import destination, is_ordinary
 from neurms.core.taps.activity import Activity, activity_of
+from neurms.core.taps.copies import leave_out, own_again
 from neurms.core.taps.probe import Probe
 from neurms.core.taps.protocol import Sink, Sums
+from neurms.core.taps.weights import held_weight, is_parametrized
 
 __all__ = ["HookTap", "InertTap", "forget_compiled_graphs"]
 
+_NO_SCRIPT = (
+    "torch.jit.script cannot compile the taps that NeuRMS has on a model; script a copy "
+    "(copy.deepcopy(model)), which has none, or call optimizer.detach() first"
+)
 _BREAKS = "a neurms tap reads real tensors; detach it, or drop fullgraph=True"
 
 
 class InertTap:
-    """What a copied or unpickled model holds in place of a tap: it observes nothing."""
+    """What a copy of a tap is: it observes nothing, and copies of a model need none."""
 
+    private = True
     attached = False
     fired = False
 
@@ -71,7 +78,10 @@ class HookTap:
 
     The tap holds the module and the sink weakly: it keeps neither an optimizer nor a model alive,
     and takes its hook off at the first forward after its sink is gone. Whoever makes the tap keeps
-    the sink. Copies and pickles of the model hold an :class:`InertTap` instead.
+    the sink. Copies and pickles of the model hold nothing of it.
+
+    The weight is followed where pruning or a parametrization moves it (``weight_orig``,
+    ``parametrizations.weight.original``): D and H are those of the layer's product all the same.
 
     Graphs of torch.compile hold a :class:`~neurms.core.taps.probe.Probe` where ``in_graph`` says
     so, and break at the layer where it does not; functions compiled before :meth:`attach` see
@@ -117,6 +127,9 @@ class HookTap:
         >>> tap.detach()
     """
 
+    private = True
+    """Whether copies of the module leave this hook out."""
+
     def __init__(
         self,
         module: nn.Module,
@@ -140,6 +153,8 @@ class HookTap:
         self.features = features
         self.backend = backend if backend == PROMPT else validate_backend(backend)
         self.fired = False
+        self.changed = ""
+        """What has become of the module's weight since, in words; empty if nothing has."""
         self._name = _own_name(module, weight)
         self._module = weakref.ref(module)
         self._sink = weakref.ref(sink)
@@ -180,13 +195,30 @@ class HookTap:
         _refuse_tied(module, self.weight)
         # First in line: a hook of the user's may replace the output, whose gradient is not D.
         self._handle = module.register_forward_hook(self, prepend=True, with_kwargs=True)
+        leave_out(module)
         _TAPPED[self.weight] = weakref.ref(module)
 
     def detach(self) -> None:
         """Take the hook off; graphs that are recorded already still deliver."""
+        module = self._module()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+            if module is not None:
+                own_again(module)
+
+    @property
+    def __name__(self) -> str:
+        """The class's name, but for torch.jit.script, which cannot compile a tap.
+
+        Raises:
+            UnsupportedTrainingError: torch.jit.script asks.
+        """
+        # The first thing that it wants to know of a hook, and no other sign tells that it is there.
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.jit"):
+            raise UnsupportedTrainingError(_NO_SCRIPT)
+        name: str = HookTap.__qualname__
+        return name
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -235,7 +267,7 @@ class HookTap:
 
     def _in_graph(self, module: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
         """Return the output shown to the probe, None where nothing counts. Traced by Dynamo."""
-        weight = module._parameters.get(self._name)
+        weight = held_weight(module, self._name)
         trained = torch.is_grad_enabled() and self.weight.requires_grad and outputs.requires_grad
         if self._probe is None or weight is not self.weight or not trained:
             return None
@@ -303,11 +335,22 @@ class HookTap:
 
     def _weight_in_use(self, module: nn.Module) -> Tensor | None:
         """Return what the module multiplies with if its gradient is the tapped weight's."""
-        current = module._parameters.get(self._name)
+        current: Tensor | None = module._parameters.get(self._name)
+        if current is None:
+            current = self._moved_weight(module)
         if current is self.weight:
             return current
         # FSDP2 lends the module an unsharded parameter for the length of a forward.
         return current if _is_sharded(self.weight) and type(current) is nn.Parameter else None
+
+    def _moved_weight(self, module: nn.Module) -> Tensor | None:
+        """Return the weight of a module that was changed, and note what has become of it."""
+        moved = held_weight(module, self._name)
+        if moved is None:
+            self.changed = "no longer holds the weight that its optimizer has"
+        elif is_parametrized(module, self._name):
+            self.changed = "was parametrized"
+        return moved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InertTap:
         return InertTap()

@@ -96,6 +96,7 @@ class Engine:
         self._bad: list[str] = []
         self._updated: list[str] = []
         self._stood_still: set[str] = set()
+        self._changed: set[str] = set()
 
     @property
     def owner(self) -> Owner:
@@ -321,8 +322,21 @@ class Engine:
                 )
         self.synchronize(layers)
 
+    def _warn_of_changes(self, layers: Iterable[TappedLayer]) -> None:
+        for layer in layers:
+            change = layer.tap.changed if isinstance(layer.tap, HookTap) else ""
+            if not change or layer.name in self._changed:
+                continue
+            self._changed.add(layer.name)
+            warn_user(
+                f"layer {layer.name!r} {change} since the optimizer was built: its statistics are "
+                "those of its product with the weight that is made now, and its gradient may be "
+                "that of something else; build the optimizer anew, or name the layer in exclude"
+            )
+
     def warn_of_still(self, layers: Iterable[TappedLayer], moving: Collection[Tensor]) -> None:
         """Warn, once for each layer, of statistics that stand still while training goes on."""
+        self._warn_of_changes(layers)
         for layer in layers:
             if layer.weight not in moving or not layer.stands_still or not layer.state.get("step"):
                 continue
@@ -341,7 +355,7 @@ class Engine:
         sums = [(own, pending.greatest()) for pending in observed for own in _tensors(pending)]
         tensors, bounds = [own for own, _ in sums], [bound for _, bound in sums]
         # What backward has left out makes any look fail.
-        return (tensors, bounds) if not self._bad else ([torch.ones(1)], [0.0])
+        return (tensors, bounds) if not self._bad else ([torch.ones(1, device="cpu")], [0.0])
 
     def bad_names(self) -> list[str]:
         """Return the layers whose observed statistics hold a NaN or an infinity."""

@@ -188,7 +188,7 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
         parameter = entry.route.parameter
         optimizer = engine.optimizer
         group = optimizer.work().view_of(parameter).group
-        state = optimizer.state_for(parameter.detach(), entry.route, group)
+        state = optimizer.state_for(parameter.detach(), optimizer.routes[parameter], group)
         prefix = entry.route.name.replace("/", "_")
         for key, value in state.items():
             if isinstance(value, Tensor):

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
 )
 
+import neurms
 from neurms import RMNP, Muon
 from neurms.core.ground.errors import NonFiniteError
 from tests.core.optimizers.training import (
@@ -198,3 +199,28 @@ class TestCopies:
         twin.step()
         assert torch.equal(parameter, before)
         assert not torch.equal(own, before)
+
+
+@pytest.mark.parametrize("rule", ["swan", "nora"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_weights_of_one_feature_move_by_the_fallback_where_the_rule_cannot(
+    rule: str, bare: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 1))
+    optimizer = neurms.create(rule, model.parameters() if bare else model, lr=1e-2)
+    first = optimizer.plan()[0]
+    assert (first.rule, first.reason) == (
+        "fallback",
+        f"1 feature, and {rule} moves matrices of at least 2",
+    )
+    before = model[0].weight.detach().clone()
+    model(torch.linspace(-1, 1, 8)[:, None]).square().mean().backward()
+    optimizer.step()
+    assert (model[0].weight - before).abs().min() > 0
+
+
+def test_a_rule_that_applies_to_nothing_says_so_once() -> None:
+    with pytest.warns(UserWarning, match="rmnp applies to 0 of 4 parameters") as caught:
+        neurms.RMNP(nn.LSTM(3, 4))
+    assert len(caught) == 1

@@ -1,0 +1,163 @@
+"""Layers that are pruned, parametrized, copied or scripted after their optimizer was built."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import neurms
+from neurms.core.ground.errors import UnsupportedTrainingError
+
+
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(3)
+    layers = (nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4, 7), nn.Linear(7, 2))
+    return nn.Sequential(*layers).double()
+
+
+def train(model: nn.Module, optimizer: Any, steps: int, scale: float = 1.0, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        images = torch.randn(6, 2, 4, 4, dtype=torch.float64)
+        (scale * model(images).square().mean()).backward()
+        optimizer.step()
+
+
+class Same(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 1.0
+
+
+CHANGES = {
+    "mask": lambda layer: prune.custom_from_mask(layer, "weight", torch.ones_like(layer.weight)),
+    "parametrization": lambda layer: parametrize.register_parametrization(layer, "weight", Same()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:layer .* was parametrized since")
+@pytest.mark.parametrize("variant", ["U", "F", "B"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_change_that_changes_no_number_changes_nothing(
+    variant: Any, change: str, position: int
+) -> None:
+    found = []
+    for changed in (False, True):
+        model = convolutional()
+        optimizer = neurms.NeuRMS(model, lr=1e-2, variant=variant, momentum=0.5)
+        weights = list(model.parameters())
+        train(model, optimizer, 3)
+        if changed:
+            CHANGES[change](model[position])
+        # Other gradients than before, so that statistics that stood still would show.
+        train(model, optimizer, 4, scale=30.0, seed=1)
+        steps = [optimizer.state[weight]["step"] for weight in weights]
+        found.append((steps, [weight.detach() for weight in weights]))
+    assert found[0][0] == found[1][0] == [7] * 6
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=0)
+
+
+def test_a_pruned_weight_moves_by_its_masked_gradient() -> None:
+    model = convolutional()
+    optimizer = neurms.NeuRMS(model, lr=1e-2)
+    train(model, optimizer, 1)
+    weight = model[3].weight
+    before = weight.detach().clone()
+    prune.custom_from_mask(model[3], "weight", torch.arange(20).remainder(2).expand(7, 20))
+    train(model, optimizer, 2)
+    moved = (weight.detach() - before).abs().amax(0)
+    assert moved[::2].max() == 0.0
+    assert moved[1::2].min() > 0.0
+
+
+@pytest.mark.parametrize("change", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_weight_that_is_gone_is_named(change: Any) -> None:
+    model = convolutional()
+    optimizer = neurms.NeuRMS(model, lr=1e-2)
+    train(model, optimizer, 1)
+    change(model[3])
+    with pytest.warns(UserWarning, match=r"layer '3\.weight' no longer holds the weight"):
+        train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_updates_in_backward_refuse_a_changed_layer(change: str) -> None:
+    model = convolutional()
+    optimizer = neurms.NeuRMS(model, lr=1e-2, update="backward")
+    train(model, optimizer, 1)
+    CHANGES[change](model[3])
+    with pytest.raises(UnsupportedTrainingError, match=r"layer 3\.weight was pruned or param"):
+        train(model, optimizer, 1)
+    optimizer.detach()
+    model(torch.randn(1, 2, 4, 4, dtype=torch.float64))
+
+
+def nothing_of_ours(model: nn.Module) -> None:
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_hooks_with_kwargs
+        assert "__getstate__" not in vars(module)
+
+
+def saved_and_loaded(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"neurms" not in file.getvalue()
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("update", ["step", "backward"])
+def test_copies_carry_nothing_of_ours(how: str, update: Any) -> None:
+    model = convolutional()
+    optimizer = neurms.NeuRMS(model, update=update)
+    assert b"neurms" not in pickle.dumps(model)
+    twin = COPIES[how](model)
+    nothing_of_ours(twin)
+    nothing_of_ours(copy.deepcopy(twin))
+    train(model, optimizer, 1)
+    assert optimizer.state[model[3].weight]["step"] == 1, "the model itself lost its taps"
+    optimizer.detach()
+    nothing_of_ours(model)
+
+
+def test_copies_keep_hooks_of_others() -> None:
+    model = convolutional()
+    seen: list[int] = []
+
+    model[3].register_forward_hook(lambda *_: seen.append(1))
+    optimizer = neurms.NeuRMS(model)
+    twin = copy.deepcopy(model)
+    assert len(twin[3]._forward_hooks) == 1
+    twin(torch.randn(1, 2, 4, 4, dtype=torch.float64))
+    assert seen == [1]
+    del optimizer
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is")
+@pytest.mark.parametrize("update", ["step", "backward"])
+def test_scripting_a_tapped_model_says_how(update: Any) -> None:
+    model = convolutional()
+    optimizer = neurms.NeuRMS(model, update=update)
+    with pytest.raises(UnsupportedTrainingError, match=r"detach\(\)"):
+        torch.jit.script(model)
+    images = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(torch.jit.script(copy.deepcopy(model))(images), model(images))
+    optimizer.detach()
+    torch.testing.assert_close(torch.jit.script(model)(images), model(images))
