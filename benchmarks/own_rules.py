@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import neurms
-from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import Recipe
-from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.structures.base import Context, State
-from neurms.core.structures.gradient_moments import GradientMoments
 from neurms.core.structures.shared_basis import SharedBasisBlocks
 from neurms.core.transforms.momentum import Momentum
 from neurms.core.transforms.safeguards import Grafted
 
-__all__ = [
-    "OWN",
-    "MomentumFirst",
-    "Moments",
-    "NormalizedLength",
-    "ProbedMoments",
-    "TwoRates",
-    "create",
-]
+__all__ = ["OWN", "MomentumFirst", "TwoRates", "create"]
 
 
 class MomentumFirst(neurms.SharedBasis):
@@ -42,60 +29,6 @@ class MomentumFirst(neurms.SharedBasis):
         """Return an averaging momentum followed by the grafted shared-basis structure."""
         blocks = SharedBasisBlocks(settings["rank"], settings["decay"], settings["eps"])
         return Recipe((Momentum(settings["momentum"]), Grafted(blocks, settings["grafting"])))
-
-
-class Moments(PreconditionedOptimizer):
-    """The gradient's own moments as a recipe: variant P's matrices, routed as RACS's are.
-
-    Heads and biases go to the fallback, where NeuRMS's variant P takes them.
-    """
-
-    rule = "moments"
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-2,
-        beta: float = 0.95,
-        kappa: float = 10.0,
-        momentum: float = 0.0,
-        probes: int = 0,
-        **common: Unpack[CommonSettings],
-    ) -> None:
-        settings = {"lr": lr, "beta": beta, "kappa": kappa, "momentum": momentum, "probes": probes}
-        super().__init__(params, settings, common)
-
-    @classmethod
-    def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
-        """Return the structure alone, of exact sums or of so many probes."""
-        chosen = settings["beta"], settings["kappa"], settings["momentum"]
-        probes = settings["probes"]
-        return Recipe((ProbedMoments(*chosen, probes) if probes else GradientMoments(*chosen),))
-
-
-@dataclass(frozen=True)
-class ProbedMoments(GradientMoments):
-    """Moments from the products of G with random signs: what a G that is never formed can tell.
-
-    Args:
-        probes: Pairs of vectors of +-1 in a step.
-    """
-
-    probes: int = 4
-
-    def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
-        """Observe probes of the gradient (..., m, n) and return it scaled by what they gave."""
-        m, n = update.shape[-2:]
-        # The same signs in a repeated run: they follow from the step and the shape.
-        generator = torch.Generator().manual_seed(hash((context.step, m, n)))
-        right, left = (
-            torch.randint(2, (size, self.probes), generator=generator).to(update) * 2 - 1
-            for size in (n, m)
-        )
-        rows = (update @ right).double().square().mean(-1)
-        columns = (update.mT @ left).double().square().mean(-1)
-        by_unit, by_feature = self.scales(rows, columns, state, context)
-        return self.averaged(update, state) * by_unit[..., :, None] * by_feature[..., None, :]
 
 
 class TwoRates(torch.optim.AdamW):
@@ -123,53 +56,21 @@ class TwoRates(torch.optim.AdamW):
         super().__init__([{"params": hidden}, own], lr=lr, betas=betas, **settings)
 
 
-class NormalizedLength(neurms.NeuRMS):
-    """NeuRMS whose update has a known length: one more number of state a layer.
+def moments(model: nn.Module, **settings: Any) -> neurms.NeuRMS:
+    """Return NeuRMS's variant P with the head left to the fallback, as RACS and RMNP leave it."""
+    return neurms.NeuRMS(model, variant="P", head="fallback", **settings)
 
-    What a step did to a layer is divided by the bias-corrected average (decay .9) of its weight's
-    RMS, at a rate of 1. Bias and weight share the number.
-    """
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take NeuRMS's step, then give each layer's change its length."""
-        if not hasattr(self, "_lengths"):
-            self._lengths = self._layers()
-        before = [[p.detach().clone() for p in layer] for layer, _ in self._lengths]
-        result = super().step(closure)
-        with torch.no_grad():
-            for (layer, state), old in zip(self._lengths, before, strict=True):
-                self._scale(layer, state, old)
-        return result
-
-    def _layers(self) -> list[tuple[list[Tensor], list[float]]]:
-        groups = self.param_groups
-        named = {
-            name: p for g in groups for name, p in zip(g["param_names"], g["params"], strict=True)
-        }
-        layers: dict[str, list[Tensor]] = {}
-        for row in self.plan():
-            if row.rule != "fallback":
-                layers.setdefault(row.name.rpartition(".")[0], []).append(named[row.name])
-        # The weight first: its RMS is the layer's.
-        return [(sorted(own, key=lambda p: -p.ndim), [0.0, 0.0]) for own in layers.values()]
-
-    def _scale(self, layer: list[Tensor], state: list[float], before: list[Tensor]) -> None:
-        lr = next(g["lr"] for g in self.param_groups if any(layer[0] is p for p in g["params"]))
-        if not lr:
-            return
-        moved = (layer[0] - before[0]).square().mean().sqrt().item() / float(lr)
-        state[0] = 0.9 * state[0] + 0.1 * moved
-        state[1] = 0.9 * state[1] + 0.1
-        if state[0]:
-            for weight, old in zip(layer, before, strict=True):
-                weight.sub_(old).mul_(state[1] / state[0]).add_(old)
+def normalized(model: nn.Module, **settings: Any) -> neurms.NeuRMS:
+    """Return NeuRMS with updates of a known length."""
+    return neurms.NeuRMS(model, normalize="rms", **settings)
 
 
 OWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "shared_basis, momentum first": MomentumFirst,
-    "moments": Moments,
+    "moments": moments,
     "adamw, two rates": TwoRates,
-    "neurms, normalized": NormalizedLength,
+    "neurms, normalized": normalized,
 }
 
 
