@@ -35,6 +35,7 @@ demo: $(INSTALLED)  ## train a few optimizers on handwritten digits and compare 
 	@$(BIN)/neurms demo
 
 test: $(INSTALLED)  ## the fast tests, doctests and documentation examples
+	@$(BIN)/python -c "import neurms; neurms.warm_up()"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -q
 
 coverage: $(INSTALLED)  ## the same tests, with the share of lines that they run; fails below a threshold

@@ -66,10 +66,10 @@ def flip(inputs: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored[:, None, None, None], inputs.flip(3), inputs)
 
 
-def small() -> nn.Sequential:
+def small(channels: int = 3) -> nn.Sequential:
     """Return three convolutions (24, 48, 96 channels, two of them strided) and a linear head."""
     layers: list[nn.Module] = []
-    for before, after, stride in ((3, 24, 1), (24, 48, 2), (48, 96, 2)):
+    for before, after, stride in ((channels, 24, 1), (24, 48, 2), (48, 96, 2)):
         layers += [
             nn.Conv2d(before, after, 3, stride=stride, padding=1),
             nn.BatchNorm2d(after),

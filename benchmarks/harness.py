@@ -60,6 +60,17 @@ class Results:
         runs: dict[str, Any] = self.content["runs"]
         return runs
 
+    @property
+    def made(self) -> dict[str, Any]:
+        """The environment of the runs that this process makes."""
+        environment: dict[str, Any] = self._record["environment"]
+        return environment
+
+    def reload(self) -> None:
+        """Take up the runs that other processes have saved since."""
+        if self.path.is_file():
+            self.content["runs"] = {**json.loads(self.path.read_text())["runs"], **self.runs}
+
     def expect(self, cost: float) -> None:
         """Announce what all runs to come cost together, for the estimate of the time left."""
         self._progress = Progress(cost)
@@ -92,7 +103,8 @@ class Results:
                 # What another process has saved since stays.
                 found = json.loads(self.path.read_text())
                 runs = {**found["runs"], **self.runs}
-                own = {"settings": self.content["settings"], "runs": runs}
+                settings = _merged(found["settings"], self.content["settings"])
+                own = {"settings": settings or self.content["settings"], "runs": runs}
                 self.content = {**self.content, **found, **own}
             self.content.update(extra)
             made = self._record["environment"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-__all__ = ["band", "compared", "holm", "paired", "spread"]
+__all__ = ["band", "below", "compared", "equivalent", "holm", "paired", "spread"]
 
 RESAMPLES = 10_000
 
@@ -19,8 +19,42 @@ def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
     return {"difference": difference, "p": p}
 
 
+def equivalent(first: Sequence[float], second: Sequence[float], margin: float) -> dict[str, float]:
+    """Return the mean difference of two equally seeded series and the p value of TOST.
+
+    Two one-sided paired t-tests against ``-margin`` and ``margin``; the larger p counts. A small
+    one says that the series differ by less than the margin; a large one says nothing.
+    """
+    over, under = below(first, second, margin), below(second, first, margin)
+    return {"difference": over["difference"], "p": max(over["p"], under["p"])}
+
+
+def below(first: Sequence[float], second: Sequence[float], margin: float) -> dict[str, float]:
+    """Return the mean difference of two equally seeded series and the p value of its being small.
+
+    One one-sided paired t-test: a small p says that ``first`` is less than ``second + margin``.
+    """
+    from scipy.stats import ttest_rel
+
+    if not margin > 0:
+        raise ValueError(f"margin={margin!r} must be positive: it says what counts as level")
+    pairs = list(zip(first, second, strict=True))
+    difference = sum(a - b for a, b in pairs) / len(pairs)
+    if len(pairs) < 2:
+        return {"difference": difference, "p": float("nan")}
+    raised = [b + margin for _, b in pairs]
+    return {
+        "difference": difference,
+        "p": float(ttest_rel(first, raised, alternative="less").pvalue),
+    }
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p values adjusted for their number by Holm's step-down rule, in their own order."""
+    """Return p values adjusted for their number by Holm's step-down rule, in their own order.
+
+    NaN, the p value of a test that could not be made, counts as 1.
+    """
+    p_values = [1.0 if p != p else p for p in p_values]
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, floor = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
-from benchmarks.tables import text_page
+from benchmarks.tables import contests, text_page
 from benchmarks.tables.accuracy import mnist
 from benchmarks.tables.answers import NAMES, answers
 from benchmarks.tables.speed import speed
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+
+SHOWN = (*NAMES, "mnist")
+"""The results files of the page."""
 
 HEAD = """# Results
 
@@ -30,10 +33,12 @@ def read(name: str) -> dict[str, Any]:
 
 def page() -> str:
     """Return the page that the results files make."""
+    judged = {n: read(n) for n in contests.NAMES if (RESULTS / f"{n}.json").is_file()}
     sections = [
+        contests.summary(judged),
         answers({name: read(name) for name in NAMES}),
         mnist(read("mnist")),
         text_page.summary({name: read(name) for name in ("llama", "llama_step")}),
         speed(read("kernels"), read("step")),
     ]
-    return "\n".join([HEAD, *sections])
+    return "\n".join([HEAD, *filter(None, sections)])

@@ -7,9 +7,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.old import notice
 from benchmarks.harness import RESULTS
-from benchmarks.tables import again, cost, images, images_figures, scale, text_figures, text_page
-from benchmarks.tables.page import PAGE, page
+from benchmarks.tables import (
+    again,
+    contests,
+    cost,
+    images,
+    images_figures,
+    scale,
+    text_figures,
+    text_page,
+)
+from benchmarks.tables.page import PAGE, SHOWN, page
 
 __all__ = ["DOCS", "draw", "pages"]
 
@@ -19,6 +29,7 @@ FIGURES = DOCS / "results" / "figures"
 Content = dict[str, Any]
 
 MADE: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Content]], str]]] = {
+    "results/contests.md": (contests.NAMES, contests.page),
     "results/images.md": (images.NAMES, images.page),
     "results/text.md": (text_page.NAMES, text_page.page),
     "results/scale.md": (("scale",), scale.page),
@@ -37,8 +48,17 @@ DRAWN: tuple[tuple[tuple[str, ...], Callable[[Path, dict[str, Content]], None]],
 
 def pages() -> Mapping[Path, str]:
     """Return every page by its path."""
-    made = {DOCS / name: write(_read(files)) for name, (files, write) in MADE.items()}
-    return {PAGE: page(), **made}
+    made = {
+        DOCS / name: noticed(write(_read(files)), files) for name, (files, write) in MADE.items()
+    }
+    return {PAGE: noticed(page(), SHOWN), **made}
+
+
+def noticed(text: str, files: tuple[str, ...]) -> str:
+    """Return a page that says below its title which of its files are under the old rules."""
+    title, rest = text.split("\n", 1)
+    said = notice(files)
+    return f"{title}\n\n{said}{rest}" if said else text
 
 
 def draw() -> None:

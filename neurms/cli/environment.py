@@ -77,7 +77,9 @@ def _commit() -> str | None:
         head = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         )
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "neurms"], check=False)
+        # Results are written while they are made; all else that makes them counts.
+        sources = ("neurms", "benchmarks", ":!benchmarks/results")
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *sources], check=False)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+changes" if changed.returncode else "")

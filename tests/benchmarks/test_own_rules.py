@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 
 import neurms
-from benchmarks.own_rules import MomentumFirst, create
+from benchmarks.own_rules import (
+    MomentumFirst,
+    TwoRates,
+    create,
+)
 
 
 def trained(make: type[neurms.SharedBasis], momentum: float) -> torch.Tensor:
@@ -28,3 +32,29 @@ def test_own_names_are_made_beside_the_library_s() -> None:
     model = torch.nn.Linear(2, 2)
     assert type(create("shared_basis, momentum first", model, lr=0.1)) is MomentumFirst
     assert type(create("racs", model, lr=0.1)) is neurms.RACS
+
+
+def test_moments_leave_the_head_to_the_fallback() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    optimizer = create("moments", model, lr=0.1)
+    rules = {row.name: row.rule for row in optimizer.plan()}
+    assert rules == {
+        "0.weight": "neurms",
+        "0.bias": "neurms",
+        "2.weight": "fallback",
+        "2.bias": "fallback",
+    }
+    assert optimizer.param_groups[0]["variant"] == "P"
+    named = create("neurms, normalized", model, lr=0.1)
+    assert named.param_groups[0]["normalize"] == "rms"
+
+
+def test_two_rates_split_where_the_other_rules_do() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    optimizer = TwoRates(model, 0.1, (0.5, 0.9), 0.2, (0.7, 0.9), fused=True)
+    hidden, rest = optimizer.param_groups
+    assert [p.shape for p in hidden["params"]] == [(4, 3)]
+    assert {p.shape for p in rest["params"]} == {(4,), (2, 4), (2,)}
+    assert (hidden["lr"], hidden["betas"], rest["lr"]) == (0.1, (0.5, 0.9), 0.2)
+    assert hidden["fused"]
+    assert rest["fused"]

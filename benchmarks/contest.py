@@ -1,0 +1,72 @@
+"""Methods against each other under the rules of benchmarks/README.md, one task at a time.
+
+Each finished run is written at once: an interrupted command goes on where it stopped, and several
+may work on the same file at the same time.
+
+    NEURMS_DATA=... neurms bench contest --task text-64
+    NEURMS_DATA=... neurms bench contest --task text-64 --methods AdamW RACS
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks.evidence import contest, entrants, images, text
+from benchmarks.evidence.ledger import rows
+from benchmarks.harness import RESULTS
+
+TASKS = text.TASKS | images.TASKS
+
+
+def begun(methods: dict[str, entrants.Entrant], smaller: Path) -> dict[str, entrants.Entrant]:
+    """Return methods whose searches begin where those of a smaller scale ended."""
+    if not smaller.is_file():
+        return methods
+    ended = {row.name: dict(row.chosen) for row in rows(json.loads(smaller.read_text()))}
+    return {
+        name: replace(entrant, space=entrant.space.begun_at(ended[name]))
+        if name in ended
+        else entrant
+        for name, entrant in methods.items()
+    }
+
+
+def entrants_of(task: str) -> dict[str, entrants.Entrant]:
+    """Return the methods that a task compares, by the name of their row."""
+    if task == "text-128":
+        return begun(entrants.text(), RESULTS / "contests" / "text-64.json")
+    if task in text.TASKS:
+        return entrants.text()
+    return entrants.images(norms=task != "mnist")
+
+
+def main(
+    task: str = "text-64", methods: tuple[str, ...] = (), threads: int = 1, out: Path | None = None
+) -> None:
+    """Search and run what is missing of one comparison.
+
+    Args:
+        task: What is trained.
+        methods: Rows to work on; all by default.
+        threads: Of the process.
+        out: Where results are kept; by default benchmarks/results/contests/TASK.json.
+    """
+    if task not in TASKS:
+        raise SystemExit(f"error: --task {task} not known; choose from {list(TASKS)}")
+    known = entrants_of(task)
+    if unknown := sorted(set(methods) - set(known)):
+        raise SystemExit(f"error: --methods {unknown} not known; choose from {list(known)}")
+    torch.set_num_threads(threads)
+    chosen = {name: known[name] for name in methods or known}
+    path = out or RESULTS / "contests" / f"{task}.json"
+    if not contest.run(TASKS[task](), chosen, path):
+        print("the rest is being worked on by another process")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

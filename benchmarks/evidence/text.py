@@ -1,0 +1,119 @@
+"""Byte-level language models on prose: three parts of every book, one for each purpose."""
+
+from __future__ import annotations
+
+import lzma
+import math
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.evidence.design import NETWORK_SEEDS, Design
+from benchmarks.language import BOOKS, Scale, batch_of, loss_of
+from benchmarks.vision import schedule
+from neurms.core.ground.errors import NonFiniteError
+from neurms.core.optimizers.plan import tensor_bytes
+
+__all__ = ["TASKS", "Text", "split"]
+
+PARTS = ("train", "validation", "test")
+BATCHES = {"validation": 24, "test": 72}
+"""Batches of 16 windows that a loss is measured on, the same ones every time."""
+
+CURVE = 6
+"""Into how many parts the validation losses of a reported run divide it."""
+
+
+def split(text: bytes) -> dict[str, Tensor]:
+    """Return the first 18 twentieths for training, one for choosing and one for reporting."""
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    first, second = len(tokens) * 18 // 20, len(tokens) * 19 // 20
+    return dict(zip(PARTS, (tokens[:first], tokens[first:second], tokens[second:]), strict=True))
+
+
+def prose() -> dict[str, Tensor]:
+    """Return the bytes of all books by part."""
+    folder = os.environ.get("NEURMS_DATA")
+    if folder is None:
+        raise SystemExit("error: set NEURMS_DATA to the folder that holds austen.txt.xz")
+    books = [split(lzma.decompress((Path(folder) / f"{b}.txt.xz").read_bytes())) for b in BOOKS]
+    return {part: torch.cat([book[part] for book in books]) for part in PARTS}
+
+
+class Text:
+    """A small LLaMA for some steps.
+
+    Args:
+        name: Of the task.
+        scale: The model and how much it sees in a step.
+        steps: Of every run, in searches too.
+        trials: Of every search.
+    """
+
+    def __init__(self, name: str, scale: Scale, steps: int, trials: int) -> None:
+        self.scale, self.steps = scale, steps
+        details = {**asdict(scale), "steps": steps, "schedule": "warmup of a tenth, cosine to 0"}
+        self.design = Design(
+            name, "loss, nats per byte", "lower", 0.02, trials, NETWORK_SEEDS, details
+        )
+        self._parts: dict[str, Tensor] = {}
+
+    def train(
+        self, make: Callable[[nn.Module], torch.optim.Optimizer], seed: int, *, reported: bool
+    ) -> dict[str, Any]:
+        """Train once; a run that leaves the finite numbers has the loss None."""
+        self._parts = self._parts or prose()
+        part = "test" if reported else "validation"
+        model = self.scale.model(seed)
+        optimizer = make(model)
+        plan = schedule(optimizer, self.steps)
+        generator = torch.Generator().manual_seed(10_000 + seed)
+        curve = []
+        for step in range(1, self.steps + 1):
+            inputs, targets = batch_of(self._parts["train"], generator, self.scale)
+            optimizer.zero_grad()
+            loss = loss_of(model, inputs, targets)
+            loss.backward()
+            if not math.isfinite(loss.item()) or not _stepped(optimizer):
+                return {part: None, "diverged": step}
+            plan.step()
+            if reported and step % (self.steps // CURVE) == 0 and step < self.steps:
+                curve.append((step, round(self.loss(model, "validation"), 5)))
+        found = self.loss(model, part)
+        measured: dict[str, Any] = {part: found if math.isfinite(found) else None}
+        return measured | (
+            {"curve": curve, "state_bytes": tensor_bytes(dict(optimizer.state))} if reported else {}
+        )
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module, part: str) -> float:
+        """Return the mean loss over a part's fixed batches."""
+        fixed = Scale(batch=16, context=self.scale.context)
+        generator = torch.Generator().manual_seed(1234)
+        return statistics.fmean(
+            loss_of(model, *batch_of(self._parts[part], generator, fixed)).item()
+            for _ in range(BATCHES[part])
+        )
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> bool:
+    try:
+        optimizer.step()
+    except NonFiniteError:
+        return False
+    return True
+
+
+TASKS = {
+    "text-64": lambda: Text(
+        "text-64", Scale(width=64, layers=2, heads=2, batch=8, context=64), 300, 16
+    ),
+    "text-128": lambda: Text("text-128", Scale(), 600, 8),
+}
+"""The tasks on text by name."""
