@@ -1,4 +1,4 @@
-"""What was to be shown, as tests that were written down before the runs, and how each came out."""
+"""What was to be shown, as tests, and how each came out."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def claims(design: Mapping[str, Any], scores: Mapping[str, Sequence[float]]) -> 
     if not lines:
         return ""
     header = ["row", "was to be", "difference", "p", "holds"]
-    return f"Claims written down before the runs:\n\n{markdown(header, lines)}\n\n"
+    return f"What was to be shown:\n\n{markdown(header, lines)}\n\n"
 
 
 def table(
