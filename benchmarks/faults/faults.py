@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurms.core.optimizers import updates
+from neurms.core.optimizers import fallback
 from neurms.core.unitwise import preconditioner
 
 Act = Callable[[Tensor], Tensor]
@@ -93,7 +93,7 @@ def _bad_gradient(parts: Parts) -> Iterator[None]:
 
 @contextmanager
 def _interrupted_step(parts: Parts) -> Iterator[None]:
-    places = [(updates, "adamw_update_"), (preconditioner, "precondition_gradient_")]
+    places = [(fallback, "adamw_update_"), (preconditioner, "write_moves_")]
     kept = [getattr(module, name) for module, name in places]
 
     def pressing(original: Callable[..., Any], pressed: list[bool]) -> Callable[..., Any]:

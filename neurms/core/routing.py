@@ -193,11 +193,20 @@ def movable(route: Route, units: int, features: int) -> Route:
     return replace(route, rule=FALLBACK, reason=reason)
 
 
+def _surprises(route: Route) -> bool:
+    """Return whether a rule might have been expected to take a parameter."""
+    expected = ("output head", "embedding", "matrices of at least")
+    return route.parameter.ndim >= 2 and not any(word in route.reason for word in expected)
+
+
 def applies_to_nothing(rule: str, routes: Iterable[Route]) -> str:
     """Return a warning if every parameter has gone to the fallback unasked, "" otherwise."""
     own = [route for route in routes if route.parameter.requires_grad]
     asked = (_ASKED, _EXCLUDED)
     if not own or not all(r.is_fallback and not r.reason.startswith(asked) for r in own):
+        return ""
+    # A model of one layer has but a head, which every rule leaves to AdamW: no surprise.
+    if not any(_surprises(route) for route in own):
         return ""
     reasons = sorted({route.reason for route in own})[:3]
     return (

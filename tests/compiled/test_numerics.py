@@ -128,6 +128,8 @@ CASES: dict[str, Case] = {
     ),
 }
 TRUTH_VALUES = ("within",)
+# Held to float64 by a file of its own.
+ELSEWHERE = ("move_square_sums",)
 
 
 def found() -> dict[str, Kernel[..., Any]]:
@@ -144,7 +146,7 @@ CALLS = [(name, scale) for name, case in CASES.items() for scale in case.scales]
 
 
 def test_no_kernel_is_left_out() -> None:
-    assert set(KERNELS) == {*CASES, *TRUTH_VALUES}
+    assert set(KERNELS) == {*CASES, *TRUTH_VALUES, *ELSEWHERE}
 
 
 @pytest.fixture(

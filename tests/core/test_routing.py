@@ -194,7 +194,10 @@ def test_a_matrix_too_small_for_its_rule_goes_to_the_fallback_with_the_reason() 
 
 def test_a_rule_that_applies_to_nothing_is_told_from_one_that_was_not_asked_for() -> None:
     vectors = route_tensors([("a", torch.ones(3, requires_grad=True))], "muon")
-    assert "muon applies to 0 of 1 parameters (1-D tensor" in applies_to_nothing("muon", vectors)
+    assert not applies_to_nothing("muon", vectors)
+    assert not applies_to_nothing("muon", route_model(nn.Linear(3, 2), "muon"))
+    recurrent = applies_to_nothing("muon", route_model(nn.GRU(3, 2), "muon"))
+    assert "muon applies to 0 of 4 parameters (" in recurrent
     matrix = route_tensors([("w", torch.ones(3, 2, requires_grad=True))], "muon")
     assert not applies_to_nothing("muon", [*vectors, *matrix])
     assert not applies_to_nothing("muon", excluded(matrix, ("w",)))

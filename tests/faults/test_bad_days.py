@@ -20,7 +20,7 @@ from neurms.core.ground.errors import (
     UnsupportedTrainingError,
     check_kinds,
 )
-from neurms.core.optimizers import updates
+from neurms.core.optimizers import fallback
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
 from tests.core.optimizers.training import RULES, assert_same_state, make, small_model
 from tests.core.optimizers.training import train as train_small
@@ -41,13 +41,13 @@ def test_ctrl_c_in_a_step_comes_after_it(rule: str, monkeypatch: pytest.MonkeyPa
     model, twin = small_model(), small_model()
     optimizer, other = make(rule, model), make(rule, twin)
     train_small(twin, other, 1)
-    original = updates.adamw_update_
+    original = fallback.adamw_update_
 
     def pressed(*args: Any, **kwargs: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         original(*args, **kwargs)
 
-    monkeypatch.setattr(updates, "adamw_update_", pressed)
+    monkeypatch.setattr(fallback, "adamw_update_", pressed)
     with pytest.raises(KeyboardInterrupt):
         train_small(model, optimizer, 1)
     assert_same_state(dict(model.state_dict()), dict(twin.state_dict()))
@@ -216,14 +216,14 @@ def test_keras_ctrl_c_comes_after_the_whole_step(monkeypatch: pytest.MonkeyPatch
         layers = [keras.Input((3,)), keras.layers.Dense(4), keras.layers.LayerNormalization()]
         model = keras.Sequential([*layers, keras.layers.Dense(2)])
         model.compile(keras_neurms(learning_rate=0.1), loss="mse")
-        original = updates.adamw_update_
+        original = fallback.adamw_update_
 
         def pressed(*args: Any, own: Any = original, **kwargs: Any) -> None:
             signal.raise_signal(signal.SIGINT)
             own(*args, **kwargs)
 
         if press:
-            monkeypatch.setattr(updates, "adamw_update_", pressed)
+            monkeypatch.setattr(fallback, "adamw_update_", pressed)
         inputs = torch.arange(12.0).view(4, 3).numpy()
         try:
             model.train_on_batch(inputs, inputs[:, :2])

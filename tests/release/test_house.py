@@ -46,6 +46,8 @@ FOREIGN = {
         "_step_supports_amp_scaling",
         "_version",
         "_will_engine_execute_node",
+        "_FrameAction",
+        "_FrameExecStrategy",
         "_SetExcludeDispatchKeyGuard",
     },
     "lightning": {"_batches_that_stepped", "_logger_connector", "_trainer"},

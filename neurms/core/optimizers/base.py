@@ -293,6 +293,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             with use_backend(self.backend), without_autocast(device), WholeStep():
                 if first is not None:
                     first()
+                self._make_states(views)
                 self.move(shares)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise NonFiniteError(
@@ -303,8 +304,6 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def move(self, shares: Sequence[tuple[Mover, Sequence[View]]]) -> None:
         """Take the step of parameters whose gradients are good."""
-        for _, views in shares:
-            self._make_states(views)
         for mover, views in shares:
             mover.move(views)
 

@@ -121,7 +121,7 @@ def check_common(rule: str, common: Mapping[str, Any], own: Iterable[str] = ()) 
     check_patterns_form(settings["exclude"])
     check_group(settings)
     for flag, reason in _TORCH_FORMS.items():
-        if common.get(flag):
+        if common.get(flag) is not None and common[flag] is not False:
             raise ValueError(f"{flag}={common[flag]!r} cannot be served: {reason}; pass None")
     return settings
 

@@ -179,7 +179,7 @@ class BackwardUpdateTap:
         if weight is None and torch.is_grad_enabled() and self.weight.requires_grad:
             raise self._refused(
                 "was pruned or parametrized after its optimizer was built, and multiplies with "
-                "another tensor than its weight"
+                "another tensor than its weight; build the optimizer after the change"
             )
         if weight is None or weight is not self.weight or not _is_trained(inputs, weight):
             return F.linear(inputs, module.weight, module.bias)
