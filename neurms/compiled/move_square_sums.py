@@ -37,8 +37,9 @@ def move_square_sums(
 
     Example:
         >>> import torch
-        >>> move_square_sums([torch.ones(2, 2)], [torch.tensor([1.0, 2.0])], [None])
-        tensor([10.], dtype=torch.float64)
+        >>> sums = move_square_sums([torch.ones(2, 2)], [torch.tensor([1.0, 2.0])], [None])
+        >>> [round(total, 4) for total in sums.tolist()]
+        [10.0]
     """
     items = zip(matrices, lefts, rights, strict=True)
     sums = [_square_sum(x, left, right) for x, left, right in items]

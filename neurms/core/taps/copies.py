@@ -32,7 +32,9 @@ class _WithoutTaps:
         """Return the module's state without its taps, and without this."""
         module = self._module()
         if module is None:
-            raise ReferenceError("the module whose state is asked for no longer exists")
+            raise ReferenceError(
+                "the module whose state is asked for no longer exists; copy or save it while it is there"
+            )
         inherited = getattr(type(module), _GETSTATE, None)
         state = vars(module) if inherited is None else inherited(module)
         if not isinstance(state, dict):

@@ -53,7 +53,9 @@ def peak_of(schedule: Any) -> float:
         ValueError: It still rises in the last half of these steps, or is 0 everywhere.
 
     Example:
-        >>> peak_of(keras.optimizers.schedules.CosineDecay(0.0, 90, 0.0, None, 0.5, 10))
+        >>> peak_of(
+        ...     keras.optimizers.schedules.CosineDecay(0.0, 90, warmup_target=0.5, warmup_steps=10)
+        ... )
         0.5
     """  # noqa: DOC501  (a ValueError, made below)
     rates: dict[int, float] = {}

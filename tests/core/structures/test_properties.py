@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -124,6 +124,8 @@ def test_every_rule_is_free_of_scale_or_has_an_eps() -> None:
 def test_the_unit_of_the_gradient_does_not_matter(
     name: str, shape: tuple[int, int], seed: int, doublings: int
 ) -> None:
+    # These leave a single feature to AdamW, whose eps minds the unit.
+    assume(name not in MIXES_FEATURES or shape[1] > 1)
     steps = sample(shape, seed)
     torch.testing.assert_close(
         moved(name, steps * 2.0**doublings), moved(name, steps), rtol=1e-7, atol=1e-12
