@@ -33,7 +33,7 @@ class _WithoutTaps:
         module = self._module()
         if module is None:
             raise ReferenceError(
-                "the module whose state is asked for no longer exists; copy or save it while it is there"
+                "the module whose state is asked for no longer exists; copy it while it is there"
             )
         inherited = getattr(type(module), _GETSTATE, None)
         state = vars(module) if inherited is None else inherited(module)
