@@ -203,4 +203,5 @@ def test_a_rule_that_applies_to_nothing_is_told_from_one_that_was_not_asked_for(
     assert not applies_to_nothing("muon", excluded(matrix, ("w",)))
     assert not applies_to_nothing("muon", route_tensors([("a", torch.ones(3))], FALLBACK))
     frozen = route_tensors([("w", torch.ones(3, 2))], "muon")
-    assert "0 of 1" in applies_to_nothing("muon", [*vectors, *frozen])
+    of_cells = route_model(nn.GRU(3, 2), "muon")
+    assert "0 of 4" in applies_to_nothing("muon", [*of_cells, *frozen])
