@@ -200,7 +200,10 @@ def _surprises(route: Route) -> bool:
 
 
 def applies_to_nothing(rule: str, routes: Iterable[Route]) -> str:
-    """Return a warning if every parameter has gone to the fallback unasked, "" otherwise."""
+    """Return a warning if every parameter has gone to the fallback unasked, "" otherwise.
+
+    Only where a matrix other than a head or an embedding is among them.
+    """
     own = [route for route in routes if route.parameter.requires_grad]
     asked = (_ASKED, _EXCLUDED)
     if not own or not all(r.is_fallback and not r.reason.startswith(asked) for r in own):
