@@ -303,7 +303,9 @@ def test_complex_2d(subject: Subject) -> None:
 
 @case()
 def test_noncontiguous_params(subject: Subject) -> None:
-    plain, other = subject.model(), subject.model()
+    # In float64: inverse roots of gradients without full rank amplify the rounding of sums, whose
+    # order goes by strides.
+    plain, other = subject.model().double(), subject.model().double()
     for layer in (other[0], other[2]):
         strided = torch.empty(layer.weight.shape[::-1]).T.copy_(layer.weight.detach())
         layer.weight = nn.Parameter(strided)

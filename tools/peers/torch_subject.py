@@ -61,7 +61,7 @@ class Subject:
         generator = torch.Generator().manual_seed(step)
         optimizer.zero_grad()
         inputs = torch.randn(4, 5, generator=generator)
-        loss: Tensor = model(inputs).square().mean()
+        loss: Tensor = model(inputs.to(next(model.parameters()).dtype)).square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
