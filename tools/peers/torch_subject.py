@@ -34,6 +34,11 @@ class Subject:
         """Whether the rule wants a model and no parameters."""
         return bool(self.info.optim_cls.needs_modules)
 
+    @property
+    def reads_errors(self) -> bool:
+        """Whether error signals enter, which come scaled where the loss is."""
+        return self.reads_modules and self.settings.get("variant") != "P"
+
     def model(self, bias: bool = True) -> nn.Sequential:
         """Return a model of two layers, the same one each time."""
         torch.manual_seed(0)
@@ -61,7 +66,7 @@ class Subject:
         generator = torch.Generator().manual_seed(step)
         optimizer.zero_grad()
         inputs = torch.randn(4, 5, generator=generator)
-        loss: Tensor = model(inputs.to(next(model.parameters()).dtype)).square().mean()
+        loss: Tensor = model(inputs).square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
