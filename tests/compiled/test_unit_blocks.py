@@ -65,8 +65,8 @@ def test_equals_the_definition_in_float64(shape: tuple[int, int, int], scale: fl
     ours, truth = copies(given), copies(given, torch.float64)
     inside, factor = native(*ours, EPS, ITERATIONS)
     inside64, factor64 = move_unit_blocks_(*truth, EPS, ITERATIONS)
-    # An eigenvalue is right beside the block's size, and so is rho, which is a small one alone where
-    # the basis is whole: its root takes half of its relative error.
+    # An eigenvalue is right beside the block's size, and so is rho, which is a small one alone
+    # where the basis is whole: its root takes half of its relative error.
     size = truth[0].abs().amax((-2, -1)) + truth[1]
     roots = 5e-7 * size / truth[1] if shape[1] == shape[2] else torch.zeros_like(size)
     close(inside, inside64, 5e-6 + roots)

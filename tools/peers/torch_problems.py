@@ -69,6 +69,8 @@ def _reached(subject: Subject, name: str, rate: float, goal: float) -> float:
         layer.weight.copy_(torch.tensor(start)[:, None])
     # What a rule cannot move is AdamW's, at the same rate.
     optimizer = subject.optimizer(layer, lr=rate, fallback_lr=rate)
+    (row,) = optimizer.plan()
+    assert row.rule == subject.rule or row.reason.startswith("1 feature"), row.reason
     least = math.inf
     one = torch.ones(1, 1)
     for _ in range(STEPS):
