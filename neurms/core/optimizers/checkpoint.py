@@ -215,8 +215,8 @@ def _check_state(optimizer: HasState, state_dict: dict[str, Any]) -> None:
 def _check_settings(optimizer: HasState, group: Group) -> None:
     """Raise unless the settings would be accepted by the constructor."""
     try:
-        for name in ("lr", "base_lr"):
-            check_real(name, group[name])
+        check_real("lr", group["lr"])
+        check_real("base_lr", group["base_lr"], strict=True)
         check_group(group)
         if group["rule"] != FALLBACK:
             optimizer.checked_recipe(group)

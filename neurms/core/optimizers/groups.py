@@ -60,6 +60,7 @@ def completed(param_group: Any, rule: str, defaults: Mapping[str, Any], rate: fl
     check_real("lr", group["lr"])
     check_group(group)
     group.setdefault("base_lr", base_rate(group, param_group, rule, rate))
+    check_real("base_lr", group["base_lr"], strict=True)
     return group
 
 

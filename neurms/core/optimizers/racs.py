@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from neurms.compiled.update import apply_updates_
+from neurms.core.ground.errors import check_real
 from neurms.core.ground.spans import span
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
@@ -89,10 +90,11 @@ class RACS(PreconditionedOptimizer):
             settings["beta"], settings["iterations"], settings["bias_correction"], settings["fit"]
         )
         limiter = NormGrowthLimiter(settings["gamma"])
+        alpha = check_real("alpha", settings["alpha"])
         return Recipe(
             (structure, limiter),
-            scale=settings["alpha"],
-            fused=partial(_fused_step, structure, limiter, settings["alpha"]),
+            scale=alpha,
+            fused=partial(_fused_step, structure, limiter, alpha),
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from neurms import RACS, RMNP, Muon
+from neurms.core.ground.errors import CheckpointError
 from tests.core.optimizers.training import GRADIENT_RULES, matrix, random_gradients, small_model
 
 
@@ -207,3 +208,23 @@ class TestGroups:
 def test_stochastic_rounding_refuses_float16() -> None:
     with pytest.raises(ValueError, match="choose 'master' or 'nearest'"):
         RMNP([matrix(dtype=torch.float16)], low_precision="stochastic")
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0])
+def test_a_base_rate_that_nothing_can_be_divided_by_is_refused(rate: float) -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"base_lr=.* must be finite and greater than 0"):
+        RMNP([{"params": [weight], "base_lr": rate}])
+    optimizer = RMNP([weight])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["base_lr"] = rate
+    with pytest.raises(CheckpointError, match=r"base_lr=.* must be finite and greater than 0"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_as_many_names_as_parameters(count: int) -> None:
+    pair = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    group = {"params": pair, "param_names": [f"w{i}" for i in range(count)]}
+    with pytest.raises(ValueError, match=rf"{count} names for 2 parameters; give a name"):
+        RMNP([group])

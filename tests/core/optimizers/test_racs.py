@@ -31,3 +31,9 @@ def test_without_average_it_is_each_steps_own_fit(
         truth -= 0.1 * 0.5 * eta * scaled
         tolerance = 1e-9 if dtype == torch.float64 else 1e-4
         torch.testing.assert_close(weight.detach().double(), truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, float("inf"), float("-inf")])
+def test_a_factor_that_makes_no_descent_is_refused(alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"alpha=.* must be finite and at least 0"):
+        RACS([torch.nn.Parameter(torch.ones(2, 2))], alpha=alpha)
