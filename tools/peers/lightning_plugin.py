@@ -26,9 +26,9 @@ class AsSGD(neurms.RMNP):
         self,
         params: Any,
         lr: float | torch.Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
         nesterov: bool = False,
         **flags: Any,
     ) -> None:
@@ -44,7 +44,7 @@ class AsAdam(neurms.EigenAdam):
         lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float = 0.0,
         amsgrad: bool = False,
         **flags: Any,
     ) -> None:
