@@ -87,4 +87,4 @@ def test_one_version(repository: Path) -> None:
     """The package's __version__ is the source; the citation repeats it, hatch reads it."""
     cited = (repository / "CITATION.cff").read_text()
     assert f"\nversion: {neurms.__version__}\n" in cited
-    assert 'path = "neurms/__init__.py"' in (repository / "pyproject.toml").read_text()
+    assert 'path = "neurms/version.py"' in (repository / "pyproject.toml").read_text()
