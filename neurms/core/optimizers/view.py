@@ -45,7 +45,7 @@ class View:
         low_precision: How results are rounded into a bfloat16 or float16 parameter.
         shard: Which rows of a sharded matrix the rule works on here; None is the whole of it.
         begun: Whether the recipe's row-local beginning has been through the gradient already.
-        recipe: What its settings make, once a step has asked.
+        recipe: What its mover makes of its settings, once a step has asked.
         bound: The largest magnitude that its gradient may have.
     """
 
@@ -63,7 +63,7 @@ class View:
     sharded: bool = field(init=False)
     empty: bool = field(init=False)
     device: torch.device = field(init=False)
-    recipe: Recipe | None = None
+    recipe: Any = None
     bound: float = math.inf
 
     def __post_init__(self) -> None:

@@ -14,9 +14,8 @@ from neurms.compiled.update import apply_updates_
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.spans import span
 from neurms.core.unitwise.lengths import Length, gains_
-from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.rule import Gemm, UnitwiseRule
-from neurms.core.unitwise.statistics import scalar
+from neurms.core.unitwise.statistics import Factors, scalar
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["PROBES", "Product", "ProbedLength", "add_product_", "length_of", "write_product_"]

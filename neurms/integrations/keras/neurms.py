@@ -127,7 +127,7 @@ class TappedOptimizer(NeurmsOptimizer):
 
     def _begin_taps(self, scaler: Any) -> None:
         self.layers.loss_scale = self._loss_scale(scaler)
-        self.layers.attach_taps()
+        self.layers.put()
 
     def _loss_scale(self, scaler: Any) -> Callable[[], Tensor | float] | None:
         window = self.gradient_accumulation_steps or 1

@@ -12,10 +12,10 @@ from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import route_model
 from neurms.core.taps import HookTap, Sink, Sums, UpdateSink
 from neurms.core.unitwise.engine import Engine
-from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.products import Product
 from neurms.core.unitwise.rule import LossReduction, UnitwiseRule, Variant
+from neurms.core.unitwise.statistics import Factors
 from neurms.core.unitwise.tapped import TappedLayer
 
 
@@ -48,7 +48,9 @@ class Owner:
     def opened_state(self, parameter: Tensor) -> dict[str, Any]:
         return self.state
 
-    def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
+    def write_in_backward(
+        self, layer: TappedLayer, rule: UnitwiseRule, product: Product, factors: Factors
+    ) -> None:
         self.written.append(product)
 
 
