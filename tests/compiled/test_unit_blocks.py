@@ -66,7 +66,8 @@ def test_equals_the_definition_in_float64(shape: tuple[int, int, int], scale: fl
     inside, factor = native(*ours, EPS, ITERATIONS)
     inside64, factor64 = move_unit_blocks_(*truth, EPS, ITERATIONS)
     # Without a ridge a small eigenvalue's root takes its relative error, which may be large.
-    close(inside, inside64, 5e-6 if shape[1] < shape[2] else 2e-4)
+    # Of one seed 1.6e-4 with fused multiplications, and 2.1e-4 on processors that have none.
+    close(inside, inside64, 5e-6 if shape[1] < shape[2] else 4e-4)
     # An eigenvalue is right beside the block's size: where rho is a small one alone, so is rho.
     close(factor, factor64, 2e-6 if shape[1] < shape[2] else 2e-4)
     size = truth[0].abs().amax((-2, -1)) + truth[1]
