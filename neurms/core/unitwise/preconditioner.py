@@ -18,6 +18,7 @@ from neurms.core.ground.layout import default_layout
 from neurms.core.ground.spans import gradients_ready
 from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.gradients import nonfinite_names
+from neurms.core.optimizers.made_by import MADE_BY, made_by
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.optimizers.view import View
@@ -412,12 +413,17 @@ class GradientPreconditioner:
         return tensor_bytes(dict(enumerate(self.state.values())))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return statistics and velocities by parameter name: tensors and plain numbers only."""
+        """Return statistics and velocities by parameter name, and a note of what made them.
+
+        Tensors, plain numbers and strings only. The note, ``"made_by"``, is for readers:
+        :meth:`load_state_dict` takes any, or none.
+        """
         layers = {self._names[p]: dict(state) for p, state in self.state.items() if state}
         return {
             "layers": layers,
             "variant": self.settings["variant"],
             "skipped_steps": self.skipped_steps,
+            MADE_BY: made_by(self.backend),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
