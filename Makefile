@@ -43,7 +43,7 @@ coverage: $(INSTALLED)  ## the same tests, with the share of lines that they run
 
 test-slow: $(INSTALLED)  ## the slow tests alone
 	@$(BIN)/python -c "import neurms; neurms.warm_up()"
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow -q
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow -q tests
 
 test-all: test test-slow  ## every test: the fast ones, then the slow ones
 
