@@ -168,8 +168,8 @@ def meet(optimizer: HasParameters, known: Sequence[Sequence[Tensor]]) -> None:
     """
     for position, group in enumerate(optimizer.param_groups):
         before = known[position] if position < len(known) else ()
-        _refuse_flattened(optimizer, group, before)
         _swap(optimizer, group, before)
+        _refuse_flattened(optimizer, group, before)
         for route in optimizer.complete(group):
             optimizer.routes[route.parameter] = route
 
@@ -177,7 +177,8 @@ def meet(optimizer: HasParameters, known: Sequence[Sequence[Tensor]]) -> None:
 def _refuse_flattened(optimizer: HasParameters, group: Group, before: Sequence[Tensor]) -> None:
     """Raise if one long vector has come in the place of several parameters, as ZeRO has it."""
     own = {id(p) for p in group["params"]}
-    gone = [optimizer.routes[p] for p in before if id(p) not in own]
+    # What was swapped for a parameter of the same shape has no route any more.
+    gone = [optimizer.routes[p] for p in before if p in optimizer.routes and id(p) not in own]
     flat = [p for p in group["params"] if p not in optimizer.routes and p.ndim == 1]
     lost = [route.name for route in gone if not route.is_fallback and route.parameter.ndim > 1]
     if flat and lost:
