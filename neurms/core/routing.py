@@ -12,6 +12,7 @@ Every choice carries its reason, so that
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.ground.layout import Layout, default_layout, layout_of
 from neurms.core.ground.owners import Owner, owners_of
 from neurms.core.ground.wrappers import unwrapped
@@ -34,6 +36,7 @@ __all__ = [
     "excluded",
     "head_of",
     "movable",
+    "refuse_placeholder",
     "route_model",
     "route_tensors",
 ]
@@ -128,7 +131,7 @@ def route_model(
 
     Raises:
         ValueError: A pattern of ``exclude`` matches no parameter, or a parameter is lazy.
-        UnsupportedTrainingError: The model is wrapped by FSDP1.
+        UnsupportedTrainingError: The model is wrapped by FSDP1, or partitioned by ZeRO-3.
     """
     if isinstance(model, RoutedModel):
         return model.routes
@@ -155,6 +158,28 @@ def _refuse_lazy(model: nn.Module) -> None:
                 f"parameter {name!r} has no shape yet; run one batch through the model before "
                 "building the optimizer"
             )
+        refuse_placeholder(name, parameter)
+
+
+def refuse_placeholder(name: str, parameter: Tensor) -> None:
+    """Raise for a parameter whose shape is not its layer's, since its numbers lie elsewhere.
+
+    Raises:
+        UnsupportedTrainingError: DeepSpeed's ZeRO-3 or FSDP1 has partitioned it.
+    """
+    flat = sys.modules.get("torch.distributed.fsdp._flat_param")
+    if flat is not None and isinstance(parameter, flat.FlatParameter):
+        raise UnsupportedTrainingError(
+            f"parameter {name!r} is a flat piece of FullyShardedDataParallel, without rows and "
+            "columns; shard with torch.distributed.fsdp.fully_shard"
+        )
+    whole = getattr(parameter, "ds_shape", None)
+    if whole is not None and tuple(whole) != tuple(parameter.shape):
+        raise UnsupportedTrainingError(
+            f"parameter {name!r} is a placeholder of DeepSpeed's ZeRO-3 for one of shape "
+            f"{tuple(whole)}, which no rule would see; shard with "
+            "torch.distributed.fsdp.fully_shard, or use DeepSpeed without ZeRO"
+        )
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:

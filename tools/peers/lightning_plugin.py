@@ -57,8 +57,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Replace torch's classes, in what is imported from now on."""
     if os.environ.get("NEURMS_PEERS_CONTROL"):
         return
-    AsSGD.__name__, AsAdam.__name__ = "SGD", "Adam"
-    torch.optim.SGD, torch.optim.Adam = AsSGD, AsAdam  # type: ignore[misc, assignment]
+    for name, ours in (("SGD", AsSGD), ("Adam", AsAdam)):
+        # Command lines and pickles find a class by these.
+        ours.__name__ = ours.__qualname__ = name
+        ours.__module__ = "torch.optim"
+        setattr(torch.optim, name, ours)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -47,6 +47,8 @@ from neurms.core.routing import (
 
 __all__ = ["Params", "PreconditionedOptimizer"]
 
+_BREAKS = "a step of neurms is not part of a graph; leave fullgraph=True off the step"
+
 
 class PreconditionedOptimizer(torch.optim.Optimizer):
     """Base class: a recipe for matrices and AdamW for the rest, in one optimizer object.
@@ -482,9 +484,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         restore(self, state_dict)
 
 
+@torch.compiler.disable(reason=_BREAKS)  # type: ignore[untyped-decorator]
 def _outside_of_graphs(optimizer: PreconditionedOptimizer, *arguments: Any) -> Any:
     """Take a step as it is: a graph of torch.compile is broken there and goes on behind it."""
-    return torch.compiler.disable(PreconditionedOptimizer.step)(optimizer, *arguments)
+    return PreconditionedOptimizer.step(optimizer, *arguments)
 
 
 def _is_watched(optimizer: torch.optim.Optimizer) -> bool:

@@ -29,6 +29,7 @@ from neurms.core.unitwise.checks import (
     default_settings,
     verified_state,
 )
+from neurms.core.unitwise.closures import ScaledGradients
 from neurms.core.unitwise.engine import Engine
 from neurms.core.unitwise.gradient_rule import gradient_routes
 from neurms.core.unitwise.gradient_scaler import GradientScaler
@@ -120,6 +121,7 @@ class GradientPreconditioner:
         self.backend: str = self.settings["backend"]
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.skipped_steps = 0
+        self._scaled = ScaledGradients()
         self._rule = UnitwiseRule.of(self.settings)
         self._moments: GradientScaler | None = None
         self._optimizers = list(optimizers)
@@ -291,6 +293,7 @@ class GradientPreconditioner:
         if self._moments is not None:
             with use_backend(self.backend), WholeStep():
                 self._decay(self._moments.scale(moving), moving)
+            self._scaled.are(moving, target)
             return True
         with use_backend(self.backend), WholeStep():
             self.layers.commit(layer for layer in layers if layer.observed.rows)
@@ -300,6 +303,7 @@ class GradientPreconditioner:
         self._groups = {}
         if self._in_backward:
             self.layers.clear()
+        self._scaled.are(moving, target)
         return True
 
     def _groups_in(self, target: Optimizer | Iterable[Tensor]) -> list[dict[str, Any]]:
