@@ -24,7 +24,7 @@ define install
 	     exit 1; } >&2
 endef
 
-.PHONY: help install demo test coverage test-all lint format docs pages dist check-dist bench-quick bench-wheel clean distclean
+.PHONY: help install demo test coverage test-slow test-all lint format docs pages dist check-dist bench-quick bench-wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,11 @@ test: $(INSTALLED)  ## the fast tests, doctests and documentation examples
 coverage: $(INSTALLED)  ## the same tests, with the share of lines that they run; fails below a threshold
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -q --cov --cov-report=term
 
-test-all: $(INSTALLED)  ## every test, the slow ones too
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+test-slow: $(INSTALLED)  ## the slow tests alone
+	@$(BIN)/python -c "import neurms; neurms.warm_up()"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow -q
+
+test-all: test test-slow  ## every test: the fast ones, then the slow ones
 
 lint: $(INSTALLED)  ## ruff, mypy and the contracts between the floors
 	@$(BIN)/ruff check .

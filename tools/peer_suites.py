@@ -6,8 +6,8 @@
 Nothing of theirs is copied: a part imports the tests from the installed package and puts our
 classes where theirs stood. Every failure must be in the part's table of refusals, each with its
 reason and the error that it must show; the program fails otherwise, and also when a refusal is no
-longer needed. A new part is a module in ``tools/peers`` with ``outcomes()`` and ``REFUSALS``, and a
-line in ``PARTS``.
+longer needed. A new part is a module in ``tools/peers`` with ``RULES``, ``outcomes(rules)`` and
+``REFUSALS``, and a line in ``PARTS``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from tools.peers.outcome import Verdict, judge
 
-__all__ = ["PARTS", "main", "verdict_of"]
+__all__ = ["PARTS", "main", "suite"]
 
 PARTS = {"keras": "tools.peers.keras_suite", "torch": "tools.peers.torch_suite"}
 """Name -> the module that runs it; imported when it is asked for."""
 
 
-def verdict_of(part: str) -> Verdict:
-    """Run a part's suite and judge it by its table."""
-    module = import_module(PARTS[part])
+def suite(part: str) -> ModuleType:
+    """Return the module of a part."""
+    return import_module(PARTS[part])
+
+
+def _verdict(part: str) -> Verdict:
+    module = suite(part)
     return judge(module.outcomes(), module.REFUSALS)
 
 
@@ -40,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no part is called {unknown[0]!r}; choose of {', '.join(PARTS)}")
     good = True
     for part in chosen:
-        verdict = verdict_of(part)
+        verdict = _verdict(part)
         good = good and verdict.good
         print(f"{part}: " + "\n".join(verdict.lines()))
     return 0 if good else 1

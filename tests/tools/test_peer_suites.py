@@ -1,10 +1,15 @@
 """How failures of other libraries' tests are judged, and that none is unexplained."""
 
+import functools
+
 import pytest
 
-from tools.peer_suites import PARTS, main, verdict_of
+import neurms
+from neurms.core.optimizers.registry import is_torch
+from tools.peer_suites import PARTS, main, suite
 from tools.peers.outcome import Outcome, Refusal, judge
 
+RULES = [name for name in neurms.available() if not is_torch(name)]
 EXPECTED = Refusal("for another backend", tests=r"sparse\..*", error="not on torch", rules="a|b")
 
 
@@ -44,9 +49,25 @@ def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no part is called 'jax'" in capsys.readouterr().err
 
 
+@functools.cache
+def outcomes(part: str, rule: str) -> tuple[Outcome, ...]:
+    return tuple(suite(part).outcomes([rule]))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("part", PARTS)
-def test_no_failure_is_unexplained(part: str) -> None:
-    verdict = verdict_of(part)
-    assert verdict.good, "\n".join(verdict.lines())
+def test_no_failure_is_unexplained(part: str, rule: str) -> None:
+    verdict = judge(outcomes(part, rule), suite(part).REFUSALS)
+    assert verdict.passed
+    assert not verdict.unexplained, "\n".join(verdict.lines())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", PARTS)
+def test_no_refusal_is_idle_and_no_rule_forgotten(part: str) -> None:
+    assert set(suite(part).RULES) == set(RULES)
+    verdict = judge((o for rule in RULES for o in outcomes(part, rule)), suite(part).REFUSALS)
+    assert not verdict.idle, "\n".join(verdict.lines())

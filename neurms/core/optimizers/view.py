@@ -193,8 +193,11 @@ class View:
 
 
 def seed_of(route: Route, group: Mapping[str, Any]) -> int:
-    """Return the seed of a parameter's draws, from its name: no order of groups matters."""
-    return zlib.crc32(route.name.encode()) + (int(group.get("seed", 0)) << 32)
+    """Return the seed of a parameter's draws, from its name: no order of groups matters.
+
+    It fits in 63 bits, so that a tensor can hold it.
+    """
+    return (zlib.crc32(route.name.encode()) + (int(group.get("seed", 0)) << 32)) % 2**63
 
 
 def shard_for(recipe: Recipe, parameter: Tensor, layout: Layout) -> RowShard | None:

@@ -220,8 +220,8 @@ def normalized(
     """
     lengths = [_length_of(part.view, part.step) for part in parts]
     own = _without_velocity(moves, rule, backend)
-    shown = [seen(move) for move in own]
-    there = [move for move in shown if move.target.numel()]
+    # A part without rows of a grouped kernel has no blocks to be seen as.
+    there = [seen(move) for move in own if move.target.numel()]
     found = move_square_sums.on(backend)(
         [move.gradient for move in there],
         [move.factors[0] for move in there],
@@ -230,7 +230,7 @@ def normalized(
     pieces = iter(found.unbind())
     device = moves[0].target.device
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    sums = [next(pieces).to(device) if move.target.numel() else zero for move in shown]
+    sums = [next(pieces).to(device) if move.target.numel() else zero for move in own]
     gains = gains_(lengths, over_ranks(torch.stack(sums), lengths))
     # On a CPU plain numbers, which cost less; an accelerator is not waited for.
     factors: Sequence[Any] = gains.tolist() if gains.is_cpu else gains.unbind()

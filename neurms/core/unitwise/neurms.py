@@ -200,7 +200,7 @@ class NeuRMS(PreconditionedOptimizer):
             raise TypeError(
                 f"model={type(model).__name__} must be an nn.Module: NeuRMS reads the error "
                 "signals and inputs of layers, which parameters alone do not show; pass the model "
-                "itself"
+                'itself, or, where nobody has it (ZeroRedundancyOptimizer), variant="P"'
             )
         settings = {
             "lr": lr,

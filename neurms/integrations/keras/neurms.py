@@ -64,6 +64,10 @@ class TappedOptimizer(NeurmsOptimizer):
             )
         return super()._made_engine(entries)
 
+    def _drawing(self) -> list[dict[str, Any]]:
+        # Its probes belong to update="backward", which Keras has not.
+        return super()._drawing() if self._settings["low_precision"] == "stochastic" else []
+
     @property
     def layers(self) -> Layers:
         """The tapped layers."""
