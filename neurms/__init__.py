@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch as _torch  # noqa: F401  (its absence must surface here, not at the first attribute)
 
 from neurms.core.catalog import HOMES as _HOMES
+from neurms.version import __version__
 
 if TYPE_CHECKING:
     from neurms.callbacks import metrics as metrics
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from neurms.core.structures.base import Structure as Structure
     from neurms.core.structures.base import Transform as Transform
     from neurms.core.unitwise.preconditioner import GradientPreconditioner as GradientPreconditioner
-
-__version__ = "0.1.0"
 
 _EXPORTS = {
     **{home.rpartition(".")[2]: home.rpartition(".")[0] for home in _HOMES.values()},

@@ -3,12 +3,16 @@
 Routing goes by the kind of module that owns a parameter, never by its name: hidden linear layers,
 convolutions and attention projections have a units x features matrix to precondition, while
 embeddings, norms, biases, tied weights and the output head do better, or can only do, with AdamW.
+Recurrent weights are such matrices, and so is the parameter of which a mask or a parametrization
+makes a weight. A parameter that a module of another kind holds itself is not taken for one: it may
+be a table of positions or a state, and nothing tells which of its axes counts outputs.
 Every choice carries its reason, so that
 :meth:`~neurms.core.optimizers.base.PreconditionedOptimizer.plan` can print it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -16,9 +20,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
+from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.ground.layout import Layout, default_layout, layout_of
+from neurms.core.ground.owners import Owner, owners_of
 from neurms.core.ground.wrappers import unwrapped
 
 __all__ = [
@@ -31,6 +36,7 @@ __all__ = [
     "excluded",
     "head_of",
     "movable",
+    "refuse_placeholder",
     "route_model",
     "route_tensors",
 ]
@@ -125,21 +131,22 @@ def route_model(
 
     Raises:
         ValueError: A pattern of ``exclude`` matches no parameter, or a parameter is lazy.
-        UnsupportedTrainingError: The model is wrapped by FSDP1.
+        UnsupportedTrainingError: The model is wrapped by FSDP1, or partitioned by ZeRO-3.
     """
     if isinstance(model, RoutedModel):
         return model.routes
     model = unwrapped(model)
     _refuse_lazy(model)
-    owners = _owners(model)
+    owners = owners_of(model)
     last_linear = head_of(model)
     routes = []
     for name, parameter in model.named_parameters():
-        module, own_name = owners[id(parameter)][0]
-        chosen, reason = _choose(module, own_name, owners[id(parameter)], rule)
-        if module is last_linear and own_name == "weight" and chosen == rule:
+        owner, *others = owners[id(parameter)]
+        module = owner.module
+        chosen, reason = _choose(parameter, owner, len(others), rule)
+        if module is last_linear and owner.name == "weight" and chosen == rule:
             chosen, reason = (rule, "output head") if head == "rule" else (FALLBACK, "output head")
-        layout = layout_of(module, own_name) or default_layout(parameter)
+        layout = layout_of(module, owner.name, parameter) or default_layout(parameter)
         routes.append(Route(name, parameter, type(module).__name__, chosen, reason, layout, module))
     return excluded(routes, exclude)
 
@@ -151,6 +158,28 @@ def _refuse_lazy(model: nn.Module) -> None:
                 f"parameter {name!r} has no shape yet; run one batch through the model before "
                 "building the optimizer"
             )
+        refuse_placeholder(name, parameter)
+
+
+def refuse_placeholder(name: str, parameter: Tensor) -> None:
+    """Raise for a parameter whose shape is not its layer's, since its numbers lie elsewhere.
+
+    Raises:
+        UnsupportedTrainingError: DeepSpeed's ZeRO-3 or FSDP1 has partitioned it.
+    """
+    flat = sys.modules.get("torch.distributed.fsdp._flat_param")
+    if flat is not None and isinstance(parameter, flat.FlatParameter):
+        raise UnsupportedTrainingError(
+            f"parameter {name!r} is a flat piece of FullyShardedDataParallel, without rows and "
+            "columns; shard with torch.distributed.fsdp.fully_shard"
+        )
+    whole = getattr(parameter, "ds_shape", None)
+    if whole is not None and tuple(whole) != tuple(parameter.shape):
+        raise UnsupportedTrainingError(
+            f"parameter {name!r} is a placeholder of DeepSpeed's ZeRO-3 for one of shape "
+            f"{tuple(whole)}, which no rule would see; shard with "
+            "torch.distributed.fsdp.fully_shard, or use DeepSpeed without ZeRO"
+        )
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:
@@ -237,36 +266,36 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return, for each parameter, the distinct modules that hold it and under which own name."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, name))
-    return owners
-
-
-def _choose(
-    module: nn.Module, name: str, owners: list[tuple[nn.Module, str]], rule: str
-) -> tuple[str, str]:
-    parameter = module._parameters[name]
-    assert parameter is not None
-    if len(owners) > 1:
-        return FALLBACK, f"tied: shared by {len(owners)} modules"
+def _choose(parameter: Tensor, owner: Owner, others: int, rule: str) -> tuple[str, str]:
+    module, name = owner.module, owner.name
+    if others:
+        return FALLBACK, f"tied: shared by {others + 1} modules"
+    made = ", parametrized" if owner.made == "parametrized" else ""
     if parameter.ndim < 2:
-        return FALLBACK, "bias" if name == "bias" else f"{parameter.ndim}-D tensor: no matrix"
-    if isinstance(module, parametrize.ParametrizationList):
-        return FALLBACK, "parametrized weight"
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return FALLBACK, "embedding"
-    if isinstance(module, nn.MultiheadAttention) and name in _ATTENTION_MATRICES:
-        return rule, "attention projection"
-    if isinstance(module, nn.Linear) and name == "weight":
-        return rule, "hidden linear layer"
-    if layout_of(module, name) is not None:
-        return rule, "convolution"
+        vector = f"{parameter.ndim}-D tensor: no matrix"
+        return FALLBACK, f"bias{made}" if name == "bias" else vector
+    if not owner.whole:
+        return FALLBACK, "scales of a parametrized weight"
+    kind = _kind(module, name, parameter)
+    if kind == "embedding":
+        return FALLBACK, kind
+    if kind:
+        return rule, f"{kind}, {owner.made}" if owner.made else kind
     return (
         FALLBACK,
-        f"{type(module).__name__}.{name}: not a linear, convolution or attention weight",
+        f"{type(module).__name__}.{name}: not a linear, convolution, recurrent or attention weight",
     )
+
+
+def _kind(module: nn.Module, name: str, parameter: Tensor) -> str:
+    """Return what a parameter of two axes or more does in its module, "" where that is unknown."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    if isinstance(module, nn.MultiheadAttention) and name in _ATTENTION_MATRICES:
+        return "attention projection"
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and name.startswith("weight_"):
+        return "recurrent weight"
+    if layout_of(module, name, parameter) is None:
+        return ""
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return "convolution" if convolution else "hidden linear layer"

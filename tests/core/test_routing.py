@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from neurms.core.routing import (
     FALLBACK,
@@ -18,6 +20,8 @@ from neurms.core.routing import (
     route_model,
     route_tensors,
 )
+
+UNKNOWN = "not a linear, convolution, recurrent or attention weight"
 
 
 def routed(model: nn.Module, **settings: object) -> dict[str, Route]:
@@ -74,20 +78,56 @@ def test_the_same_module_twice_is_not_tied() -> None:
     assert routes["0.weight"].rule == "rule"
 
 
-@pytest.mark.parametrize("how", ["parametrizations.weight_norm", "spectral_norm", "orthogonal"])
-def test_parametrized_weights_get_the_fallback(how: str) -> None:
-    wrap = getattr(parametrizations, how.removeprefix("parametrizations."))
-    routes = routed(nn.Sequential(wrap(nn.Linear(3, 4)), nn.Linear(4, 2)))
-    originals = {name: r for name, r in routes.items() if name.startswith("0.parametrizations")}
-    assert originals
-    assert all(route.is_fallback for route in originals.values())
+NORMS = {
+    "weight norm": lambda layer: parametrizations.weight_norm(layer),
+    "spectral norm": lambda layer: parametrizations.spectral_norm(layer),
+    "orthogonal": lambda layer: parametrizations.orthogonal(layer),
+    "old weight norm": lambda layer: weight_norm(layer),
+    "old spectral norm": lambda layer: spectral_norm(layer),
+}
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_hook_based_weight_norm_gets_the_fallback() -> None:
-    routes = routed(nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2)))
-    assert routes["0.weight_v"].is_fallback
-    assert "Linear.weight_v" in routes["0.weight_v"].reason
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("how", NORMS)
+@pytest.mark.parametrize("layer", [nn.Linear(3, 4), nn.Conv1d(3, 4, 2)], ids=str)
+def test_what_a_weight_is_made_of_counts_as_the_weight(how: str, layer: nn.Module) -> None:
+    kind = routed(nn.Sequential(layer, nn.Linear(4, 2)))["0.weight"]
+    routes = routed(nn.Sequential(NORMS[how](copy.deepcopy(layer)), nn.Linear(4, 2)))
+    (matrix,) = [route for route in routes.values() if not route.is_fallback]
+    assert matrix.reason == f"{kind.reason}, parametrized"
+    assert matrix.layout == kind.layout
+    scales = [r for r in routes.values() if r.reason == "scales of a parametrized weight"]
+    assert [r.parameter.numel() for r in scales] == ([4] if "weight" in how else [])
+
+
+def test_pruned_weights_and_biases_are_what_they_were() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 2))
+    prune.identity(model[0], "weight")
+    prune.identity(model[0], "bias")
+    prune.identity(model[1], "in_proj_weight")
+    prune.identity(model[2], "weight")
+    routes = routed(model)
+    assert routes["0.weight_orig"].reason == "hidden linear layer, pruned"
+    assert routes["0.bias_orig"].reason == "bias"
+    assert routes["1.in_proj_weight_orig"].reason == "attention projection, pruned"
+    assert routes["2.weight_orig"].reason == "output head"
+
+
+def test_recurrent_weights_get_the_rule() -> None:
+    model = nn.Sequential(nn.LSTM(3, 4, proj_size=2), nn.GRUCell(4, 5), nn.Linear(5, 2))
+    routes = routed(model)
+    ruled = {name: r.layout.matrix_shape for name, r in routes.items() if not r.is_fallback}
+    assert ruled == {
+        "0.weight_ih_l0": (16, 3),
+        "0.weight_hh_l0": (16, 2),
+        "0.weight_hr_l0": (2, 4),
+        "1.weight_ih": (15, 4),
+        "1.weight_hh": (15, 5),
+    }
+    assert routes["0.bias_ih_l0"].is_fallback
+    normed = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    reasons = {route.reason for route in routed(normed).values() if not route.is_fallback}
+    assert reasons == {"recurrent weight", "recurrent weight, parametrized"}
 
 
 @pytest.mark.parametrize(
@@ -95,10 +135,9 @@ def test_hook_based_weight_norm_gets_the_fallback() -> None:
     [
         (nn.Embedding(5, 3), "embedding"),
         (nn.EmbeddingBag(5, 3), "embedding"),
-        (nn.LayerNorm((3, 3)), "LayerNorm.weight: not a linear, convolution or attention weight"),
+        (nn.LayerNorm((3, 3)), f"LayerNorm.weight: {UNKNOWN}"),
         (nn.BatchNorm1d(3), "1-D tensor: no matrix"),
-        (nn.LSTM(3, 3), "LSTM.weight_ih_l0: not a linear, convolution or attention weight"),
-        (nn.Bilinear(3, 3, 3), "Bilinear.weight: not a linear, convolution or attention weight"),
+        (nn.Bilinear(3, 3, 3), f"Bilinear.weight: {UNKNOWN}"),
         (nn.PReLU(), "1-D tensor: no matrix"),
     ],
 )
@@ -196,12 +235,12 @@ def test_a_rule_that_applies_to_nothing_is_told_from_one_that_was_not_asked_for(
     vectors = route_tensors([("a", torch.ones(3, requires_grad=True))], "muon")
     assert not applies_to_nothing("muon", vectors)
     assert not applies_to_nothing("muon", route_model(nn.Linear(3, 2), "muon"))
-    recurrent = applies_to_nothing("muon", route_model(nn.GRU(3, 2), "muon"))
-    assert "muon applies to 0 of 4 parameters (" in recurrent
+    bilinear = applies_to_nothing("muon", route_model(nn.Bilinear(3, 2, 2), "muon"))
+    assert "muon applies to 0 of 2 parameters (" in bilinear
     matrix = route_tensors([("w", torch.ones(3, 2, requires_grad=True))], "muon")
     assert not applies_to_nothing("muon", [*vectors, *matrix])
     assert not applies_to_nothing("muon", excluded(matrix, ("w",)))
     assert not applies_to_nothing("muon", route_tensors([("a", torch.ones(3))], FALLBACK))
     frozen = route_tensors([("w", torch.ones(3, 2))], "muon")
-    of_cells = route_model(nn.GRU(3, 2), "muon")
-    assert "0 of 4" in applies_to_nothing("muon", [*of_cells, *frozen])
+    of_pairs = route_model(nn.Bilinear(3, 2, 2), "muon")
+    assert "0 of 2" in applies_to_nothing("muon", [*of_pairs, *frozen])

@@ -18,12 +18,15 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
     TrainingArguments,
     default_data_collator,
 )
+from transformers.pytorch_utils import Conv1D
 
 from neurms.integrations.transformers import trainer_optimizers
 
@@ -217,6 +220,42 @@ def test_float16_wants_the_scale(tmp_path) -> None:
 def test_bad_arguments(settings, error, message) -> None:
     with pytest.raises(error, match=message):
         trainer_optimizers(llama(), **settings)
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(3)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": LENGTH}
+    # Without dropout, so that two models see the same.
+    rest = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **rest, **tokens)).double()
+
+
+@pytest.mark.parametrize("name", ["muon", "neurms"])
+def test_the_linear_layers_of_gpt2_get_the_rule(name) -> None:
+    optimizer = neurms.create(name, gpt2())
+    ruled = {row.name for row in optimizer.plan() if row.rule == name and row.name[-1] == "t"}
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert ruled == {f"transformer.h.{i}.{own}.weight" for i in (0, 1) for own in layers}
+
+
+@pytest.mark.parametrize("name", ["muon", "racs", "rmnp", "neurms"])
+def test_weights_stored_features_first_move_as_linear_layers_do(name) -> None:
+    features_first, plain = Conv1D(7, 5), nn.Linear(5, 7)
+    with torch.no_grad():
+        features_first.weight.copy_(plain.weight.T)
+        features_first.bias.copy_(plain.bias)
+    inputs, tail = torch.randn(6, 5).double(), nn.Linear(7, 2)
+    weights = []
+    for layer in (features_first, plain):
+        model = nn.Sequential(layer, nn.Tanh(), copy.deepcopy(tail)).double()
+        optimizer = neurms.create(name, model, **({"variant": "F"} if name == "neurms" else {}))
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(weights[0].T, weights[1], rtol=1e-9, atol=1e-12)
 
 
 def test_parameters_are_not_enough() -> None:

@@ -62,6 +62,7 @@ ELSEWHERE = {
     "core/unitwise/test_neurms_errors.py": ["core/unitwise/checks", "core/unitwise/rule"],
     "core/unitwise/test_gradient_mover.py": ["core/unitwise/gradient_rule"],
     "core/unitwise/test_probed.py": ["core/unitwise/probed_mover"],
+    "release/test_distribution.py": ["version"],
     "faults/test_changed_layers.py": ["core/taps/copies", "core/taps/weights"],
     "core/unitwise/test_moves.py": ["core/unitwise/products"],
     "core/unitwise/test_neurms_backward.py": ["core/unitwise/tap_set"],

@@ -1,12 +1,14 @@
 """How failures of other libraries' tests are judged, and that none is unexplained."""
 
 import functools
+from pathlib import Path
 
 import pytest
 
 import neurms
 from neurms.core.optimizers.registry import is_torch
 from tools.peer_suites import PARTS, main, suite
+from tools.peers import lightning_suite
 from tools.peers.outcome import Outcome, Refusal, judge
 
 RULES = [name for name in neurms.available() if not is_torch(name)]
@@ -47,6 +49,45 @@ def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["jax"])
     assert "no part is called 'jax'" in capsys.readouterr().err
+
+
+def test_a_suite_that_is_not_installed_wants_a_checkout(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["lightning"])
+    assert "pass --checkout PATH" in capsys.readouterr().err
+
+
+SUITE = """
+import torch
+
+def test_of_torchs_interface() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.5)
+    weight.sum().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+
+def test_of_settings() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    assert "rule" not in torch.optim.Adam([weight]).param_groups[0]
+
+def test_that_nobody_passes() -> None:
+    raise ValueError
+"""
+
+
+@pytest.mark.slow
+def test_lightnings_tests_get_our_optimizers_after_a_control(tmp_path: Path) -> None:
+    folder = tmp_path / "tests" / "tests_pytorch" / "tuner"
+    folder.mkdir(parents=True)
+    (folder / "test_it.py").write_text(SUITE)
+    found = {o.test.rpartition("::")[2]: o for o in lightning_suite.outcomes(tmp_path, ["tuner"])}
+    assert {name: o.result for name, o in found.items()} == {
+        "test_of_torchs_interface": "passed",
+        "test_of_settings": "failed",
+        "test_that_nobody_passes": "skipped",
+    }
+    assert "'rule' not in" in found["test_of_settings"].error
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import FALLBACK
 from neurms.core.structures.base import Context
-from neurms.core.unitwise.gradient_rule import bias_of
+from neurms.core.unitwise.gradient_rule import partner_of
 from neurms.core.unitwise.neurms import NeuRMS
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _moments(optimizer: NeuRMS, views: list[View]) -> Iterator[Exchange]:
         if view.rule != NeuRMS.rule or not view.sharded or view.parameter.ndim < 2:
             continue
         recipe = optimizer.recipe_of(view.group)
-        bias = bias_of(view.route, optimizer.routes)
+        bias = partner_of(view.route, optimizer.routes)
         if shard_for(recipe, view.parameter, view.route.layout) is not None:
             size = 8 * (sum(view.route.layout.matrix_shape) + (bias is not None))
             yield Exchange("all-reduce", size, f"sums over rows of {view.route.name}")

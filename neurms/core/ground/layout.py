@@ -9,13 +9,14 @@ groups, a transposed convolution has its inputs first, a Keras kernel has its ou
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from torch import Tensor, nn
 
-__all__ = ["Layout", "default_layout", "layout_of"]
+__all__ = ["Layout", "default_layout", "is_features_first", "layout_of"]
 
 
 @dataclass(frozen=True)
@@ -151,33 +152,48 @@ def default_layout(tensor: Tensor) -> Layout:
     return Layout(tuple(tensor.shape), axes[:1], axes[1:])
 
 
-def layout_of(module: nn.Module, name: str) -> Layout | None:
+def layout_of(module: nn.Module, name: str, parameter: Tensor | None = None) -> Layout | None:
     """Return the layout of ``module``'s own parameter ``name``, or None where none is known.
 
     Args:
         module: The module that holds the parameter.
         name: The parameter's name in the module, such as ``"weight"``.
+        parameter: What the module's ``name`` is made of where it holds no such parameter itself;
+            None takes the one that it holds.
 
     Returns:
         The layout of the ``weight`` of a Linear, a convolution of 1 to 3 dimensions (grouped,
-        transposed) or an Embedding (units = embedding dimension, features = tokens); None for
+        transposed), an Embedding (units = embedding dimension, features = tokens) or the ``Conv1D``
+        of Hugging Face's GPT-2 (a linear layer whose weight is stored features first); None for
         anything else.
     """
     if name != "weight":
         return None
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get("weight") if parameter is None else parameter
     if weight is None:
         return None
     shape = tuple(weight.shape)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if len(shape) != len(module.kernel_size) + 2:
+            return None
+        taps = tuple(range(2, len(shape)))
+        if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            return Layout(shape, (1,), (0,), taps, module.groups, "features")
+        return Layout(shape, (0,), (1,), taps, module.groups)
+    if len(shape) != 2:
+        return None
     if isinstance(module, nn.Linear):
         return Layout(shape, (0,), (1,))
-    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return Layout(shape, (1,), (0,), tuple(range(2, len(shape))), module.groups, "features")
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return Layout(shape, (0,), (1,), tuple(range(2, len(shape))), module.groups)
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_features_first(module):
         return Layout(shape, (1,), (0,))
     return None
+
+
+def is_features_first(module: nn.Module) -> bool:
+    """Return whether a module is Hugging Face's ``Conv1D``, which computes x W + b."""
+    # Looked up, not imported: no such module exists before Transformers is loaded.
+    home = sys.modules.get("transformers.pytorch_utils")
+    return home is not None and isinstance(module, home.Conv1D)
 
 
 def _merge(tensor: Tensor, counts: tuple[int, ...]) -> Tensor:

@@ -25,6 +25,7 @@ from neurms.core.optimizers.checkpoint import restore, verified
 from neurms.core.optimizers.fallback import FallbackMover, fallback_rate
 from neurms.core.optimizers.gradients import bad_names, hold_nothing, is_rehearsal
 from neurms.core.optimizers.groups import Params, check_parameters, completed, parameters_of
+from neurms.core.optimizers.made_by import MADE_BY, made_by
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tensor_bytes
 from neurms.core.optimizers.recipe import Recipe
@@ -45,6 +46,8 @@ from neurms.core.routing import (
 )
 
 __all__ = ["Params", "PreconditionedOptimizer"]
+
+_BREAKS = "a step of neurms is not part of a graph; leave fullgraph=True off the step"
 
 
 class PreconditionedOptimizer(torch.optim.Optimizer):
@@ -442,6 +445,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         seen = skeleton(model) if cls.needs_modules else model
         return make(seen, **settings).plan()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings and state, and under ``"made_by"`` a note that nothing reads back."""
+        return {**super().state_dict(), MADE_BY: made_by(self.backend)}
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore settings and state exactly as saved, matching parameters by name where known.
@@ -477,9 +484,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         restore(self, state_dict)
 
 
+@torch.compiler.disable(reason=_BREAKS)  # type: ignore[untyped-decorator]
 def _outside_of_graphs(optimizer: PreconditionedOptimizer, *arguments: Any) -> Any:
     """Take a step as it is: a graph of torch.compile is broken there and goes on behind it."""
-    return torch.compiler.disable(PreconditionedOptimizer.step)(optimizer, *arguments)
+    return PreconditionedOptimizer.step(optimizer, *arguments)
 
 
 def _is_watched(optimizer: torch.optim.Optimizer) -> bool:

@@ -13,7 +13,7 @@ from neurms.core.ground.precision import LowPrecision
 from neurms.core.optimizers.recipes import default_settings
 from neurms.core.optimizers.rules import rule_class
 from neurms.core.optimizers.settings import check_group
-from neurms.core.routing import FALLBACK, Route
+from neurms.core.routing import FALLBACK, Route, refuse_placeholder
 
 __all__ = ["Params", "check_parameters", "completed", "parameters_of", "refuse_dtype"]
 
@@ -109,8 +109,9 @@ def parameters_of(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
 
 
 def check_parameters(routes: Iterable[Route], low_precision: LowPrecision) -> None:
-    """Raise unless the dtypes of parameters are ones that can be preconditioned."""
+    """Raise unless parameters are what can be preconditioned: their dtypes, and their shapes."""
     for route in routes:
+        refuse_placeholder(route.name, route.parameter)
         refuse_dtype(route, low_precision)
 
 

@@ -88,7 +88,13 @@ def default_settings(maker: Callable[..., Any]) -> dict[str, Any]:
 @functools.cache
 def _defaults(maker: Any) -> dict[str, Any]:
     parameters = inspect.signature(maker).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {p.name: _default(p) for p in parameters if p.default is not p.empty}
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    """Return a default, as a float where torch's habit of writing ``momentum: float = 0`` is."""
+    value = parameter.default
+    return float(value) if type(value) is int and "float" in str(parameter.annotation) else value
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from neurms.core.ground.errors import SparseGradientError
+from neurms.core.ground.errors import SparseGradientError, UnsupportedTrainingError
 from neurms.core.ground.precision import LowPrecision, compute_dtype
 from neurms.core.ground.shards import placed_like
 from neurms.core.optimizers.view import View
@@ -162,12 +162,32 @@ def meet(optimizer: HasParameters, known: Sequence[Sequence[Tensor]]) -> None:
     Args:
         optimizer: The optimizer.
         known: The parameters of each group as they were last.
+
+    Raises:
+        UnsupportedTrainingError: Matrices have been flattened and put together.
     """
     for position, group in enumerate(optimizer.param_groups):
         before = known[position] if position < len(known) else ()
         _swap(optimizer, group, before)
+        _refuse_flattened(optimizer, group, before)
         for route in optimizer.complete(group):
             optimizer.routes[route.parameter] = route
+
+
+def _refuse_flattened(optimizer: HasParameters, group: Group, before: Sequence[Tensor]) -> None:
+    """Raise if one long vector has come in the place of several parameters, as ZeRO has it."""
+    own = {id(p) for p in group["params"]}
+    # What was swapped for a parameter of the same shape has no route any more.
+    gone = [optimizer.routes[p] for p in before if p in optimizer.routes and id(p) not in own]
+    flat = [p for p in group["params"] if p not in optimizer.routes and p.ndim == 1]
+    lost = [route.name for route in gone if not route.is_fallback and route.parameter.ndim > 1]
+    if flat and lost:
+        raise UnsupportedTrainingError(
+            f"the group that held {lost[0]!r} holds a vector of {flat[0].numel()} numbers in its "
+            "place: flattened parameters (DeepSpeed's ZeRO, FSDP1, flat float32 masters) have lost "
+            "the rows and columns that a rule works on; shard with "
+            "torch.distributed.fsdp.fully_shard, or use DeepSpeed without ZeRO"
+        )
 
 
 def _swap(optimizer: HasParameters, group: Group, before: Sequence[Tensor]) -> None:

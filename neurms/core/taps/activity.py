@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neurms.compiled.reductions import axes_square_sum
+from neurms.core.ground.layout import is_features_first
 
 __all__ = ["Activity", "activity_of"]
 
@@ -76,13 +77,15 @@ class Activity:
 def activity_of(module: nn.Module) -> Activity | None:
     """Return the activity of a Linear, a convolution of 1 to 3 dimensions or an Embedding.
 
+    Hugging Face's ``Conv1D`` is a linear layer, too.
+
     Args:
         module: The module; subclasses count as what they derive from.
 
     Returns:
         The activity, or None where none is known.
     """
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or is_features_first(module):
         return Activity()
     if isinstance(module, nn.Embedding):
         return Activity(tokens=module.num_embeddings)

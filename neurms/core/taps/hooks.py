@@ -32,7 +32,7 @@ from neurms.core.taps.activity import Activity, activity_of
 from neurms.core.taps.copies import leave_out, own_again
 from neurms.core.taps.probe import Probe
 from neurms.core.taps.protocol import Sink, Sums
-from neurms.core.taps.weights import held_weight, is_parametrized
+from neurms.core.taps.weights import held_weight, is_remade
 
 __all__ = ["HookTap", "InertTap", "forget_compiled_graphs"]
 
@@ -208,6 +208,16 @@ class HookTap:
             if module is not None:
                 own_again(module)
 
+    def _move_to(self, module: nn.Module) -> None:
+        """Tap another module, which has the weight now."""
+        for key in [k for k, hook in module._forward_hooks.items() if hook is self]:
+            del module._forward_hooks[key]
+        if self._sink() is None or held_weight(module, self._name) is not self.weight:
+            return
+        self.detach()
+        self._module = weakref.ref(module)
+        self.attach()
+
     @property
     def __name__(self) -> str:
         """The class's name, but for torch.jit.script, which cannot compile a tap.
@@ -222,13 +232,18 @@ class HookTap:
         return name
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None
     ) -> Any:
         """Observe one forward of the module (torch's forward hook); never touches the output.
 
         Returns:
             None, save in a graph that is being recorded: the output as the graph goes on with it.
         """
+        if not isinstance(kwargs, dict):
+            # Somebody put another module in this one's place and took its hooks along, but not
+            # how they are called, as torch.ao.quantization.prepare_qat does.
+            self._move_to(module)
+            kwargs, output = {}, kwargs
         inputs = args[0] if args else kwargs.get("input")
         if torch.compiler.is_dynamo_compiling():
             if self._joins_graph(module):
@@ -353,7 +368,7 @@ class HookTap:
         moved = held_weight(module, self._name)
         if moved is None:
             self.changed = "no longer holds the weight that its optimizer has"
-        elif is_parametrized(module, self._name):
+        elif is_remade(module, self._name):
             self.changed = "was parametrized"
         return moved
 
@@ -420,7 +435,9 @@ def _refuse_tied(module: nn.Module, weight: Tensor) -> None:
 def _own_name(module: nn.Module, weight: Tensor) -> str:
     for name, parameter in module._parameters.items():
         if parameter is weight:
-            return name
+            # A pruned layer's weight is followed back to where it comes from.
+            base = name.removesuffix("_orig")
+            return name if base in module._parameters else base
     raise ValueError(
         f"weight of shape {tuple(weight.shape)} is not a parameter of this {type(module).__name__} "
         "itself; pass module.weight, and leave parametrized weights to the fallback"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["held_weight", "is_parametrized"]
+__all__ = ["held_weight", "is_remade"]
 
 
 def held_weight(module: nn.Module, name: str) -> Tensor | None:
@@ -22,9 +22,12 @@ def held_weight(module: nn.Module, name: str) -> Tensor | None:
     return own
 
 
-def is_parametrized(module: nn.Module, name: str) -> bool:
-    """Return whether a function makes the module's ``name`` of other parameters."""
-    return _parametrization(module, name) is not None
+def is_remade(module: nn.Module, name: str) -> bool:
+    """Return whether a function, and no mask alone, makes the module's ``name`` of others."""
+    if _parametrization(module, name) is not None:
+        return True
+    # The hook of torch.nn.utils.spectral_norm keeps its original where pruning does.
+    return f"{name}_orig" in module._parameters and not hasattr(module, f"{name}_mask")
 
 
 def _parametrization(module: nn.Module, name: str) -> nn.Module | None:

@@ -167,7 +167,8 @@ class Engine(TapSet[TappedLayer, Owner]):
         module, rule = layer.route.module, layer.rule
         assert module is not None
         # A subclass may be one that a dead optimizer's tap has left behind.
-        if self.in_backward and (type(module) is nn.Linear or is_tapped_linear(module)):
+        linear = type(module) is nn.Linear or is_tapped_linear(module)
+        if self.in_backward and linear and module._parameters.get("weight") is layer.weight:
             assert isinstance(module, nn.Linear)
             return BackwardUpdateTap(module, layer, name=layer.name)
         return HookTap(

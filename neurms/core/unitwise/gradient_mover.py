@@ -23,7 +23,7 @@ from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import Route
 from neurms.core.structures.gradient_moments import GradientMoments, with_bias
-from neurms.core.unitwise.gradient_rule import bias_of, weight_of
+from neurms.core.unitwise.gradient_rule import partner_of
 from neurms.core.unitwise.mover import velocity_like
 
 __all__ = ["Factors", "GradientMover", "Holder", "Layer", "Target", "scales", "structure_of"]
@@ -115,7 +115,7 @@ class GradientMover(RecipeMover):
             weight = self._weight_of(view)
             if weight is not view and weight.parameter in own:
                 continue
-            other = bias_of(weight.route, self._optimizer.routes)
+            other = partner_of(weight.route, self._optimizer.routes)
             bias = None if other is None else own.get(other.parameter)
             yield self._layer(weight, bias, weight.parameter in own)
 
@@ -123,7 +123,7 @@ class GradientMover(RecipeMover):
         """Return the view of the matrix that a parameter is, or is a column of."""
         if view.parameter.ndim >= 2:
             return view
-        route = weight_of(view.route, self._optimizer.routes)
+        route = partner_of(view.route, self._optimizer.routes)
         assert route is not None, "the rule takes no vector but a bias"
         return self._optimizer.view_of(route.parameter)
 
@@ -206,7 +206,7 @@ class GradientMover(RecipeMover):
 
     def _moments(self, like: Tensor, route: Route, structure: GradientMoments) -> State:
         units, features = route.layout.matrix_shape
-        features += bias_of(route, self._optimizer.routes) is not None
+        features += partner_of(route, self._optimizer.routes) is not None
         recipe = Recipe((structure,))
         shard = shard_for(recipe, like, route.layout)
         shape = (units if shard is None else shard.rows, features)

@@ -15,7 +15,7 @@ from neurms.core.routing import Head, Route, RoutedModel, route_model
 from neurms.core.structures.gradient_moments import GradientMoments
 from neurms.core.unitwise.rule import beta_of
 
-__all__ = ["bias_of", "check_probed", "gradient_recipe", "gradient_routes", "weight_of"]
+__all__ = ["check_probed", "gradient_recipe", "gradient_routes", "partner_of"]
 
 _FOREIGN = (
     "normalize",
@@ -80,10 +80,11 @@ def gradient_routes(model: nn.Module, rule: str, head: Head, exclude: Sequence[s
 
 def _with_weight(route: Route, taken: Mapping[Tensor, Route]) -> Route:
     """Return a bias's route as its layer's rule has it."""
-    name = route.name.rpartition(".")[2]
+    name = _own_name(route)
     if name not in _WEIGHTS or route.module is None or not _is_free(route):
         return route
-    weight = taken.get(route.module._parameters.get(_WEIGHTS[name]))  # type: ignore[arg-type]
+    own = (r for r in taken.values() if r.module is route.module)
+    weight = next((r for r in own if _own_name(r) == _WEIGHTS[name]), None)
     if weight is None:
         return route
     if route.parameter.requires_grad and not weight.parameter.requires_grad:
@@ -96,53 +97,57 @@ def _is_free(route: Route) -> bool:
     return route.is_fallback and route.reason in ("bias", "1-D tensor: no matrix")
 
 
-def bias_of(route: Route, routes: Mapping[Tensor, Route]) -> Route | None:
-    """Return the route of the bias that is a column of a matrix, None where there is none."""
-    module = route.module
-    if module is None:
-        return None
-    if not _holds(module, route.parameter):
-        return _foreign(route, routes)
-    name = route.name.rpartition(".")[2]
-    for bias, weight in _WEIGHTS.items():
-        found = routes.get(module._parameters.get(bias)) if weight == name else None  # type: ignore[arg-type]
-        if found is not None and found.rule == route.rule:
-            return found
-    return None
-
-
-def weight_of(route: Route, routes: Mapping[Tensor, Route]) -> Route | None:
-    """Return the route of the matrix that a bias is a column of, None for anything else."""
-    module = route.module
-    if module is None:
-        return None
-    if not _holds(module, route.parameter):
-        return _foreign(route, routes)
-    weight = _WEIGHTS.get(route.name.rpartition(".")[2], "")
-    found = routes.get(module._parameters.get(weight))  # type: ignore[arg-type]
-    return found if found is not None and found.rule == route.rule else None
-
-
-def _holds(module: nn.Module, parameter: Tensor) -> bool:
-    """Return whether a module has a parameter under a name of its own, as torch's layers do."""
-    return any(own is parameter for own in module._parameters.values())
-
-
 # Held weakly on both sides: a pair in here would keep itself, and its parameters, alive.
 _PARTNERS: weakref.WeakKeyDictionary[Route, weakref.ref[Route] | None]
 _PARTNERS = weakref.WeakKeyDictionary()
 
 
-def _foreign(route: Route, routes: Mapping[Tensor, Route]) -> Route | None:
+def partner_of(route: Route, routes: Mapping[Tensor, Route]) -> Route | None:
+    """Return the bias that is a column of a matrix, or the matrix of a bias; None without one.
+
+    By names and not by what the module holds now: pruning or a parametrization may have moved the
+    weight elsewhere since, and the two belong together all the same.
+    """
+    if route.module is None:
+        return None
+    known = _PARTNERS.get(route)
+    if known is not None:
+        found = known()
+        if found is not None and routes.get(found.parameter) is found:
+            return found
+    elif route in _PARTNERS:
+        return None
+    alike = [r for r in routes.values() if r.module is route.module and r.rule == route.rule]
+    found = _by_name(route, alike) or _foreign(route, alike)
+    _PARTNERS[route] = None if found is None else weakref.ref(found)
+    return found
+
+
+def _by_name(route: Route, alike: Sequence[Route]) -> Route | None:
+    name = _own_name(route)
+    wanted = (_WEIGHTS.get(name), next((b for b, w in _WEIGHTS.items() if w == name), None))
+    return next((r for r in alike if r is not route and _own_name(r) in wanted), None)
+
+
+def _own_name(route: Route) -> str:
+    """Return a parameter's name in its module, before pruning."""
+    return route.name.rpartition(".")[2].removesuffix("_orig")
+
+
+def _foreign(route: Route, alike: Sequence[Route]) -> Route | None:
     """Return a matrix's bias, or a bias's matrix, in a layer of another framework.
 
     Of several kernels the last has the bias: it is the one that makes the outputs.
     """
-    if route not in _PARTNERS:
-        alike = [r for r in routes.values() if r.module is route.module and r.rule == route.rule]
-        kernels = [r for r in alike if r.parameter.ndim >= 2]
-        pair = kernels[-1:] + [r for r in alike if r.parameter.ndim < 2]
-        paired = len(pair) == 2 and kernels and route in pair
-        _PARTNERS[route] = weakref.ref(pair[pair[0] is route]) if paired else None
-    partner = _PARTNERS[route]
-    return None if partner is None else partner()
+    if route.module is None or _holds(route.module, route.parameter):
+        return None
+    kernels = [r for r in alike if r.parameter.ndim >= 2]
+    pair = kernels[-1:] + [r for r in alike if r.parameter.ndim < 2]
+    if len(pair) != 2 or not kernels or route not in pair:
+        return None
+    return pair[pair[0] is route]
+
+
+def _holds(module: nn.Module, parameter: Tensor) -> bool:
+    """Return whether a module has a parameter under a name of its own, as torch's layers do."""
+    return any(own is parameter for own in module._parameters.values())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from neurms.core.ground.errors import UnsupportedTrainingError
+from neurms.core.ground.owners import weight_behind
 from neurms.core.ground.shards import is_sharded, row_shard
 from neurms.core.routing import FALLBACK, Head, Route, RoutedModel, excluded, route_model
 from neurms.core.taps.activity import activity_of
@@ -47,9 +48,17 @@ def _tappable(route: Route) -> Route:
     if isinstance(route.module, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)):
         reason = "inside nn.MultiheadAttention, whose projections are never called as layers"
         return replace(route, rule=FALLBACK, reason=reason)
+    if route.module is not None and not _multiplies(route.module, route.parameter):
+        return replace(route, rule=FALLBACK, reason="parametrized: D^T H is not its gradient")
     if route.module is None or activity_of(route.module) is None:
         return replace(route, rule=FALLBACK, reason=f"{route.kind} shows no error signal to tap")
     return route
+
+
+def _multiplies(module: nn.Module, parameter: Tensor) -> bool:
+    """Return whether a module multiplies with a parameter itself, or with it under a mask."""
+    owner = weight_behind(module, parameter)
+    return owner is not None and owner.made != "parametrized"
 
 
 def _with_weight(route: Route, weights: Mapping[int, Route], rule: str) -> Route:

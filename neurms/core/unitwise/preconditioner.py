@@ -18,6 +18,7 @@ from neurms.core.ground.layout import default_layout
 from neurms.core.ground.spans import gradients_ready
 from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.gradients import nonfinite_names
+from neurms.core.optimizers.made_by import MADE_BY, made_by
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.optimizers.view import View
@@ -28,6 +29,7 @@ from neurms.core.unitwise.checks import (
     default_settings,
     verified_state,
 )
+from neurms.core.unitwise.closures import ScaledGradients
 from neurms.core.unitwise.engine import Engine
 from neurms.core.unitwise.gradient_rule import gradient_routes
 from neurms.core.unitwise.gradient_scaler import GradientScaler
@@ -119,6 +121,7 @@ class GradientPreconditioner:
         self.backend: str = self.settings["backend"]
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.skipped_steps = 0
+        self._scaled = ScaledGradients()
         self._rule = UnitwiseRule.of(self.settings)
         self._moments: GradientScaler | None = None
         self._optimizers = list(optimizers)
@@ -290,6 +293,7 @@ class GradientPreconditioner:
         if self._moments is not None:
             with use_backend(self.backend), WholeStep():
                 self._decay(self._moments.scale(moving), moving)
+            self._scaled.are(moving, target)
             return True
         with use_backend(self.backend), WholeStep():
             self.layers.commit(layer for layer in layers if layer.observed.rows)
@@ -299,6 +303,7 @@ class GradientPreconditioner:
         self._groups = {}
         if self._in_backward:
             self.layers.clear()
+        self._scaled.are(moving, target)
         return True
 
     def _groups_in(self, target: Optimizer | Iterable[Tensor]) -> list[dict[str, Any]]:
@@ -412,12 +417,17 @@ class GradientPreconditioner:
         return tensor_bytes(dict(enumerate(self.state.values())))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return statistics and velocities by parameter name: tensors and plain numbers only."""
+        """Return statistics and velocities by parameter name, and a note of what made them.
+
+        Tensors, plain numbers and strings only. The note, ``"made_by"``, is for readers:
+        :meth:`load_state_dict` takes any, or none.
+        """
         layers = {self._names[p]: dict(state) for p, state in self.state.items() if state}
         return {
             "layers": layers,
             "variant": self.settings["variant"],
             "skipped_steps": self.skipped_steps,
+            MADE_BY: made_by(self.backend),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

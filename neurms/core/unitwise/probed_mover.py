@@ -18,7 +18,7 @@ from neurms.core.unitwise.gradient_mover import (
     Layer,
     scales,
 )
-from neurms.core.unitwise.gradient_rule import bias_of
+from neurms.core.unitwise.gradient_rule import partner_of
 from neurms.core.unitwise.probed import ProbedLayer, ProbedLayers
 
 __all__ = ["ProbedMover"]
@@ -55,7 +55,7 @@ class ProbedMover(GradientMover):
         backend = self._backend(views)
         for probed in self._probed:
             if probed.fired:
-                other = bias_of(probed.route, self._optimizer.routes)
+                other = partner_of(probed.route, self._optimizer.routes)
                 bias = None if other is None else own.pop(other.parameter, None)
                 self._commit(probed, bias, backend)
         super().move(list(own.values()))

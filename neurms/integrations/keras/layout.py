@@ -22,6 +22,7 @@ CONVOLUTIONS = (_layers.Conv1D, _layers.Conv2D, _layers.Conv3D)
 TRANSPOSED = (_layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose)
 DEPTHWISE = (_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)
 SEPARABLE = (_layers.SeparableConv1D, _layers.SeparableConv2D)
+RECURRENT = (_layers.LSTMCell, _layers.GRUCell, _layers.SimpleRNNCell)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def kernel_layout(layer: Any, variable: Any) -> Layout | None:
 
     Returns:
         The layout of a kernel of Dense, EinsumDense, a convolution (grouped, transposed,
-        depthwise, separable) or of an Embedding's table; None for anything else.
+        depthwise, separable), a recurrent cell, or of an Embedding's table; None for anything else.
 
     Example:
         >>> dense = keras.layers.Dense(3)
@@ -95,6 +96,8 @@ def kernel_layout(layer: Any, variable: Any) -> Layout | None:
     if isinstance(layer, SEPARABLE) and name == "pointwise_kernel":
         return Layout(shape, (rank + 1,), (rank,), taps)
     if isinstance(layer, _layers.Embedding) and name == "embeddings":
+        return Layout(shape, (1,), (0,))
+    if isinstance(layer, RECURRENT) and name in ("kernel", "recurrent_kernel"):
         return Layout(shape, (1,), (0,))
     if name != "kernel" or getattr(layer, "quantization_mode", None):
         return None
@@ -138,7 +141,12 @@ def kernel_activity(layer: Any) -> Activity | None:
 
 
 def bias_follows_units(layer: Any) -> bool:
-    """Return whether the layer's bias, flattened, lists its units in the kernel's order."""
+    """Return whether the layer's bias, flattened, lists its kernel's units in their order.
+
+    A recurrent cell's goes with two kernels, and a GRU's holds one for each.
+    """
+    if isinstance(layer, RECURRENT):
+        return False
     if not isinstance(layer, _layers.EinsumDense):
         return True
     einsum = _Einsum.of(layer.equation)

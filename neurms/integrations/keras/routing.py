@@ -14,6 +14,7 @@ from torch import Tensor
 from neurms.core.ground.layout import Layout, default_layout
 from neurms.core.routing import FALLBACK, Head, Route
 from neurms.integrations.keras.layout import (
+    RECURRENT,
     SEPARABLE,
     bias_follows_units,
     kernel_activity,
@@ -95,7 +96,9 @@ def _choose(variable: Any, around: Surroundings, rule: str) -> tuple[str, str, L
         return FALLBACK, "embedding", layout or plain
     if layout is None:
         name = f"{type(owner).__name__}.{variable.name}"
-        return FALLBACK, f"{name}: not a dense, convolution or attention kernel", plain
+        return FALLBACK, f"{name}: not a dense, convolution, recurrent or attention kernel", plain
+    if isinstance(owner, RECURRENT):
+        return rule, "recurrent weight", layout
     if id(owner) in around.attention:
         return rule, "attention projection", layout
     dense = isinstance(owner, (keras.layers.Dense, keras.layers.EinsumDense))

@@ -221,6 +221,6 @@ def test_weights_of_one_feature_move_by_the_fallback_where_the_rule_cannot(
 
 
 def test_a_rule_that_applies_to_nothing_says_so_once() -> None:
-    with pytest.warns(UserWarning, match="rmnp applies to 0 of 4 parameters") as caught:
-        neurms.RMNP(nn.LSTM(3, 4))
+    with pytest.warns(UserWarning, match="rmnp applies to 0 of 2 parameters") as caught:
+        neurms.RMNP(nn.Bilinear(3, 4, 2))
     assert len(caught) == 1

@@ -5,8 +5,10 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 from keras import layers
 
+import neurms
 from neurms.core.optimizers.plan import PlanRow
 from neurms.integrations.keras import keras_neurms, keras_optimizer, keras_racs, keras_rmnp
 
@@ -33,11 +35,11 @@ def test_kernels_get_the_rule_and_the_rest_adamw() -> None:
     assert ruled == {
         *(f"attention/{part}/kernel" for part in ("query", "key", "value", "attention_output")),
         *(f"grouped/{part}/kernel" for part in ("query", "key", "value", "attention_output")),
-        "hidden/kernel",
+        *("recurrent/lstm_cell/kernel", "recurrent/lstm_cell/recurrent_kernel", "hidden/kernel"),
     }
     assert plan["table/embeddings"].reason == "embedding"
     assert plan["head/kernel"].reason == "output head"
-    assert "LSTMCell.kernel" in plan["recurrent/lstm_cell/kernel"].reason
+    assert plan["recurrent/lstm_cell/kernel"].reason == "recurrent weight"
     assert plan["attention/query/bias"].reason == "bias"
 
 
@@ -47,6 +49,37 @@ def test_neurms_takes_head_and_biases_and_leaves_what_it_cannot_tap() -> None:
     assert plan["attention/query/bias"].rule == "neurms"
     for name in ("recurrent/lstm_cell/kernel", "table/embeddings", "norm/gamma"):
         assert plan[name].rule == "fallback"
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "SimpleRNN"])
+def test_recurrent_kernels_move_as_torchs_do(kind: str) -> None:
+    layer = getattr(layers, kind)(4)
+    layer.build((None, 5, 3))
+    kernels = [layer.cell.kernel, layer.cell.recurrent_kernel]
+    twins = [torch.nn.Parameter(kernel.value.detach().T.clone()) for kernel in kernels]
+    model = keras.Sequential([layer])
+    optimizer, twin = keras_optimizer("muon", 0.1), neurms.Muon(twins, lr=0.1)
+    model.compile(optimizer)
+    optimizer.build(model.trainable_variables)
+    torch.manual_seed(0)
+    gradients = [torch.randn(variable.shape) for variable in model.trainable_variables]
+    for parameter, gradient in zip(twins, gradients, strict=False):
+        parameter.grad = gradient.T.clone()
+    optimizer.apply(gradients)
+    twin.step()
+    for kernel, parameter in zip(kernels, twins, strict=True):
+        torch.testing.assert_close(kernel.value.detach().T, parameter.detach())
+
+
+def test_a_cells_bias_goes_with_no_kernel() -> None:
+    layer = layers.GRU(4, name="gru")
+    layer.build((None, 5, 3))
+    plan = rows(keras.Sequential([layer]), keras_neurms(variant="P"))
+    assert {name: row.rule for name, row in plan.items()} == {
+        "gru/gru_cell/kernel": "neurms",
+        "gru/gru_cell/recurrent_kernel": "neurms",
+        "gru/gru_cell/bias": "fallback",
+    }
 
 
 def test_separable_convolutions_lora_and_frozen_layers_say_why() -> None:
