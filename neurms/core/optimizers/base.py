@@ -7,6 +7,7 @@ which settings it has and which :class:`~neurms.core.optimizers.recipe.Recipe` t
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -446,8 +447,21 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return make(seen, **settings).plan()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return settings and state, and under ``"made_by"`` a note that nothing reads back."""
-        return {**super().state_dict(), MADE_BY: made_by(self.backend)}
+        """Return settings and state, and under ``"made_by"`` a note that nothing reads back.
+
+        Hooks of ``register_state_dict_post_hook`` get the note too, and what they make is returned.
+        """
+        hooks = self._optimizer_state_dict_post_hooks
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        try:
+            saved = super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+        saved[MADE_BY] = made_by(self.backend)
+        for hook in list(hooks.values()):
+            changed = hook(self, saved)
+            saved = saved if changed is None else changed
+        return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

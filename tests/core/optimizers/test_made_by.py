@@ -134,3 +134,16 @@ def test_a_lightning_checkpoint_has_it(tmp_path: Path) -> None:
     saved = torch.load(path, weights_only=True)["optimizer_states"][0]
     assert saved[MADE_BY] == made_by("auto")
     assert fit(max_epochs=2, ckpt_path=path, weights_only=True).global_step == 4
+
+
+def test_what_a_hook_makes_of_it_is_what_is_returned() -> None:
+    _, optimizer = trained("rmnp")
+    seen: list[bool] = []
+    optimizer.register_state_dict_post_hook(lambda _, saved: seen.append(MADE_BY in saved))
+    handle = optimizer.register_state_dict_post_hook(lambda _, saved: {"inner": saved})
+    saved = optimizer.state_dict()
+    assert set(saved) == {"inner"}
+    assert MADE_BY in saved["inner"]
+    handle.remove()
+    assert MADE_BY in optimizer.state_dict()
+    assert seen == [True, True]
