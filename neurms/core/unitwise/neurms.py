@@ -269,6 +269,12 @@ class NeuRMS(PreconditionedOptimizer):
     def __exit__(self, *error: object) -> None:
         self.detach()
 
+    def attach(self) -> None:
+        """Put the taps back after :meth:`detach`; again does nothing."""
+        self.layers.put()
+        if self.probed_layers is not None:
+            self.probed_layers.put()
+
     def detach(self) -> None:
         """Remove all taps from the model; layers go on with the statistics they have."""
         self.layers.detach()

@@ -92,15 +92,15 @@ class TapSet(Generic[L, Held]):
         self._guarded = list(guarded)
 
     def put(self) -> None:
-        """Put all taps in place, or none."""
+        """Put all taps in place, or none; those that are there already stay."""
+        missing = [layer.tap for layer in self if layer.tap is not None and not layer.tap.attached]
         try:
-            for layer in self:
-                if layer.tap is not None:
-                    layer.tap.attach()
+            for tap in missing:
+                tap.attach()
         except BaseException:
             self.detach()
             raise
-        if self._compiled:
+        if self._compiled and missing:
             forget_compiled_graphs()
         without = {x.weight for x in self if isinstance(x.tap, BackwardUpdateTap)}
         if without and self._guard is None:
