@@ -177,7 +177,7 @@ def meet(optimizer: HasParameters, known: Sequence[Sequence[Tensor]]) -> list[Sw
     Raises:
         UnsupportedTrainingError: Matrices have been flattened and put together.
     """
-    swapped = []
+    swapped: list[Swapped] = []
     for position, group in enumerate(optimizer.param_groups):
         before = known[position] if position < len(known) else ()
         swapped += _swap(optimizer, group, before)
