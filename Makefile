@@ -24,7 +24,7 @@ define install
 	     exit 1; } >&2
 endef
 
-.PHONY: help install demo test coverage test-all lint format docs pages dist check-dist bench-quick clean distclean
+.PHONY: help install demo test coverage test-slow test-all lint format docs pages dist check-dist bench-quick bench-wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,11 @@ test: $(INSTALLED)  ## the fast tests, doctests and documentation examples
 coverage: $(INSTALLED)  ## the same tests, with the share of lines that they run; fails below a threshold
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -q --cov --cov-report=term
 
-test-all: $(INSTALLED)  ## every test, the slow ones too
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+test-slow: $(INSTALLED)  ## the slow tests alone
+	@$(BIN)/python -c "import neurms; neurms.warm_up()"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow -q tests
+
+test-all: test test-slow  ## every test: the fast ones, then the slow ones
 
 lint: $(INSTALLED)  ## ruff, mypy and the contracts between the floors
 	@$(BIN)/ruff check .
@@ -72,13 +75,20 @@ dist: $(INSTALLED)  ## build the wheels and the sdist into dist/
 check-dist: dist  ## build them, build again, and try the wheels outside of the checkout
 	@$(BIN)/python -m tools.check_dist
 	@$(BIN)/python -m tools.check_native dist/*linux*.whl
-	@NEURMS_WHEEL=native $(BIN)/python -m hatchling build -t wheel -d build/again >/dev/null 2>&1
-	@cmp dist/*linux*.whl build/again/*linux*.whl && echo "two builds of the wheel are alike"
-	@rm -rf build/again
+	@$(BIN)/python -m tools.check_again dist
 	@$(BIN)/python -m tools.check_install dist/*linux*.whl $(PYTHONS)
 
 bench-quick: $(INSTALLED)  ## the shortest benchmark, a minute or two
 	@$(BIN)/neurms bench quick
+
+# About five minutes on a quiet machine. torch's own optimizers are in it: what they differ by is noise.
+bench-wheel: dist  ## the wheel's kernels against those compiled for this processor, turn by turn
+	@rm -rf build/wheel
+	@$(BIN)/python -m zipfile -e dist/*linux*.whl build/wheel
+	@cp -r benchmarks build/wheel
+	@for what in kernels step; do for threads in 1 2; do \
+	    PYTHONPATH=. $(BIN)/python -m benchmarks.before_after --before . --after build/wheel --what $$what \
+	        --threads $$threads --rounds 15 --out build/wheel_$${what}_$$threads.json; done; done
 
 clean:  ## remove caches and build outputs, keep .venv
 	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache \

@@ -21,6 +21,9 @@ import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+SLOW_SECONDS = 600
+"""For a slow test that asks for no time of its own: compilers take long on a busy machine."""
+
 
 def _enter_scratch(namespace: dict[str, Any]) -> None:
     # A page's examples may write files: they do it in a folder of their own.
@@ -48,7 +51,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs an accelerator where there is none."""
+    """Give slow tests time, and skip what needs an accelerator where there is none."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
     if torch.accelerator.is_available():
         return
     for item in items:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch as _torch  # noqa: F401  (its absence must surface here, not at the first attribute)
 
 from neurms.core.catalog import HOMES as _HOMES
+from neurms.version import __version__
 
 if TYPE_CHECKING:
     from neurms.callbacks import metrics as metrics
     from neurms.callbacks.profiler import profile as profile
     from neurms.compiled.backends import use_backend as use_backend
     from neurms.compiled.native.load import warm_up as warm_up
+    from neurms.core.catalog import *  # noqa: F403  (the rules)
     from neurms.core.distributed.joining import JoinableOptimizer as JoinableOptimizer
     from neurms.core.ground.errors import CheckpointError as CheckpointError
     from neurms.core.ground.errors import MissingParametersError as MissingParametersError
@@ -30,38 +32,16 @@ if TYPE_CHECKING:
     from neurms.core.ground.errors import NonFiniteError as NonFiniteError
     from neurms.core.ground.errors import SparseGradientError as SparseGradientError
     from neurms.core.ground.errors import UnsupportedTrainingError as UnsupportedTrainingError
-    from neurms.core.optimizers.adapprox import Adapprox as Adapprox
-    from neurms.core.optimizers.alice import Alice as Alice
-    from neurms.core.optimizers.apollo import APOLLO as APOLLO
     from neurms.core.optimizers.base import PreconditionedOptimizer as PreconditionedOptimizer
-    from neurms.core.optimizers.block_adam import BlockAdam as BlockAdam
-    from neurms.core.optimizers.eigen_adam import EigenAdam as EigenAdam
-    from neurms.core.optimizers.fira import Fira as Fira
-    from neurms.core.optimizers.galore import GaLore as GaLore
-    from neurms.core.optimizers.lamb import LAMB as LAMB
-    from neurms.core.optimizers.lars import LARS as LARS
-    from neurms.core.optimizers.low_rank_soap import LowRankSOAP as LowRankSOAP
     from neurms.core.optimizers.memory import memory_report as memory_report
-    from neurms.core.optimizers.muon import Muon as Muon
-    from neurms.core.optimizers.nora import Nora as Nora
-    from neurms.core.optimizers.racs import RACS as RACS
     from neurms.core.optimizers.recipe import Recipe as Recipe
     from neurms.core.optimizers.registry import available as available
     from neurms.core.optimizers.registry import create as create
     from neurms.core.optimizers.registry import register as register
-    from neurms.core.optimizers.rmnp import RMNP as RMNP
-    from neurms.core.optimizers.shampoo import Shampoo as Shampoo
-    from neurms.core.optimizers.shared_basis import SharedBasis as SharedBasis
-    from neurms.core.optimizers.sketchy import Sketchy as Sketchy
-    from neurms.core.optimizers.soap import SOAP as SOAP
-    from neurms.core.optimizers.swan import SWAN as SWAN
     from neurms.core.structures.base import Context as Context
     from neurms.core.structures.base import Structure as Structure
     from neurms.core.structures.base import Transform as Transform
-    from neurms.core.unitwise.neurms import NeuRMS as NeuRMS
     from neurms.core.unitwise.preconditioner import GradientPreconditioner as GradientPreconditioner
-
-__version__ = "0.1.0"
 
 _EXPORTS = {
     **{home.rpartition(".")[2]: home.rpartition(".")[0] for home in _HOMES.values()},

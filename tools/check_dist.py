@@ -107,11 +107,11 @@ def _package_files() -> list[Path]:
 
 
 def _version() -> str:
-    tree = ast.parse((ROOT / "neurms" / "__init__.py").read_text())
+    tree = ast.parse((ROOT / "neurms" / "version.py").read_text())
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
             return str(ast.literal_eval(node.value))
-    raise LookupError("neurms/__init__.py assigns no __version__")
+    raise LookupError("neurms/version.py assigns no __version__")
 
 
 def _run_problems(package: Path, site: Path) -> list[str]:

@@ -7,8 +7,8 @@
 Nothing of theirs is copied: a part imports the tests from the installed package and puts our
 classes where theirs stood. Every failure must be in the part's table of refusals, each with its
 reason and the error that it must show; the program fails otherwise, and also when a refusal is no
-longer needed. A new part is a module in ``tools/peers`` with ``outcomes()`` and ``REFUSALS``, and a
-line in ``PARTS``.
+longer needed. A new part is a module in ``tools/peers`` with ``RULES``, ``outcomes(rules)`` and
+``REFUSALS``, and a line in ``PARTS``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from tools.peers.outcome import Verdict, judge
 
-__all__ = ["FROM_CHECKOUTS", "PARTS", "main", "verdict_of"]
+__all__ = ["FROM_CHECKOUTS", "PARTS", "main", "suite", "verdict_of"]
 
 PARTS = {"keras": "tools.peers.keras_suite", "torch": "tools.peers.torch_suite"}
 """Name -> the module that runs it; imported when it is asked for."""
 
 FROM_CHECKOUTS = {"lightning": "tools.peers.lightning_suite"}
 """The same, of suites that no package installs."""
+
+
+def suite(part: str) -> ModuleType:
+    """Return the module of a part."""
+    return import_module({**PARTS, **FROM_CHECKOUTS}[part])
 
 
 def verdict_of(part: str, checkout: Path | None = None) -> Verdict:
@@ -37,7 +43,7 @@ def verdict_of(part: str, checkout: Path | None = None) -> Verdict:
         part: Its name.
         checkout: Where the other library's repository is, for a suite that is not installed.
     """
-    module = import_module({**PARTS, **FROM_CHECKOUTS}[part])
+    module = suite(part)
     given = () if part in PARTS else (checkout,)
     return judge(module.outcomes(*given), module.REFUSALS)
 

@@ -222,10 +222,8 @@ class NeuRMSCallback(Callback):
 
     def _adopt(self) -> None:
         """Put the taps of the module's own NeuRMS in place and give it the loss scale."""
-        for layer in self._own_layers():
-            if layer.tap is not None:
-                layer.tap.attach()
         for optimizer in self._own:
+            optimizer.attach()
             if self._scaler is not None and optimizer.loss_scale is None:
                 optimizer.loss_scale = _CurrentScale(self._scaler)
                 self._scaled.append(optimizer)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from neurms.cli.environment import checkout
 from neurms.cli.errors import UsageError
+from neurms.core.ground.errors import meant
 
 __all__ = ["listing", "run", "scripts"]
 
@@ -49,7 +50,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     """
     found = scripts()
     if name not in found:
-        raise UsageError(f"there is no benchmark {name!r}; choose one of {list(found)}")
+        near = meant(name, found)
+        raise UsageError(f"there is no benchmark {name!r}{near}; choose one of {list(found)}")
     root = str(found[name].parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from neurms.cli.errors import UsageError
+from neurms.core.ground.errors import meant
 from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.plan import Plan
 from neurms.core.optimizers.registry import available, create
@@ -29,7 +30,8 @@ def plan_of(reference: str, optimizer: str) -> Plan:
         UsageError: There is no such function, it returns no model, or the optimizer has no plan.
     """
     if optimizer not in available():
-        raise UsageError(f"--optimizer {optimizer} is not known; choose one of {available()}")
+        near = meant(optimizer, available())
+        raise UsageError(f"--optimizer {optimizer} is not known{near}; choose one of {available()}")
     made = create(optimizer, model_from(reference), lr=1e-3)
     if not isinstance(made, PreconditionedOptimizer):
         raise UsageError(

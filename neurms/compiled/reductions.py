@@ -8,6 +8,8 @@ cost 3e-6 over 4096 rows, and is therefore given a float64 accumulator (no slowe
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -129,3 +131,30 @@ def channel_square_sum(x: Tensor, axis: int = 1, scale: Tensor | None = None) ->
     for tile in batched.split(tile_length(batched, 0)):
         total += _channel_sum(tile, scale)
     return total
+
+
+def axes_square_sum(
+    x: Tensor, axes: tuple[int, ...], scale: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, int]:
+    """Return sums of squares over every axis but ``axes``, and how many rows those count.
+
+    Args:
+        x: Any floating dtype.
+        axes: The axes that stay, counted from the end; they come out flattened, in this order.
+        scale: 0-d tensor to divide by before squaring, or None.
+        backend: How the kernel runs; given outright because backward passes may run in threads
+            that do not see the caller's ``use_backend``.
+
+    Example:
+        >>> import torch
+        >>> axes_square_sum(torch.ones(4, 2, 3), (-2,))
+        (tensor([12., 12.]), 12)
+    """
+    if axes == (-1,):
+        return column_square_sum.on(backend)(x, scale), math.prod(x.shape[:-1])
+    channels = math.prod([x.shape[axis] for axis in axes])
+    rows = x.numel() // channels if channels else 0
+    if len(axes) == 1:
+        return channel_square_sum.on(backend)(x, axes[0] + x.ndim, scale), rows
+    last = tuple(range(-len(axes), 0))
+    return column_square_sum.on(backend)(x.movedim(axes, last).reshape(rows, channels), scale), rows

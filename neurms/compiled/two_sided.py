@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from neurms.compiled.backends import kernel
-from neurms.compiled.native import is_plain, library, suits, threads
+from neurms.compiled.native import fits, is_plain, library, suits, threads
 
 __all__ = ["scaled_square_sum", "two_sided_fit", "two_sided_scales_"]
 
@@ -77,6 +77,10 @@ def _is_stored(gradient: Tensor) -> bool:
     return gradient.ndim == 2 and (suits(gradient) or suits(gradient.mT))
 
 
+def _is_stored_small(gradient: Tensor) -> bool:
+    return gradient.ndim == 2 and bool(gradient.numel()) and (fits(gradient) or fits(gradient.mT))
+
+
 @two_sided_fit.native(lambda gradient, iterations: _is_stored(gradient))
 def _two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     kernels = library()
@@ -133,6 +137,9 @@ def two_sided_scales_(
 @two_sided_scales_.native(
     lambda gradient, q, s, *settings: _is_stored(gradient) and is_plain(q) and is_plain(s),
     mutates=("q", "s"),
+    fits=lambda gradient, q, s, *settings: (
+        _is_stored_small(gradient) and is_plain(q) and is_plain(s)
+    ),
 )
 def _two_sided_scales_(
     gradient: Tensor, q: Tensor, s: Tensor, iterations: int, fresh: float, correction: float

@@ -8,11 +8,31 @@ from __future__ import annotations
 
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neurms.core.optimizers.rules import announce
 
-__all__ = ["HOMES"]
+if TYPE_CHECKING:  # for `neurms.Muon` and the like
+    from neurms.core.optimizers.adapprox import Adapprox as Adapprox
+    from neurms.core.optimizers.alice import Alice as Alice
+    from neurms.core.optimizers.apollo import APOLLO as APOLLO
+    from neurms.core.optimizers.block_adam import BlockAdam as BlockAdam
+    from neurms.core.optimizers.eigen_adam import EigenAdam as EigenAdam
+    from neurms.core.optimizers.fira import Fira as Fira
+    from neurms.core.optimizers.galore import GaLore as GaLore
+    from neurms.core.optimizers.lamb import LAMB as LAMB
+    from neurms.core.optimizers.lars import LARS as LARS
+    from neurms.core.optimizers.low_rank_soap import LowRankSOAP as LowRankSOAP
+    from neurms.core.optimizers.muon import Muon as Muon
+    from neurms.core.optimizers.nora import Nora as Nora
+    from neurms.core.optimizers.racs import RACS as RACS
+    from neurms.core.optimizers.rmnp import RMNP as RMNP
+    from neurms.core.optimizers.shampoo import Shampoo as Shampoo
+    from neurms.core.optimizers.shared_basis import SharedBasis as SharedBasis
+    from neurms.core.optimizers.sketchy import Sketchy as Sketchy
+    from neurms.core.optimizers.soap import SOAP as SOAP
+    from neurms.core.optimizers.swan import SWAN as SWAN
+    from neurms.core.unitwise.neurms import NeuRMS as NeuRMS
 
 HOMES = {
     "neurms": "neurms.core.unitwise.neurms.NeuRMS",

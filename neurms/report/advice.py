@@ -11,7 +11,7 @@ from neurms.report.rows import LayerRow
 
 __all__ = ["Advice", "advise"]
 
-Rule = Literal["F", "U", "RMNP", "RACS", "AdamW", "undecided"]
+Rule = Literal["F", "U", "P", "RMNP", "AdamW", "undecided"]
 
 HOLDS = 0.7
 """Share of what exact factors would show from which on the factorisation is taken to hold."""
@@ -31,7 +31,7 @@ class Advice:
 
     Args:
         layer: The layer's name.
-        rule: ``"F"`` or ``"U"`` (NeuRMS's variants), ``"RMNP"``, ``"RACS"``, ``"AdamW"``, or
+        rule: ``"F"``, ``"U"`` or ``"P"`` (NeuRMS's variants), ``"RMNP"``, ``"AdamW"``, or
             ``"undecided"``.
         reason: Why, with the numbers.
     """
@@ -51,7 +51,8 @@ def advise(rows: Iterable[LayerRow]) -> list[Advice]:
 
     1. embeddings, and matrices with a single row or column: AdamW;
     2. rho reaches 70 % of what exact factors would show: the factorisation holds, **F**;
-    3. the gradient's own margins foretell G^2 as well: **RACS**;
+    3. the gradient's own margins foretell G^2 as well: **P**, and RACS, which scales by a fit of
+       the same kind;
     4. r_avg is 5 or more and no r_i below 1: rows are nearly orthogonal, so that normalising them
        whitens: **RMNP**;
     5. units differ tenfold in v: **U** scales them alike;
@@ -87,7 +88,8 @@ def _without_factors(row: LayerRow, failed: str) -> tuple[Rule, str]:
     margins = row.gradient_fidelity
     if margins is not None and margins >= HOLDS and not _flat(row.rho_gradient_expected):
         seen = _against(row.rho_gradient, row.rho_gradient_expected)
-        return "RACS", f"{failed}, but its own rows and columns foretell G^2: {seen}"
+        known = "but G's own rows and columns foretell G^2, as RACS needs it, too"
+        return "P", f"{failed}, {known}: {seen}"
     if row.dominance is not None and _is_dominant(row.dominance):
         least = _number(row.dominance.r_min)
         seen = f"rows of the {row.dominance_of} are nearly orthogonal"

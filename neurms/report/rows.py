@@ -56,8 +56,8 @@ class LayerRow:
         rho_batch: The same correlation with the batch's own sums of D_i^2 and H_j^2.
         rho_expected: The rho to expect if v u^T were exact and the gradient normal: a typical
             value, not a bound.
-        rho_gradient: corr(G_ij^2, r_i c_j) with margins of *earlier* gradients, which RACS lives
-            on.
+        rho_gradient: corr(G_ij^2, r_i c_j) with margins of *earlier* gradients, which variant P and
+            RACS live on.
         rho_gradient_expected: As ``rho_expected``, for those margins.
         factorization_error: ||E[d^2 h^2] - E[d^2] E[h^2]|| / ||E[d^2 h^2]||.
         unit_levels: Quantiles 0, .05, .25, .5, .75, .95, 1 of v.

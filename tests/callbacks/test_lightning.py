@@ -28,6 +28,7 @@ from tests.callbacks.lightning_runs import (
     scaled,
     taps_of,
 )
+from tests.core.unitwise.root_truth import inverse_root
 
 
 # Beside P, SGD's momentum sums updates where NeuRMS's averages gradients.
@@ -80,7 +81,7 @@ def test_other_optimizers_get_the_scaled_gradient(name):
                 z = z.clone()
         F.cross_entropy(z, labels).backward()
         for index, output in errors.items():
-            s = ((BATCH * output.grad).square().mean(0) + 1e-8).rsqrt().clamp(max=100.0)
+            s = inverse_root((BATCH * output.grad).square().mean(0)).clamp(max=100.0)
             reference.net[index].weight.grad *= s[:, None]
             reference.net[index].bias.grad *= s
         optimizer.step()

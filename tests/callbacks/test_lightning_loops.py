@@ -220,16 +220,22 @@ def test_a_module_with_neurms_gets_the_loss_scale():
     assert_same(module, by_hand())
 
 
-def test_a_kept_neurms_is_tapped_again_by_the_next_fit():
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"update": "backward"}, {"variant": "P", "update": "backward", "momentum": 0.0}],
+    ids=str,
+)
+def test_a_kept_neurms_is_tapped_again_by_the_next_fit(settings):
     class Kept(WithNeuRMS):
         def configure_optimizers(self) -> Any:
             self.kept = getattr(self, "kept", None) or super().configure_optimizers()
             return self.kept
 
-    module, callback = Kept(), NeuRMSCallback()
+    module, callback = Kept(**settings), NeuRMSCallback()
     fitted(module, callback, max_epochs=1)
+    assert taps_of(module) == 0
     fitted(module, callback, max_epochs=1)
-    assert_same(module, by_hand(steps=6))
+    assert_same(module, by_hand(steps=6, **settings))
 
 
 @pytest.mark.parametrize("variant", ["U", "B", "F"])

@@ -3,6 +3,7 @@ import torch
 
 from neurms.compiled.backends import PROMPT
 from neurms.compiled.moments import ema_, moment_factors, move_moments
+from tests.core.unitwise.root_truth import inverse_root
 
 FORMS = ["eager", "auto", PROMPT]
 
@@ -19,7 +20,7 @@ def kappa(request):
 
 def truth(v, q, weight, correction, kappa):
     moved = 0.9 * v.double() + 0.1 * weight * q.double()
-    s = (moved / correction + 1e-8).clamp(min=1e-12).pow(-0.5)
+    s = inverse_root(moved / correction, v_min=1e-12)
     if kappa is None:
         return moved, s.clamp(0.5, 1.5)
     median = s.sort().values[(len(s) - 1) // 2] if len(s) else s
@@ -93,7 +94,7 @@ class TestMomentFactors:
     def test_against_float64(self, backend, dtype):
         v = torch.logspace(-40, 30, 71, dtype=torch.float64).to(dtype)
         correction = 1 - 0.99**3
-        expected = (v.double() / correction + 1e-8).clamp(min=1e-12).pow(-0.5).clamp(1e-3, 100.0)
+        expected = inverse_root(v.double() / correction, v_min=1e-12).clamp(1e-3, 100.0)
         for form in (backend, PROMPT):
             result = factors(form, v, correction, 1e-8, 1e-12, 1e-3, 100.0)
             assert result.dtype == dtype
@@ -123,7 +124,7 @@ class TestRelativeFactors:
     @pytest.mark.parametrize("size", [7, 8])
     def test_against_float64(self, backend, size):
         v = torch.rand(size).pow(12)
-        s = (v.double() / 0.5 + 1e-8).clamp(min=1e-12).pow(-0.5)
+        s = inverse_root(v.double() / 0.5, v_min=1e-12)
         median = s.sort().values[(size - 1) // 2]
         for form in (backend, PROMPT):
             result = factors(form, v, 0.5, 1e-8, 1e-12, 0.0, 0.0, 3.0)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 
 import neurms
 from neurms.compiled.native import compiler
+from tools.check_again import differences
 from tools.check_dist import check
 from tools.check_native import libraries, native_problems
 
@@ -79,12 +81,24 @@ def test_a_wheel_for_a_platform(repository: Path, tmp_path: Path) -> None:
     assert {c["name"]: c["hashes"][0]["content"] for c in components} == found
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_sdist_makes_the_same_files_elsewhere(built: Path, tmp_path: Path) -> None:
+    assert differences(built) == []
+    for path in built.iterdir():
+        shutil.copy(path, tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    wheel.write_bytes(wheel.read_bytes() + b"other")
+    assert differences(tmp_path) == [f"{wheel.name} comes out otherwise"]
+
+
 def test_an_empty_folder_is_a_problem(tmp_path: Path) -> None:
     assert "run make dist" in check(tmp_path)[0]
+    assert "run make dist" in differences(tmp_path)[0]
 
 
 def test_one_version(repository: Path) -> None:
     """The package's __version__ is the source; the citation repeats it, hatch reads it."""
     cited = (repository / "CITATION.cff").read_text()
     assert f"\nversion: {neurms.__version__}\n" in cited
-    assert 'path = "neurms/__init__.py"' in (repository / "pyproject.toml").read_text()
+    assert 'path = "neurms/version.py"' in (repository / "pyproject.toml").read_text()

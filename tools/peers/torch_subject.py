@@ -34,6 +34,11 @@ class Subject:
         """Whether the rule wants a model and no parameters."""
         return bool(self.info.optim_cls.needs_modules)
 
+    @property
+    def reads_errors(self) -> bool:
+        """Whether error signals enter, which come scaled where the loss is."""
+        return self.reads_modules and self.settings.get("variant") != "P"
+
     def model(self, bias: bool = True) -> nn.Sequential:
         """Return a model of two layers, the same one each time."""
         torch.manual_seed(0)

@@ -91,6 +91,8 @@ def _inputs(rule: str) -> list[OptimizerInput]:
     }
     if "momentum" in rule_class(rule).default_settings():
         settings["momentum"] = {"momentum": 0.5}
+    if "variant" in rule_class(rule).default_settings():
+        settings["variant P"] = {"variant": "P"}
     return [OptimizerInput(None, {**own, **kwargs}, desc) for desc, kwargs in settings.items()]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.native.build import CACHE_VARIABLE
-from neurms.compiled.native.load import library, origin, warm_up
+from neurms.compiled.native.load import in_use, library, origin, warm_up
 from neurms.compiled.native.toolchain import compiler
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "bfloat16_engine",
     "compiler",
     "fits",
+    "in_use",
     "is_plain",
     "is_signal",
     "library",

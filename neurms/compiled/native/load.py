@@ -19,7 +19,7 @@ from neurms.compiled.native import openmp, toolchain
 from neurms.compiled.native.build import build, say
 from neurms.compiled.native.signatures import declare
 
-__all__ = ["BUILD_VARIABLE", "ISA_VARIABLE", "library", "origin", "warm_up"]
+__all__ = ["BUILD_VARIABLE", "ISA_VARIABLE", "in_use", "library", "origin", "warm_up"]
 
 BUILD_VARIABLE = "NEURMS_BUILD"
 ISA_VARIABLE = "NEURMS_ISA"
@@ -50,6 +50,12 @@ def library() -> ctypes.CDLL | None:
 def origin() -> str | None:
     """Return where the kernels come from and for which processors they are made, or None."""
     found = _found()
+    return None if found is None else found.origin
+
+
+def in_use() -> str | None:
+    """Return :func:`origin` if this process has asked for the kernels before, and load nothing."""
+    found = _loaded.get("kernels")
     return None if found is None else found.origin
 
 

@@ -86,13 +86,16 @@ def _statistics(optimizer: PreconditionedOptimizer) -> Iterator[Exchange]:
     layers = list(optimizer.layers) if isinstance(optimizer, NeuRMS) else []
     if not isinstance(optimizer, NeuRMS) or not layers or optimizer.layers.ranks.size == 1:
         return
+    # One after the other, one for each axis of a mesh.
+    axes = optimizer.layers.ranks.groups
     # float64 sums by unit and by feature, and two counts of rows.
     sizes = [8 * (sum(layer.sizes) + 2) for layer in layers]
     for layer in reversed(layers):
         if layer.rule.upstream:
             size = 8 * (layer.route.layout.units + 2)
-            yield Exchange("all-reduce", size, f"scale of {layer.name} in backward")
-    yield Exchange("all-reduce", sum(sizes), "statistics of all layers")
+            what = f"scale of {layer.name} in backward"
+            yield from (Exchange("all-reduce", size, what) for _ in axes)
+    yield from (Exchange("all-reduce", sum(sizes), "statistics of all layers") for _ in axes)
 
 
 def _moments(optimizer: NeuRMS, views: list[View]) -> Iterator[Exchange]:

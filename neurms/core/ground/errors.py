@@ -6,6 +6,7 @@ source to get on. The classes derive from the built-in error a user would have c
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "check_kinds",
     "check_positive_int",
     "check_real",
+    "meant",
 ]
 
 
@@ -98,8 +100,21 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     choices = tuple(choices)
     # Not ``in``: a tensor's == is no truth value, and True == 1.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ValueError(f"{name}={value!r} is not known; choose one of {list(choices)}")
+        near = meant(value, choices)
+        raise ValueError(f"{name}={value!r} is not known{near}; choose one of {list(choices)}")
     return value
+
+
+def meant(value: Any, choices: Iterable[Any]) -> str:
+    """Return words that ask for the choice that looks most like ``value``; empty if none does.
+
+    Example:
+        >>> meant("rcas", ["racs", "rmnp"])
+        " (did you mean 'racs'?)"
+    """
+    names = {str(choice).lower(): choice for choice in choices if isinstance(choice, str)}
+    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.6)
+    return f" (did you mean {names[near[0]]!r}?)" if near and isinstance(value, str) else ""
 
 
 def check_kinds(

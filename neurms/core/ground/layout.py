@@ -55,17 +55,17 @@ class Layout:
     groups: int = 1
     grouped: Literal["units", "features"] = "units"
 
-    @property
+    @cached_property
     def units(self) -> int:
         """Number of outputs m, over all groups."""
         return self._size(self.unit_axes) * (self.groups if self.grouped == "features" else 1)
 
-    @property
+    @cached_property
     def features(self) -> int:
         """Number of inputs n, over all groups and without kernel taps."""
         return self._size(self.feature_axes) * (self.groups if self.grouped == "units" else 1)
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """Number of kernel positions that share one feature (1 for a linear layer)."""
         return self._size(self.tap_axes)

@@ -25,6 +25,7 @@ from neurms.core.optimizers.checkpoint import restore, verified
 from neurms.core.optimizers.fallback import FallbackMover, fallback_rate
 from neurms.core.optimizers.gradients import bad_names, hold_nothing, is_rehearsal
 from neurms.core.optimizers.groups import Params, check_parameters, completed, parameters_of
+from neurms.core.optimizers.made_by import MADE_BY, made_by
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tensor_bytes
 from neurms.core.optimizers.recipe import Recipe
@@ -444,6 +445,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         # Constructing a rule that reads modules would put its taps on them.
         seen = skeleton(model) if cls.needs_modules else model
         return make(seen, **settings).plan()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings and state, and under ``"made_by"`` a note that nothing reads back."""
+        return {**super().state_dict(), MADE_BY: made_by(self.backend)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

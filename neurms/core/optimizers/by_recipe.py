@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.core.ground.layout import Layout
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import local, placement_of, wrapped_rows
-from neurms.core.ground.spans import span
+from neurms.core.ground.spans import is_observed, span
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.recipe import FusedStep, Recipe, stack_states
 from neurms.core.optimizers.view import View, shard_for
@@ -54,10 +55,12 @@ class RecipeMover(Mover):
         """Move large matrices by fused forms, those of a recipe in one call, then all others."""
         fused: dict[int, list[tuple[View, Tensor, FusedStep]]] = {}
         rest: list[View] = []
+        # Small matrices that are many.
+        many = sum([view.parameter.numel() for view in views]) >= LEAST_ELEMENTS
         for view in views:
             recipe = view.recipe
-            assert recipe is not None
-            if not is_fused(recipe, view.parameter):
+            small = many and recipe.fused is not None and not view.sharded
+            if not small and not is_fused(recipe, view.parameter):
                 rest.append(view)
             elif view.sharded:
                 if not self._moves_rows(view, recipe):
@@ -122,13 +125,13 @@ def _fused_step(view: View) -> tuple[Tensor, FusedStep] | None:
 
 
 def _take(steps: Sequence[tuple[View, Tensor, FusedStep]]) -> None:
-    recipe = steps[0][0].recipe
-    assert recipe is not None
-    assert recipe.fused is not None
-    for view, target, step in steps:
-        with span("update", [view.parameter]):
-            recipe.fused(step)
-            view.written(target)
+    fused = steps[0][0].recipe.fused
+    # Who measures wants each matrix's time.
+    for part in [[one] for one in steps] if is_observed() else [steps]:
+        with span("update", [view.parameter for view, _, _ in part]):
+            fused([step for _, _, step in part])
+            for view, target, _ in part:
+                view.written(target)
 
 
 def batches(views: Sequence[View]) -> Iterator[tuple[Recipe, list[View]]]:

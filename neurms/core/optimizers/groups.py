@@ -87,7 +87,7 @@ def parameters_of(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
 
     Raises:
         TypeError: One is no tensor.
-        ValueError: One comes twice.
+        ValueError: One comes twice, or there are not as many names as parameters.
     """
     named = [p if isinstance(p, tuple) else (None, p) for p in group["params"]]
     for _, tensor in named:
@@ -97,8 +97,13 @@ def parameters_of(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
         raise ValueError("params holds a parameter twice; pass each parameter once")
     if "param_names" in group and all(name is None for name, _ in named):
         names: Sequence[str] = group["param_names"]
-        if len(names) == len(named):
-            return [(name, tensor) for name, (_, tensor) in zip(names, named, strict=True)]
+        if len(names) != len(named):
+            raise ValueError(
+                f"param_names holds {len(names)} names for {len(named)} parameters; give a name to "
+                "each, or leave param_names out, as for a ZeroRedundancyOptimizer, which divides "
+                "parameters but not their names"
+            )
+        return [(name, tensor) for name, (_, tensor) in zip(names, named, strict=True)]
     return named
 
 

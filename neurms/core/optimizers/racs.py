@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -92,17 +92,33 @@ class RACS(PreconditionedOptimizer):
         return Recipe(
             (structure, limiter),
             scale=settings["alpha"],
-            fused=partial(_fused_step, structure, limiter, settings["alpha"]),
+            fused=partial(_fused_steps, structure, limiter, settings["alpha"]),
         )
 
 
-def _fused_step(
-    structure: TwoSidedDiagonal, limiter: NormGrowthLimiter, alpha: float, call: FusedStep
+def _fused_steps(
+    structure: TwoSidedDiagonal,
+    limiter: NormGrowthLimiter,
+    alpha: float,
+    calls: Sequence[FusedStep],
 ) -> None:
     """Take RACS's step in a few passes over G, with nothing of its size allocated."""
     with span("reduce"):
-        left, right, norm = structure.scales(call.gradient, call.state, call.context)
-    eta = growth_factor(norm, call.state["phi"], limiter.gamma, call.step)
-    step = eta.double() * (call.lr * alpha)
-    factors = [left], [right], [step], [call.decay]
-    apply_updates_([call.weight], [call.gradient], [None], *factors)
+        made = structure.scales(
+            [call.gradient for call in calls],
+            [call.state for call in calls],
+            [call.context for call in calls],
+        )
+    etas = [
+        growth_factor(norm, call.state["phi"], limiter.gamma, call.step)
+        for call, (_, _, norm) in zip(calls, made, strict=True)
+    ]
+    apply_updates_(
+        [call.weight for call in calls],
+        [call.gradient for call in calls],
+        [None] * len(calls),
+        [left for left, _, _ in made],
+        [right for _, right, _ in made],
+        [eta.double() * (call.lr * alpha) for call, eta in zip(calls, etas, strict=True)],
+        [call.decay for call in calls],
+    )

@@ -67,8 +67,8 @@ class Recipe:
         decay_from: First step, counted from 1, at which the decay applies; methods whose first
             steps only initialise start later.
         batched: Whether small matrices of the same shape are stacked and processed together.
-        fused: The same step for one large matrix in fewer passes over it; None where the transforms
-            are the only way.
+        fused: The same step for several matrices in fewer passes over them and fewer calls; None
+            where the transforms are the only way.
     """
 
     transforms: tuple[Transform, ...]
@@ -76,7 +76,7 @@ class Recipe:
     decay: Literal["before", "after", "none"] = "before"
     decay_from: int = 1
     batched: bool = True
-    fused: Callable[[FusedStep], None] | None = None
+    fused: Callable[[Sequence[FusedStep]], None] | None = None
 
     @property
     def needs_weight(self) -> bool:

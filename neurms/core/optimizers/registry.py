@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neurms.core.ground.errors import meant
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.rules import announce, rule_class, rule_names
 from neurms.core.routing import FALLBACK
@@ -121,6 +122,7 @@ def create(name: str, params: Params, **settings: Any) -> torch.optim.Optimizer:
         torch_class: Callable[..., torch.optim.Optimizer] = _TORCH[name]
         return torch_class(parameters, **settings)
     if name not in rule_names():
-        raise ValueError(f"name={name!r} is not known; choose one of {available()}")
+        near = meant(name, available())
+        raise ValueError(f"name={name!r} is not known{near}; choose one of {available()}")
     our_class: Callable[..., PreconditionedOptimizer] = optimizer_class(name)
     return our_class(params, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -76,16 +76,28 @@ class RMNP(PreconditionedOptimizer):
         """Return averaging, row normalisation and the factor of the shape."""
         momentum = Momentum(settings["momentum"], settings["nesterov"])
         shape = ShapeScale("original" if settings["shape_scale"] else None)
-        fused = partial(_fused_step, momentum, shape) if momentum.momentum else None
+        fused = partial(_fused_steps, momentum, shape) if momentum.momentum else None
         return Recipe((momentum, RowNormalized(), shape), fused=fused)
 
 
-def _fused_step(momentum: Momentum, shape: ShapeScale, call: FusedStep) -> None:
-    """Take RMNP's step in one walk over the rows of W, M and G."""
-    velocity = call.state["momentum"]
-    if velocity.is_contiguous() and not call.weight.is_contiguous() and call.context.shard is None:
-        # Stored by columns like W and G from here on, also after a checkpoint was loaded.
-        velocity.set_(velocity.mT.contiguous().mT)  # type: ignore[call-overload]
-    step = call.lr * shape.factor(call.context.units(call.weight), call.weight.shape[-1])
-    operands = [call.weight], [velocity], [call.gradient], [step], [call.decay]
-    row_normalized_updates_(*operands, momentum.momentum, momentum.nesterov, FLOOR)
+def _fused_steps(momentum: Momentum, shape: ShapeScale, calls: Sequence[FusedStep]) -> None:
+    """Take RMNP's step in one walk over the rows of W, M and G of all matrices."""
+    for call in calls:
+        velocity = call.state["momentum"]
+        stored = velocity.is_contiguous() and not call.weight.is_contiguous()
+        if stored and call.context.shard is None:
+            # Stored by columns like W and G from here on, also after a checkpoint was loaded.
+            velocity.set_(velocity.mT.contiguous().mT)  # type: ignore[call-overload]
+    row_normalized_updates_(
+        [call.weight for call in calls],
+        [call.state["momentum"] for call in calls],
+        [call.gradient for call in calls],
+        [
+            call.lr * shape.factor(call.context.units(call.weight), call.weight.shape[-1])
+            for call in calls
+        ],
+        [call.decay for call in calls],
+        momentum.momentum,
+        momentum.nesterov,
+        FLOOR,
+    )

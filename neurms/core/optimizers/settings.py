@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, TypedDict
 
 from neurms.compiled.backends import validate_backend
-from neurms.core.ground.errors import check_betas, check_choice, check_real
+from neurms.core.ground.errors import check_betas, check_choice, check_real, meant
 from neurms.core.ground.precision import LowPrecision
 from neurms.core.routing import Head
 
@@ -109,9 +109,11 @@ def check_common(rule: str, common: Mapping[str, Any], own: Iterable[str] = ()) 
     unknown = sorted(set(common) - set(COMMON_DEFAULTS))
     if unknown:
         shared = [name for name in COMMON_DEFAULTS if name not in _TORCH_FORMS]
+        near = meant(unknown[0], [*own, *shared])
+        near = " (write lr)" if unknown[0] == "learning_rate" else near
         raise TypeError(
-            f"{rule} has no setting {unknown[0]!r}; its own settings are {list(own)}, and those "
-            f"that every optimizer takes are {shared}"
+            f"{rule} has no setting {unknown[0]!r}{near}; its own settings are {list(own)}, and "
+            f"those that every optimizer takes are {shared}"
         )
     settings: CommonSettings = {**COMMON_DEFAULTS, **common}  # type: ignore[typeddict-item]
     check_choice("head", settings["head"], (None, "rule", "fallback"))

@@ -45,7 +45,7 @@ class View:
         low_precision: How results are rounded into a bfloat16 or float16 parameter.
         shard: Which rows of a sharded matrix the rule works on here; None is the whole of it.
         begun: Whether the recipe's row-local beginning has been through the gradient already.
-        recipe: What its settings make, once a step has asked.
+        recipe: What its mover makes of its settings, once a step has asked.
         bound: The largest magnitude that its gradient may have.
     """
 
@@ -63,7 +63,7 @@ class View:
     sharded: bool = field(init=False)
     empty: bool = field(init=False)
     device: torch.device = field(init=False)
-    recipe: Recipe | None = None
+    recipe: Any = None
     bound: float = math.inf
 
     def __post_init__(self) -> None:
@@ -193,8 +193,11 @@ class View:
 
 
 def seed_of(route: Route, group: Mapping[str, Any]) -> int:
-    """Return the seed of a parameter's draws, from its name: no order of groups matters."""
-    return zlib.crc32(route.name.encode()) + (int(group.get("seed", 0)) << 32)
+    """Return the seed of a parameter's draws, from its name: no order of groups matters.
+
+    It fits in 63 bits, so that a tensor can hold it.
+    """
+    return (zlib.crc32(route.name.encode()) + (int(group.get("seed", 0)) << 32)) % 2**63
 
 
 def shard_for(recipe: Recipe, parameter: Tensor, layout: Layout) -> RowShard | None:

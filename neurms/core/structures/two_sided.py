@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from neurms.compiled.backends import PROMPT, current_backend
+from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales_
 from neurms.compiled.two_sided_once import fit_once, tracked_start, two_sided_once
 from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
@@ -95,25 +98,41 @@ class TwoSidedDiagonal(Structure):
         return left, _rsqrt(state["s"])
 
     def scales(
-        self, gradient: Tensor, state: State, context: Context
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Observe one matrix G (m, n), and return its factors and the norm of the scaled G.
+        self, gradients: Sequence[Tensor], states: Sequence[State], contexts: Sequence[Context]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Observe matrices G (m, n), and return the factors and the norm of each scaled G.
 
         Returns:
             What :meth:`factors` does, (m,) and (n,), and ``||left_i G_ij right_j||``, 0-d.
         """
-        correction, fresh = self._correction(context.step), 1.0 - self.beta
-        if context.shard is None and self.fit == "power":
-            return two_sided_scales_(
-                gradient, state["q"], state["s"], self.iterations, fresh, correction
-            )
-        if context.shard is None:
-            lists = [gradient], [state["q"]], [state["s"]], [correction]
-            made = two_sided_once(*lists, self.beta, self.fit == "tracked")
-            q, s, left, right, norm = (item for (item,) in made)
-            state["q"].copy_(q)
-            state["s"].copy_(s)
-            return left, right, norm
+        if any(context.shard is not None for context in contexts):
+            each = zip(gradients, states, contexts, strict=True)
+            return [self._scales_over_ranks(*one) for one in each]
+        corrections = [self._correction(context.step) for context in contexts]
+        if self.fit == "power":
+            return self._power_scales(gradients, states, corrections)
+        q, s = [state["q"] for state in states], [state["s"] for state in states]
+        made = two_sided_once(gradients, q, s, corrections, self.beta, self.fit == "tracked")
+        new_q, new_s, *rest = made
+        torch._foreach_copy_([*q, *s], [*new_q, *new_s])
+        return list(zip(*rest, strict=True))
+
+    def _power_scales(
+        self, gradients: Sequence[Tensor], states: Sequence[State], corrections: Sequence[float]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        backend, size = current_backend(), sum(gradient.numel() for gradient in gradients)
+        # Small matrices natively, too, where there are many.
+        prompt = backend == "auto" and size >= LEAST_ELEMENTS
+        move = two_sided_scales_.on(PROMPT if prompt else backend)
+        fresh = 1.0 - self.beta
+        return [
+            move(gradient, state["q"], state["s"], self.iterations, fresh, correction)
+            for gradient, state, correction in zip(gradients, states, corrections, strict=True)
+        ]
+
+    def _scales_over_ranks(
+        self, gradient: Tensor, state: State, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor]:
         self.observe(gradient, state, context)
         left, right = self.factors(state, context.step)
         return left, right, context.summed(scaled_square_sum(gradient, left, right)).sqrt()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from neurms.compiled.moments import ema_, moment_factors, move_moments
+from neurms.compiled.moments import ema_, moment_factors
 from neurms.core.ground.errors import check_choice, check_fraction, check_interval, check_real
 from neurms.core.structures.base import Context, State, Structure
 
@@ -33,7 +32,7 @@ class UnitFeatureDiagonal(Structure):
         beta: Decay of both averages.
         eps: Added to a second moment before its root.
         v_min: Floor of a second moment.
-        s_min: Least unit factor; positive for the convergence theorem (see Reference).
+        s_min: Least unit factor; Theorem 1 wants it positive (but see Reference).
         s_max: Greatest unit factor.
         c_min: Least feature factor.
         c_max: Greatest feature factor.
@@ -46,8 +45,9 @@ class UnitFeatureDiagonal(Structure):
         kappa: Width of the relative clip.
 
     Reference:
-        "Unitwise RMS preconditioning via buffer scaling", draft: Algorithm 1, and its factored form
-        F. Settled here: bias correction is on by default; relative clipping is an addition.
+        "Unitwise RMS preconditioning via buffer scaling", draft: Algorithm 1 (B, U) and its
+        factored form (F). Settled here: bias correction is on by default; relative clipping is an
+        addition.
 
         Theorem 1 does not hold for Algorithm 1 as written, whatever s_min and s_max are. Its proof
         takes S out of the mean, E[S G] = S E[G], but S is made from a v that has seen the batch
@@ -119,43 +119,6 @@ class UnitFeatureDiagonal(Structure):
     def divisor(self, step: int) -> float:
         """Return what the averages are divided by after ``step`` steps: 1 - beta^t, or 1."""
         return 1.0 - self.beta**step if self.bias_correction else 1.0
-
-    def moved(
-        self,
-        moments: Sequence[Tensor],
-        squares: Sequence[Tensor],
-        weights: Sequence[float],
-        steps: Sequence[int],
-        backend: str,
-        *,
-        features: bool = False,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return second moments of many layers as a commit makes them, and their factors.
-
-        Args:
-            moments: v (m,), or u (n,), of each layer; left as they are.
-            squares: What was summed of each since the last commit.
-            weights: What makes means of the sums.
-            steps: Number of each layer's commit.
-            backend: How kernels run.
-            features: Whether these are u and c instead of v and s.
-        """
-        low, high = (self.c_min, self.c_max) if features else (self.s_min, self.s_max)
-        kappa = self.kappa if self.clip == "relative" else None
-        corrections = [self.divisor(step) for step in steps]
-        move = move_moments.on(backend)
-        return move(
-            moments,
-            squares,
-            weights,
-            corrections,
-            self.beta,
-            self.eps,
-            self.v_min,
-            low,
-            high,
-            kappa,
-        )
 
     def factors(
         self, state: State, step: int, backend: str | None = None

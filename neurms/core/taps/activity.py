@@ -8,15 +8,13 @@ rows it wrote.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from neurms.compiled.reductions import channel_square_sum, column_square_sum
+from neurms.compiled.reductions import axes_square_sum
 from neurms.core.ground.layout import is_features_first
-from neurms.core.ground.spans import span
 
 __all__ = ["Activity", "activity_of"]
 
@@ -35,8 +33,9 @@ class Activity:
 
     Example:
         >>> import torch
+        >>> from neurms.compiled.reductions import axes_square_sum
         >>> activity = activity_of(torch.nn.Conv2d(3, 8, 3))
-        >>> sums, rows = activity.unit_square_sum(torch.ones(2, 8, 5, 5))
+        >>> sums, rows = axes_square_sum(torch.ones(2, 8, 5, 5), activity.unit_axes)
         >>> sums.shape, sums[0].item(), rows
         (torch.Size([8]), 50.0, 50)
     """
@@ -53,19 +52,6 @@ class Activity:
                     f"{name}={axes!r} must count from the end; write -1 for the last axis"
                 )
 
-    def unit_square_sum(
-        self, errors: Tensor, scale: Tensor | None = None, backend: str = "auto"
-    ) -> tuple[Tensor, int]:
-        """Return ``sum_rows (d_i / scale)^2`` of shape (units,) and the number of rows.
-
-        Args:
-            errors: D, any floating dtype; divided and squared in float32 (float64 for float64).
-            scale: 0-d loss scale, or None.
-            backend: How the kernel runs; given outright because backward passes may run in threads
-                that do not see the caller's ``use_backend``.
-        """
-        return _square_sum(errors, self.unit_axes, scale, backend)
-
     def feature_square_sum(self, inputs: Tensor, backend: str = "auto") -> tuple[Tensor, int]:
         """Return ``sum_rows h_j^2`` of shape (features,) and the number of rows.
 
@@ -74,10 +60,9 @@ class Activity:
             backend: How the kernel runs.
         """
         if self.tokens is not None:
-            with span("reduce"):
-                counts = torch.bincount(inputs.reshape(-1), minlength=self.tokens)
-                return counts.float(), inputs.numel()
-        return _square_sum(inputs, self.feature_axes, None, backend)
+            counts = torch.bincount(inputs.reshape(-1), minlength=self.tokens)
+            return counts.float(), inputs.numel()
+        return axes_square_sum(inputs, self.feature_axes, None, backend)
 
     def scale_units(self, errors: Tensor, factors: Tensor) -> Tensor:
         """Return D with every unit multiplied by its factor, in D's own dtype and shape."""
@@ -113,23 +98,3 @@ def activity_of(module: nn.Module) -> Activity | None:
         if isinstance(module, kinds):
             return Activity((-1 - spatial,), (-1 - spatial,))
     return None
-
-
-def _square_sum(
-    tensor: Tensor, axes: tuple[int, ...], scale: Tensor | None, backend: str
-) -> tuple[Tensor, int]:
-    """Return the sums of squares over every axis but ``axes``, flattened, and the count."""
-    if axes == (-1,):
-        rows, run = math.prod(tensor.shape[:-1]), column_square_sum.on(backend)
-        with span("reduce"):
-            return run(tensor, scale), rows
-    channels = math.prod(tensor.shape[axis] for axis in axes)
-    rows = tensor.numel() // channels if channels else 0
-    if len(axes) == 1:
-        axis = axes[0] + tensor.ndim
-        with span("reduce"):
-            return channel_square_sum.on(backend)(tensor, axis, scale), rows
-    last = tuple(range(-len(axes), 0))
-    with span("reduce"):
-        matrix = tensor.movedim(axes, last).reshape(rows, channels)
-        return column_square_sum.on(backend)(matrix, scale), rows

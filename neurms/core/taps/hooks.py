@@ -24,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from neurms.compiled.backends import PROMPT, validate_backend
+from neurms.compiled.reductions import axes_square_sum
 from neurms.core.ground.errors import UnsupportedTrainingError, check_choice
 from neurms.core.ground.spans import span
 from neurms.core.taps.accumulation import destination, is_ordinary
@@ -313,7 +314,7 @@ class HookTap:
                 f"the input of a tapped {type(self._module()).__name__} must be its first "
                 f"positional argument or named 'input', not {type(inputs).__name__}"
             )
-        with torch.no_grad(), span("bookkeeping", [self.weight]):
+        with torch.no_grad(), span("bookkeeping", [self.weight]), span("reduce"):
             return self.activity.feature_square_sum(inputs.detach(), self.backend)
 
     def _on_errors(
@@ -325,9 +326,13 @@ class HookTap:
             sink = self._sink()
             if sink is None or destination(weight, self._accumulator_of(weight)) != "grad":
                 return None
-            with torch.no_grad(), span("bookkeeping", [self.weight]):
+            # Without torch.no_grad(), which costs ten calls: nothing detached is recorded.
+            with span("bookkeeping", [self.weight]):
                 scale, signal = _as_tensor(sink.loss_scale(), errors), errors.detach()
-                unit_sums, rows = self.activity.unit_square_sum(signal, scale, self.backend)
+                with span("reduce"):
+                    unit_sums, rows = axes_square_sum(
+                        signal, self.activity.unit_axes, scale, self.backend
+                    )
                 sums = Sums(unit_sums, rows, feature_sums, feature_rows)
                 with self._lock:
                     factors = sink.rescale(sums) if rows else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from neurms.core.ground.errors import CheckpointError
+from neurms.core.ground.errors import CheckpointError, meant
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.optimizers.checkpoint import check_entries
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
@@ -42,8 +42,9 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     defaults = default_settings()
     if unknown := sorted(settings.keys() - defaults.keys()):
+        near = meant(unknown[0], defaults)
         raise TypeError(
-            f"a NeuRMS preconditioner has no setting {unknown[0]!r}; its settings are "
+            f"a NeuRMS preconditioner has no setting {unknown[0]!r}{near}; its settings are "
             f"{list(defaults)} (the learning rate and what embeddings or norms get belong to the "
             "optimizer beside it)"
         )

@@ -12,9 +12,8 @@ from neurms.compiled.signals import scaled_signal
 from neurms.core.ground.spans import span
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.protocol import Sums
-from neurms.core.unitwise.moments import Factors, Versions, unchanged, versions
 from neurms.core.unitwise.rule import LossReduction
-from neurms.core.unitwise.statistics import PendingSums
+from neurms.core.unitwise.statistics import Basis, Factors, PendingSums
 
 __all__ = ["Foresight", "foresee"]
 
@@ -24,9 +23,7 @@ class Foresight(NamedTuple):
 
     Args:
         sums: The firing's sums.
-        structure: The settings that the rest was made with.
-        step: The step before it.
-        made_of: v and u before it, with their versions.
+        basis: The settings, and v and u before it.
         moments: v and u after it.
         factors: s and c after it.
         error_sum: Column sums of D, the bias's gradient.
@@ -34,9 +31,7 @@ class Foresight(NamedTuple):
     """
 
     sums: Sums
-    structure: UnitFeatureDiagonal
-    step: int
-    made_of: Versions
+    basis: Basis
     moments: tuple[Tensor, ...]
     factors: Factors
     error_sum: Tensor
@@ -47,11 +42,9 @@ class Foresight(NamedTuple):
     ) -> bool:
         """Return whether committing ``pending`` now gives what was foreseen."""
         return (
-            self.structure is structure
-            and self.step == state["step"]
-            and pending.units is self.sums.unit_square_sum
+            pending.units is self.sums.unit_square_sum
             and pending.features is self.sums.feature_square_sum
-            and unchanged(self.made_of, state)
+            and self.basis.holds(structure, state)
         )
 
 
@@ -81,24 +74,24 @@ def foresee(
         return None
     if structure.factored and (u is None or not _go_with(u, activations, scale)):
         return None
-    step, rows = state["step"], errors.shape[0]
-    root = (structure.beta, structure.divisor(step + 1), structure.eps, structure.v_min)
+    rows = errors.shape[0]
+    root = (structure.beta, structure.divisor(state["step"] + 1), structure.eps, structure.v_min)
     observe: Any = scaled_signal.on(backend)
     with span("scale"):
         q, total, v_next, s, d = observe(
             errors, v, reduction == "mean", *root, structure.s_min, structure.s_max, scale
         )
-    sums, made_of = Sums(q, rows), versions(state)
+    sums, basis = Sums(q, rows), Basis.of(structure, state)
     if u is None or not structure.factored:
         scaled = (d, activations) if scale else None
-        return Foresight(sums, structure, step, made_of, (v_next,), (s, None), total, scaled)
+        return Foresight(sums, basis, (v_next,), (s, None), total, scaled)
     with span("scale"):
         qh, _, u_next, c, h = observe(
             activations, u, False, *root, structure.c_min, structure.c_max, scale
         )
     sums = sums._replace(feature_square_sum=qh, feature_rows=activations.shape[0])
     scaled = (d, h) if scale else None
-    return Foresight(sums, structure, step, made_of, (v_next, u_next), (s, c), total, scaled)
+    return Foresight(sums, basis, (v_next, u_next), (s, c), total, scaled)
 
 
 def _go_with(moments: Tensor, signal: Tensor, scale: bool) -> bool:

@@ -18,13 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neurms.compiled.move_square_sums import move_square_sums
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import RowShard
-from neurms.core.unitwise.moves import Move, apply_, seen
-from neurms.core.unitwise.rule import UnitwiseRule
 
-__all__ = ["DECAY", "Length", "gains_", "length_like", "normalized"]
+__all__ = ["DECAY", "Length", "gains_", "length_like", "over_ranks"]
 
 DECAY = 0.9
 """Decay of the average of an update's RMS."""
@@ -75,60 +72,7 @@ def gains_(lengths: Sequence[Length], sums: Tensor) -> Tensor:
     return torch.where(now > 0, 1.0 / now, 1.0)
 
 
-def normalized(
-    moves: Sequence[Move], lengths: Sequence[Length], rule: UnitwiseRule, backend: str
-) -> list[Move]:
-    """Return moves whose updates are divided by their lengths; velocities advance at once.
-
-    One more read of what moves the tensors, and one all-reduce of a float64 number for each where
-    ranks hold rows of them.
-
-    Args:
-        moves: Tensors of one parameter group; those without entries, of a rank that a small matrix
-            does not reach, too.
-        lengths: Their lengths.
-        rule: Their rule.
-        backend: How kernels run.
-    """
-    own = _without_velocity(moves, rule, backend)
-    shown = [seen(move) for move in own]
-    there = [move for move in shown if move.target.numel()]
-    found = move_square_sums.on(backend)(
-        [move.gradient for move in there],
-        [move.factors[0] for move in there],
-        [move.factors[1] for move in there],
-    )
-    pieces = iter(found.unbind())
-    device = moves[0].target.device
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    sums = [next(pieces).to(device) if move.target.numel() else zero for move in shown]
-    gains = gains_(lengths, _over_ranks(torch.stack(sums), lengths))
-    # On a CPU plain numbers, which cost less; an accelerator is not waited for.
-    factors: Sequence[Any] = gains.tolist() if gains.is_cpu else gains.unbind()
-    return [move._replace(gain=gain) for move, gain in zip(own, factors, strict=True)]
-
-
-def _without_velocity(moves: Sequence[Move], rule: UnitwiseRule, backend: str) -> list[Move]:
-    """Return moves whose gradient and factors are all that moves their targets."""
-    nothing = (None, None)
-    # B's gradients came out of backward scaled.
-    entering = [move._replace(factors=nothing) if rule.upstream else move for move in moves]
-    if not rule.momentum:
-        return entering
-    advance, rest = [], []
-    for move, before in zip(moves, entering, strict=True):
-        velocity = move.velocity
-        assert velocity is not None
-        advance.append(
-            before._replace(target=velocity, velocity=None, rate=-1.0, decay=rule.momentum)
-        )
-        leaving = move.factors if rule.coupled else nothing
-        rest.append(move._replace(gradient=velocity, velocity=None, factors=leaving))
-    apply_([move for move in advance if move.target.numel()], rule, backend)
-    return rest
-
-
-def _over_ranks(sums: Tensor, lengths: Sequence[Length]) -> Tensor:
+def over_ranks(sums: Tensor, lengths: Sequence[Length]) -> Tensor:
     """Return sums over the ranks that hold rows of a tensor."""
     held: dict[Any, list[int]] = {}
     for index, length in enumerate(lengths):

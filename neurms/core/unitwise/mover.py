@@ -10,18 +10,15 @@ import torch
 from torch import Tensor
 
 from neurms.core.ground.precision import compute_dtype
-from neurms.core.ground.shards import local, row_shard
-from neurms.core.ground.spans import is_observed, span
 from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.fallback import adamw_state
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.view import View
 from neurms.core.routing import FALLBACK, Route
 from neurms.core.unitwise.engine import Engine
-from neurms.core.unitwise.lengths import Length, length_like, normalized
-from neurms.core.unitwise.moments import Factors
-from neurms.core.unitwise.moves import Move, write_moves_
-from neurms.core.unitwise.rule import Rules, UnitwiseRule
+from neurms.core.unitwise.lengths import length_like
+from neurms.core.unitwise.moves import Scaled, move_
+from neurms.core.unitwise.rule import Rules
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["UnitwiseMover", "to_fallback", "velocity_like"]
@@ -63,9 +60,10 @@ class UnitwiseMover(Mover):
     def prepare(self, views: Sequence[View]) -> None:
         """Sum statistics over ranks; give to AdamW what no backward pass has shown."""
         engine = self._engine
-        moving = {view.parameter for view in views}
+        moving = {id(view.parameter) for view in views}
         engine.prepare(list(engine), moving)
-        for layer in [x for x in engine.unseen() if _is_lost(x, moving)]:
+        unseen = engine.unseen()
+        for layer in [x for x in unseen if _is_lost(x, moving)]:
             warn_user(
                 f"layer {layer.name!r} has a gradient but its module was never seen in a backward "
                 "pass, so its error signal is unknown and AdamW takes it; call the module itself "
@@ -73,7 +71,9 @@ class UnitwiseMover(Mover):
                 "or name the layer in exclude"
             )
             to_fallback(self._optimizer, engine, layer)
-        for layer in [x for x in engine.unseen() if x.bias in moving and x.weight not in moving]:
+        for layer in unseen:
+            if id(layer.bias) not in moving or id(layer.weight) in moving:
+                continue
             warn_user(
                 f"the bias of layer {layer.name!r} has a gradient and the weight has none (is it "
                 "frozen?), so the error signal is unknown and AdamW takes the bias; name the layer "
@@ -81,7 +81,9 @@ class UnitwiseMover(Mover):
             )
             bias_to_fallback(self._optimizer, layer)
         for view in views:
-            view.bound = self._rules.of(view.group).greatest(view.parameter)
+            rule = self._rules.of(view.group)
+            if view.recipe is not rule and not view.route.is_fallback:
+                view.recipe, view.bound = rule, rule.greatest(view.parameter)
 
     def look_at(self) -> tuple[list[Tensor], list[float]]:
         """Return the statistics of all layers."""
@@ -93,79 +95,35 @@ class UnitwiseMover(Mover):
 
     def move(self, views: Sequence[View]) -> None:
         """Commit the statistics of layers that move, then move their weights and biases."""
-        engine, own = self._engine, {view.parameter: view for view in views}
+        engine, own = self._engine, {id(view.parameter): view for view in views}
         engine.warn_of_still(engine, own)
         engine.commit(
             layer
             for layer in engine
-            if layer.observed.rows and (layer.updated_in_backward or layer.weight.grad is not None)
+            if layer.observed.rows and (layer.weight.grad is not None or layer.updated_in_backward)
         )
-        alike: dict[int, list[tuple[View, Factors]]] = {}
+        alike: dict[int, list[Scaled]] = {}
         for layer in engine:
-            weight, bias = own.get(layer.weight), own.get(layer.bias)  # type: ignore[arg-type]
-            if (weight or bias) is None or not layer.state.get("step"):
+            weight, bias = own.get(id(layer.weight)), own.get(id(layer.bias))
+            state = layer.state if weight is None else weight.state
+            step = state.get("step")
+            if not step or (weight is None and bias is None):
                 continue
-            s, c = layer.factors()
+            rule = layer.rule if weight is None else weight.recipe
+            factors = layer.factors_of(rule.structure, state)
             if weight is not None:
-                alike.setdefault(id(weight.group), []).append((weight, (s, c)))
+                alike.setdefault(id(weight.group), []).append(Scaled(weight, factors, step))
             if bias is not None:
-                self._optimizer.opened_state(bias.parameter)["step"] += 1
-                alike.setdefault(id(bias.group), []).append((bias, (s, None)))
+                bias.state["step"] += 1
+                part = Scaled(bias, (factors[0], None), bias.state["step"])
+                alike.setdefault(id(bias.group), []).append(part)
         for parts in alike.values():
-            if self._rules.of(parts[0][0].group).normalize:
-                self._move_normalized(parts)
-                continue
-            # Who measures wants each parameter's time.
-            for part in [[one] for one in parts] if is_observed() else [parts]:
-                self._move(part)
-
-    def _move(self, parts: Sequence[tuple[View, Factors]]) -> None:
-        rule = self._rules.of(parts[0][0].group)
-        with span("update", [view.parameter for view, _ in parts]):
-            moves = [self._move_of(view, factors, rule) for view, factors in parts]
-            self._write([view for view, _ in parts], moves, rule)
-
-    def _move_normalized(self, parts: Sequence[tuple[View, Factors]]) -> None:
-        # Measured all together, observed or not: the other ranks take part in one exchange.
-        rule = self._rules.of(parts[0][0].group)
-        views = [view for view, _ in parts]
-        with span("scale", [view.parameter for view in views]):
-            moves = [self._move_of(view, factors, rule) for view, factors in parts]
-            lengths = [self._length_of(view) for view in views]
-            moves = normalized(moves, lengths, rule, self._engine.backend)
-        pairs = list(zip(views, moves, strict=True))
-        for part in [[one] for one in pairs] if is_observed() else [pairs]:
-            own = [view for view, _ in part]
-            with span("update", [view.parameter for view in own]):
-                self._write(own, [move for _, move in part], rule)
-
-    def _write(self, views: Sequence[View], moves: Sequence[Move], rule: UnitwiseRule) -> None:
-        write_moves_([m for m in moves if m.target.numel()], rule, self._engine.backend)
-        for view, move in zip(views, moves, strict=True):
-            view.written(move.target)
-
-    def _length_of(self, view: View) -> Length:
-        parameter, layout = view.parameter, view.route.layout
-        state = self._optimizer.opened_state(parameter)
-        shard = row_shard(parameter, layout) if view.sharded else None
-        return Length(state["length"], state["step"], parameter.numel(), shard)
-
-    def _move_of(self, view: View, factors: Factors, rule: UnitwiseRule) -> Move:
-        target, gradient, layout = view.target(), view.gradient, view.route.layout
-        velocity = None
-        if rule.momentum:
-            velocity = self._optimizer.opened_state(view.parameter)["momentum"]
-        if view.sharded:
-            shard = row_shard(view.parameter, layout)
-            assert shard is not None, "other cuts are refused when layers are attached"
-            layout, s, c = shard.narrowed(layout, *factors)
-            assert s is not None
-            factors, gradient = (s, c), local(gradient)
-            velocity = None if velocity is None else local(velocity)
-        # Weight decay is for weights.
-        decay = view.decay if view.parameter.ndim >= 2 else 1.0
-        rate = float(view.group["lr"])
-        return Move(target, gradient, velocity, layout, factors, rate, decay, target)
+            rule = parts[0].view.recipe
+            if rule.momentum or rule.normalize:
+                for part in parts:
+                    # Either may have been switched on since the state was made.
+                    self._optimizer.opened_state(part.view.parameter)
+            move_(parts, rule, engine.backend)
 
     # ---------------------------------------------------------------- state
 
@@ -213,6 +171,6 @@ def velocity_like(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=compute_dtype(parameter), requires_grad=False)
 
 
-def _is_lost(layer: TappedLayer, moving: set[Tensor]) -> bool:
+def _is_lost(layer: TappedLayer, moving: set[int]) -> bool:
     """Return whether a weight has a gradient that no tap has ever seen."""
-    return layer.weight in moving and layer.tap is not None and not layer.tap.fired
+    return id(layer.weight) in moving and layer.tap is not None and not layer.tap.fired

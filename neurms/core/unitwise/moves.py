@@ -3,19 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from neurms.compiled.agc import row_clip_
+from neurms.compiled.move_square_sums import move_square_sums
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.layout import Layout
+from neurms.core.ground.shards import local, row_shard
+from neurms.core.ground.spans import SpanKind, is_observed, span
+from neurms.core.optimizers.view import View
+from neurms.core.unitwise.lengths import Length, gains_, over_ranks
 from neurms.core.unitwise.rule import UnitwiseRule
+from neurms.core.unitwise.statistics import Factors
 
-__all__ = ["Factors", "Move", "apply_", "seen", "write_moves_"]
+__all__ = ["Move", "Scaled", "move_", "write_moves_"]
 
-Factors = tuple[Tensor | None, Tensor | None]
+
+class Scaled(NamedTuple):
+    """A parameter that moves, its factors s and c, and the number of its step."""
+
+    view: View
+    factors: Factors
+    step: int
+
+
+def move_(
+    parts: Sequence[Scaled], rule: UnitwiseRule, backend: str, *, into_gradients: bool = False
+) -> None:
+    """Move parameters of one group by their scaled gradients.
+
+    Args:
+        parts: The parameters, whose state holds a velocity and a length where those are due.
+        rule: Their rule.
+        backend: How kernels run.
+        into_gradients: Whether gradients are overwritten by what would move the parameters, for an
+            optimizer that does the rest.
+    """
+    if not parts:
+        return
+    kind: SpanKind = "scale" if into_gradients else "update"
+    of = _into_gradient if into_gradients else _into_weight
+    moves = None
+    if rule.normalize:
+        # Measured all together, observed or not: the other ranks take part in one exchange.
+        with span("scale", [part.view.parameter for part in parts]):
+            moves = normalized([of(part, rule) for part in parts], parts, rule, backend)
+    # Who measures wants each parameter's time.
+    for own in [slice(i, i + 1) for i in range(len(parts))] if is_observed() else [slice(None)]:
+        with span(kind, [part.view.parameter for part in parts[own]]):
+            made = [of(part, rule) for part in parts[own]] if moves is None else moves[own]
+            write_moves_([move for move in made if move.target.numel()], rule, backend)
+            if not into_gradients:
+                for part, move in zip(parts[own], made, strict=True):
+                    part.view.written(move.target)
+
+
+def _into_weight(part: Scaled, rule: UnitwiseRule) -> Move:
+    view, target = part.view, part.view.target()
+    # Weight decay is for weights.
+    decay = view.decay if view.parameter.ndim >= 2 else 1.0
+    gradient, velocity, layout, factors = _shown(part, rule)
+    rate = float(view.group["lr"])
+    return Move(target, gradient, velocity, layout, factors, rate, decay, target)
+
+
+def _into_gradient(part: Scaled, rule: UnitwiseRule) -> Move:
+    gradient, velocity, layout, factors = _shown(part, rule)
+    weight = local(part.view.parameter)
+    return Move(gradient, gradient, velocity, layout, factors, -1.0, 0.0, weight)
+
+
+def _shown(
+    part: Scaled, rule: UnitwiseRule
+) -> tuple[Tensor, Tensor | None, Layout, tuple[Tensor | None, Tensor | None]]:
+    """Return what this rank holds of a gradient and its velocity, with their layout and factors."""
+    view, factors = part.view, part.factors
+    gradient, layout = view.gradient, view.route.layout
+    velocity = view.state["momentum"] if rule.momentum else None
+    if not view.sharded:
+        return gradient, velocity, layout, factors
+    shard = row_shard(view.parameter, layout)
+    assert shard is not None, "other cuts are refused when layers are attached"
+    layout, s, c = shard.narrowed(layout, *factors)
+    return local(gradient), None if velocity is None else local(velocity), layout, (s, c)
 
 
 class Move(NamedTuple):
@@ -37,7 +110,7 @@ class Move(NamedTuple):
     gradient: Tensor
     velocity: Tensor | None
     layout: Layout
-    factors: Factors
+    factors: tuple[Tensor | None, Tensor | None]
     rate: float
     decay: float
     weight: Tensor
@@ -125,3 +198,66 @@ def _write_back(layout: Layout, tensor: Tensor, blocks: Tensor) -> None:
         own = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         layout.blocks(own).copy_(blocks)
         tensor.copy_(own)
+
+
+# ------------------------------------------------------------- normalize="rms"
+
+
+def normalized(
+    moves: Sequence[Move], parts: Sequence[Scaled], rule: UnitwiseRule, backend: str
+) -> list[Move]:
+    """Return moves whose updates are divided by their lengths; velocities advance at once.
+
+    One more read of what moves the tensors, and one all-reduce of a float64 number for each where
+    ranks hold rows of them.
+
+    Args:
+        moves: Tensors of one parameter group; those without entries, of a rank that a small matrix
+            does not reach, too.
+        parts: Their parameters, which have the lengths.
+        rule: Their rule.
+        backend: How kernels run.
+    """
+    lengths = [_length_of(part.view, part.step) for part in parts]
+    own = _without_velocity(moves, rule, backend)
+    # A part without rows of a grouped kernel has no blocks to be seen as.
+    there = [seen(move) for move in own if move.target.numel()]
+    found = move_square_sums.on(backend)(
+        [move.gradient for move in there],
+        [move.factors[0] for move in there],
+        [move.factors[1] for move in there],
+    )
+    pieces = iter(found.unbind())
+    device = moves[0].target.device
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    sums = [next(pieces).to(device) if move.target.numel() else zero for move in own]
+    gains = gains_(lengths, over_ranks(torch.stack(sums), lengths))
+    # On a CPU plain numbers, which cost less; an accelerator is not waited for.
+    factors: Sequence[Any] = gains.tolist() if gains.is_cpu else gains.unbind()
+    return [move._replace(gain=gain) for move, gain in zip(own, factors, strict=True)]
+
+
+def _without_velocity(moves: Sequence[Move], rule: UnitwiseRule, backend: str) -> list[Move]:
+    """Return moves whose gradient and factors are all that moves their targets."""
+    nothing = (None, None)
+    # B's gradients came out of backward scaled.
+    entering = [move._replace(factors=nothing) if rule.upstream else move for move in moves]
+    if not rule.momentum:
+        return entering
+    advance, rest = [], []
+    for move, before in zip(moves, entering, strict=True):
+        velocity = move.velocity
+        assert velocity is not None
+        advance.append(
+            before._replace(target=velocity, velocity=None, rate=-1.0, decay=rule.momentum)
+        )
+        leaving = move.factors if rule.coupled else nothing
+        rest.append(move._replace(gradient=velocity, velocity=None, factors=leaving))
+    apply_([move for move in advance if move.target.numel()], rule, backend)
+    return rest
+
+
+def _length_of(view: View, step: int) -> Length:
+    parameter = view.parameter
+    shard = row_shard(parameter, view.route.layout) if view.sharded else None
+    return Length(view.state["length"], step, parameter.numel(), shard)

@@ -22,7 +22,6 @@ from neurms.core.unitwise.gradient_mover import GradientMover
 from neurms.core.unitwise.gradient_rule import check_probed, gradient_recipe, gradient_routes
 from neurms.core.unitwise.layers import neurms_routes
 from neurms.core.unitwise.lengths import length_like
-from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.mover import (
     UnitwiseMover,
     bias_to_fallback,
@@ -41,6 +40,7 @@ from neurms.core.unitwise.rule import (
     Variant,
     check_modes,
 )
+from neurms.core.unitwise.statistics import Factors
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["NeuRMS"]
@@ -103,7 +103,9 @@ class NeuRMS(PreconditionedOptimizer):
         beta: Decay of the second moments (.99, .995, .999 in the draft); None is .99, .95 for P.
         eps: Added to a second moment before its root.
         v_min: Floor of a second moment.
-        s_min: Least unit factor; positive for the convergence theorem.
+        s_min: Least unit factor; the draft's Theorem 1 wants it positive, and does not hold
+            for Algorithm 1 as written: see
+            :class:`~neurms.core.structures.unit_feature.UnitFeatureDiagonal`.
         s_max: Greatest unit factor.
         c_min: Least feature factor (F).
         c_max: Greatest feature factor (F).
@@ -144,10 +146,11 @@ class NeuRMS(PreconditionedOptimizer):
         ValueError: A setting is out of its range, or no layer of the model is one the rule knows.
 
     Reference:
-        "Unitwise RMS preconditioning via buffer scaling", draft, 2025: Algorithm 1 (B, U), section
-        5 (F). Settled here: D is the per-row error, so that scales are the same in every layer,
-        whatever the batch; micro-batches and ranks are summed before one commit at the step; bias
-        correction is on. ``normalize`` and P are additions; P is Adafactor's fit of G^2.
+        "Unitwise RMS preconditioning via buffer scaling", draft, 2025: Algorithm 1 (B, U) and its
+        factored form (F). Settled here: D is the per-row error, so that scales are the same in
+        every layer, whatever the batch; micro-batches and ranks are summed before one commit at
+        the step; bias correction is on. ``normalize`` and P are additions; P is
+        Adafactor's fit of G^2.
 
     Example:
         >>> import torch, neurms
@@ -197,7 +200,7 @@ class NeuRMS(PreconditionedOptimizer):
             raise TypeError(
                 f"model={type(model).__name__} must be an nn.Module: NeuRMS reads the error "
                 "signals and inputs of layers, which parameters alone do not show; pass the model "
-                "itself"
+                'itself, or, where nobody has it (ZeroRedundancyOptimizer), variant="P"'
             )
         settings = {
             "lr": lr,
@@ -265,6 +268,12 @@ class NeuRMS(PreconditionedOptimizer):
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+    def attach(self) -> None:
+        """Put the taps back after :meth:`detach`; again does nothing."""
+        self.layers.put()
+        if self.probed_layers is not None:
+            self.probed_layers.put()
 
     def detach(self) -> None:
         """Remove all taps from the model; layers go on with the statistics they have."""
@@ -369,7 +378,7 @@ class NeuRMS(PreconditionedOptimizer):
 
     def rule_of(self, weight: Tensor) -> UnitwiseRule:
         """Return what the settings of a weight's group say."""
-        return self._rules.of(self.view_of(weight).group)
+        return self._rules.of((self._work or self.work()).view_of(weight).group)
 
     def view_of(self, parameter: Tensor) -> View:
         """Return a parameter's view."""
@@ -393,9 +402,11 @@ class NeuRMS(PreconditionedOptimizer):
             state["length"] = length_like(parameter)
         return state
 
-    def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
+    def write_in_backward(
+        self, layer: TappedLayer, rule: UnitwiseRule, product: Product, factors: Factors
+    ) -> None:
         """Write W -= lr (D S)^T H C into the weight, or into its velocity first."""
-        view, rule = self.view_of(layer.weight), layer.rule
+        view = self.view_of(layer.weight)
         if view.group["maximize"]:
             raise UnsupportedTrainingError(_NO_ASCENT)
         view.state = self.state[layer.weight]

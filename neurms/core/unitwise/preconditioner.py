@@ -15,10 +15,10 @@ from neurms.compiled.backends import use_backend
 from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
 from neurms.core.ground.interrupts import WholeStep
 from neurms.core.ground.layout import default_layout
-from neurms.core.ground.shards import is_sharded, local, row_shard
-from neurms.core.ground.spans import gradients_ready, is_observed, span
+from neurms.core.ground.spans import gradients_ready
 from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.gradients import nonfinite_names
+from neurms.core.optimizers.made_by import MADE_BY, made_by
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.optimizers.view import View
@@ -34,13 +34,13 @@ from neurms.core.unitwise.engine import Engine
 from neurms.core.unitwise.gradient_rule import gradient_routes
 from neurms.core.unitwise.gradient_scaler import GradientScaler
 from neurms.core.unitwise.layers import neurms_routes
-from neurms.core.unitwise.lengths import Length, length_like, normalized
-from neurms.core.unitwise.moments import Factors
+from neurms.core.unitwise.lengths import length_like
 from neurms.core.unitwise.mover import velocity_like
-from neurms.core.unitwise.moves import Move, write_moves_
+from neurms.core.unitwise.moves import Scaled, move_
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.products import Product, length_of, write_product_
 from neurms.core.unitwise.rule import UnitwiseRule
+from neurms.core.unitwise.statistics import Factors
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["GradientPreconditioner"]
@@ -178,7 +178,7 @@ class GradientPreconditioner:
     def attach(self) -> None:
         """Put the taps back after :meth:`detach`; again does nothing."""
         if not self._attached:
-            self.layers.attach_taps()
+            self.layers.put()
             self._attached = True
 
     def detach(self) -> None:
@@ -220,13 +220,15 @@ class GradientPreconditioner:
             self.state[parameter] = self._new_state(parameter, parameter)
         return self.state[parameter]
 
-    def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
+    def write_in_backward(
+        self, layer: TappedLayer, rule: UnitwiseRule, product: Product, factors: Factors
+    ) -> None:
         """Write W -= lr (D S)^T H C with the settings of the SGD that holds the weight."""
         rate = float(self._group_of(layer.weight)["lr"])
         decay = 1.0 - rate * self.settings["weight_decay"]
         velocity = self.state[layer.weight].get("momentum")
-        length = length_of(layer) if layer.rule.normalize else None
-        write_product_(layer.weight, product, factors, layer.rule, velocity, rate, decay, length)
+        length = length_of(layer) if rule.normalize else None
+        write_product_(layer.weight, product, factors, rule, velocity, rate, decay, length)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         # Looked up anew after every step: loading an optimizer's state replaces its groups.
@@ -282,26 +284,22 @@ class GradientPreconditioner:
         layers = [
             x for x in self if x.weight in moving or (x.bias is not None and x.bias in moving)
         ]
+        views = self._views(moving)
         # Before anything is judged, so that all ranks judge alike.
-        self.layers.prepare(layers, {p for p in moving if p.grad is not None})
-        if bad := nonfinite_names(self._views(moving)) or self._bad_statistics(layers):
+        self.layers.prepare(layers, views)
+        if bad := nonfinite_names(list(views.values())) or self._bad_statistics(layers):
             return self._refused(bad)
-        self.layers.warn_of_still(layers, {p for p in moving if p.grad is not None})
+        self.layers.warn_of_still(layers, views)
         if self._moments is not None:
             with use_backend(self.backend), WholeStep():
-                self._decay_weights(self._moments.scale(moving), moving)
+                self._decay(self._moments.scale(moving), moving)
             self._scaled.are(moving, target)
             return True
         with use_backend(self.backend), WholeStep():
             self.layers.commit(layer for layer in layers if layer.observed.rows)
-            moves = [move for layer in layers for move in self._moves_of(layer, moving)]
-            if self._rule.normalize and moves:
-                moves = self._normalized(moves)
-            moves = [(parameter, move) for parameter, move in moves if move.target.numel()]
-            for part in [[one] for one in moves] if is_observed() else [moves]:
-                with span("scale", [parameter for parameter, _ in part]):
-                    write_moves_([move for _, move in part], self._rule, self.layers.backend)
-            self._decay(layers, moving)
+            parts = [part for layer in layers for part in self._parts_of(layer, views)]
+            move_(parts, self._rule, self.layers.backend, into_gradients=True)
+            self._decay((part.view.parameter for part in parts), moving)
         self._groups = {}
         if self._in_backward:
             self.layers.clear()
@@ -318,20 +316,22 @@ class GradientPreconditioner:
             )
         return [{"params": list(target), "lr": 0.0}]
 
-    def _views(self, moving: Iterable[Tensor]) -> list[View]:
-        """Return views of gradients, to be judged."""
-        own = {p for layer in self for p in (layer.weight, layer.bias)}
-        views = []
+    def _views(self, moving: Iterable[Tensor]) -> dict[int, View]:
+        """Return a view of each parameter that has a gradient, by its identity."""
+        own = {p: layer for layer in self for p in (layer.weight, layer.bias) if p is not None}
+        views = {}
         for index, parameter in enumerate(moving):
-            gradient = parameter.grad
+            gradient, layer = parameter.grad, own.get(parameter)
             if gradient is None or parameter.numel() == 0:
                 continue
-            name = self._names.get(parameter, f"param_{index}")
             values = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
-            route = Route(name, parameter, "tensor", FALLBACK, "", default_layout(parameter))
-            ours = parameter in own
-            bound = self._rule.greatest(parameter) if ours else math.inf
-            views.append(View(index, route, {}, {}, values, bound=bound))
+            if layer is not None and parameter is layer.weight:
+                route = layer.route
+            else:
+                name = self._names.get(parameter, f"param_{index}")
+                route = Route(name, parameter, "tensor", FALLBACK, "", default_layout(parameter))
+            bound = math.inf if layer is None else self._rule.greatest(parameter)
+            views[id(parameter)] = View(index, route, {}, {}, values, bound=bound)
         return views
 
     def _bad_statistics(self, layers: Sequence[TappedLayer]) -> list[str]:
@@ -352,62 +352,25 @@ class GradientPreconditioner:
             + '. Lower lr, or pass nonfinite="skip" to leave such steps out'
         )
 
-    def _moves_of(
-        self, layer: TappedLayer, moving: Mapping[Tensor, Any]
-    ) -> Iterator[tuple[Tensor, Move]]:
-        """Yield what scales a layer's gradients."""
-        if not layer.state.get("step"):
+    def _parts_of(self, layer: TappedLayer, views: Mapping[int, View]) -> Iterator[Scaled]:
+        """Yield a layer's parameters whose gradients are scaled."""
+        step = layer.state.get("step")
+        if not step:
             if layer.tap is not None and not layer.tap.fired and _has_gradient(layer):
                 self._give_up(layer)
             return
         s, c = layer.factors()
         for parameter, factors in ((layer.weight, (s, c)), (layer.bias, (s, None))):
-            if parameter is None or parameter not in moving or parameter.grad is None:
-                continue
-            yield parameter, self._move_of(parameter, layer, factors)
+            view = views.get(id(parameter))
+            if view is not None:
+                view.state = self.opened_state(view.parameter)
+                yield Scaled(view, factors, step)
 
-    def _normalized(self, moves: Sequence[tuple[Tensor, Move]]) -> list[tuple[Tensor, Move]]:
-        """Return moves divided by the lengths of what they write into gradients."""
-        steps = {p: x.state["step"] for x in self for p in (x.weight, x.bias) if p is not None}
-        lengths = []
-        for parameter, _ in moves:
-            layer = self.layers.of(parameter)
-            layout = default_layout(parameter) if layer is None else layer.route.layout
-            shard = row_shard(parameter, layout) if is_sharded(parameter) else None
-            average = self.opened_state(parameter)["length"]
-            lengths.append(Length(average, steps[parameter], parameter.numel(), shard))
-        own = [parameter for parameter, _ in moves]
-        with span("scale", own):
-            made = normalized([m for _, m in moves], lengths, self._rule, self.layers.backend)
-        return list(zip(own, made, strict=True))
-
-    def _decay(self, layers: Iterable[TappedLayer], moving: Mapping[Tensor, Any]) -> None:
-        decay = self.settings["weight_decay"]
-        for layer in layers if decay else ():
-            weight = layer.weight
-            if weight in moving and weight.grad is not None and layer.state.get("step"):
-                weight.mul_(1.0 - float(moving[weight]["lr"]) * decay)
-
-    def _decay_weights(self, scaled: Iterable[Tensor], moving: Mapping[Tensor, Any]) -> None:
+    def _decay(self, scaled: Iterable[Tensor], moving: Mapping[Tensor, Any]) -> None:
         decay = self.settings["weight_decay"]
         for weight in scaled if decay else ():
             if weight.ndim >= 2:
                 weight.mul_(1.0 - float(moving[weight]["lr"]) * decay)
-
-    def _move_of(self, parameter: Tensor, layer: TappedLayer, factors: Factors) -> Move:
-        """Return what overwrites a gradient by S G C, or by the velocity that S G C enters."""
-        layout = layer.route.layout if parameter is layer.weight else default_layout(parameter)
-        gradient, velocity = parameter.grad, self.opened_state(parameter).get("momentum")
-        assert gradient is not None
-        weight = local(parameter)
-        if weight is not parameter:
-            shard = row_shard(parameter, layout)
-            assert shard is not None, "other cuts are refused when layers are attached"
-            layout, s, c = shard.narrowed(layout, *factors)
-            assert s is not None
-            factors, gradient = (s, c), local(gradient)
-            velocity = None if velocity is None else local(velocity)
-        return Move(gradient, gradient, velocity, layout, factors, -1.0, 0.0, weight)
 
     def _give_up(self, layer: TappedLayer) -> None:
         warn_user(
@@ -454,12 +417,17 @@ class GradientPreconditioner:
         return tensor_bytes(dict(enumerate(self.state.values())))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return statistics and velocities by parameter name: tensors and plain numbers only."""
+        """Return statistics and velocities by parameter name, and a note of what made them.
+
+        Tensors, plain numbers and strings only. The note, ``"made_by"``, is for readers:
+        :meth:`load_state_dict` takes any, or none.
+        """
         layers = {self._names[p]: dict(state) for p, state in self.state.items() if state}
         return {
             "layers": layers,
             "variant": self.settings["variant"],
             "skipped_steps": self.skipped_steps,
+            MADE_BY: made_by(self.backend),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from neurms.compiled.backends import use_backend
-from neurms.compiled.finite import within
 from neurms.compiled.gradient_factors import gradient_factors
 from neurms.compiled.probes import mean_squares, probe_products
-from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.spans import span
 from neurms.core.ground.warn import warn_user
@@ -25,12 +22,10 @@ from neurms.core.routing import Route
 from neurms.core.structures.base import Context
 from neurms.core.structures.gradient_moments import GradientMoments
 from neurms.core.taps.backward import BackwardUpdateTap, is_tapped_linear
-from neurms.core.taps.guard import GradientGuard
-from neurms.core.taps.hooks import forget_compiled_graphs
 from neurms.core.unitwise.gradient_mover import structure_of
-from neurms.core.unitwise.layers import is_compiled
 from neurms.core.unitwise.products import Product, add_product_
 from neurms.core.unitwise.rule import Gemm
+from neurms.core.unitwise.tap_set import TapSet
 
 __all__ = ["Foreseen", "ProbedLayer", "ProbedLayers", "drawn_probes"]
 
@@ -134,7 +129,9 @@ class ProbedLayer:
             )
         with use_backend(owner.backend), span("reduce", [self.weight]):
             products = probe_products(errors, activations, *self._drawn(view))
-        if not self.layers.accepts(self, products):
+        # Whatever is not finite in D or H has made a product NaN or infinite.
+        seen = [item.contiguous() for item in products]
+        if not self.layers.accepts(self, seen, [torch.finfo(x.dtype).max for x in seen]):
             return
         product = Product(errors, activations, None, self.layers.gemm, owner.backend)
         with use_backend(owner.backend), span("update", [self.weight]):
@@ -190,19 +187,9 @@ class ProbedLayer:
     def clear(self) -> None:
         """Forget what no step has committed."""
         self.foreseen = self.products = self._probes = None
-        if self.tap is not None:
-            self.tap.rearm()
 
 
-@dataclass(eq=False)
-class _Verdict:
-    """What this backward has updated, and what it has left out."""
-
-    updated: list[str]
-    bad: list[str]
-
-
-class ProbedLayers:
+class ProbedLayers(TapSet[ProbedLayer, Owner]):
     """The layers that variant P moves without a gradient.
 
     Args:
@@ -211,29 +198,8 @@ class ProbedLayers:
     """
 
     def __init__(self, owner: Owner, gemm: Gemm) -> None:
+        super().__init__(owner)
         self.gemm: Gemm = gemm
-        self._owner = weakref.ref(owner)
-        self._layers: dict[Tensor, ProbedLayer] = {}
-        self._guard: GradientGuard | None = None
-        self._verdict = _Verdict([], [])
-        self._compiled = False
-
-    @property
-    def owner(self) -> Owner:
-        """The optimizer."""
-        owner = self._owner()
-        if owner is None:
-            raise ReferenceError("the optimizer of these layers no longer exists")
-        return owner
-
-    def __iter__(self) -> Iterator[ProbedLayer]:
-        return iter(self._layers.values())
-
-    def of(self, weight: Tensor) -> ProbedLayer | None:
-        """Return the layer of a weight, or None."""
-        return self._layers.get(weight)
-
-    # ---------------------------------------------------------------- taps
 
     def attach(self, model: nn.Module, routes: Iterable[Route], waits: bool) -> None:
         """Tap the linear layers among ``routes``, all or none.
@@ -243,59 +209,17 @@ class ProbedLayers:
             ValueError: A weight is tapped by another optimizer.
         """
         known = list(routes)
-        for route in known:
-            if not route.is_fallback and route.parameter.ndim == 2 and _is_linear(route.module):
-                layer = ProbedLayer(route, self, waits)
-                self._layers[route.parameter] = layer
-                layer.tap = _tap_of(layer)
-        self._compiled = any(map(is_compiled, model.modules()))
-        try:
-            for layer in self:
-                assert layer.tap is not None
-                layer.tap.attach()
-        except BaseException:
-            self.detach()
-            raise
-        if self._compiled:
-            forget_compiled_graphs()
-        guarded = (r.parameter for r in known if r.parameter not in self._layers)
-        self._guard = GradientGuard(guarded)
-
-    def detach(self) -> None:
-        """Remove every tap."""
-        for layer in self:
-            if layer.tap is not None:
-                layer.tap.detach()
-        if self._compiled:
-            forget_compiled_graphs()
-        if self._guard is not None:
-            self._guard.detach()
-            self._guard = None
+        layers = [ProbedLayer(route, self, waits) for route in known if _is_tapped(route)]
+        for layer in layers:
+            layer.tap = _tap_of(layer)
+        self.hold(layers, model, [route.parameter for route in known])
+        self.put()
 
     def follow(self, old: Route, new: Route) -> None:
         """Have a tap follow its weight to the parameter in its place."""
-        layer = self._layers.pop(old.parameter, None)
-        if layer is None:
-            return
-        if layer.tap is not None:
-            layer.tap.detach()
-        layer.route, layer.weight = new, new.parameter
-        self._layers[new.parameter] = layer
-        layer.tap = _tap_of(layer)
-        layer.tap.attach()
-
-    # ---------------------------------------------------------------- between steps
-
-    @property
-    def updated(self) -> list[str]:
-        """Names of the layers that backward has updated since the last step."""
-        return list(self._verdict.updated)
-
-    def clear(self) -> None:
-        """Let the next step begin."""
-        self._verdict = _Verdict([], [])
-        for layer in self:
-            layer.clear()
+        if (layer := self.replace(old, new)) is not None:
+            layer.tap = _tap_of(layer)
+            layer.tap.attach()
 
     def forget(self) -> None:
         """Drop pending statistics along with gradients."""
@@ -304,61 +228,19 @@ class ProbedLayers:
                 f"zero_grad() came before step(), and the average of {lost[0]!r} holds the "
                 'gradient that it drops: update="backward" adds to it during backward'
             )
-        self.clear()
-        if self._guard is not None:
-            self._guard.forget()
-
-    def prepare(self, moving: Iterable[Tensor]) -> None:
-        """Refuse what a step must not take.
-
-        Raises:
-            UnsupportedTrainingError: Gradients were changed, or a weight used outside its layer.
-        """
-        if self._guard is not None:
-            self._guard.check()
-        for weight in moving:
-            layer = self._layers.get(weight)
-            if layer is not None and layer.fired:
-                raise UnsupportedTrainingError(
-                    f"weight {layer.route.name!r} was updated during backward and has a gradient "
-                    'too: it is used outside its layer, which update="backward" cannot see; use '
-                    'update="step"'
-                )
+        super().forget()
 
     def bad_names(self) -> list[str]:
         """Return the layers whose update was left out."""
-        return list(self._verdict.bad)
-
-    def accepts(self, layer: ProbedLayer, products: tuple[Tensor, Tensor]) -> bool:
-        """Return whether an update may be written.
-
-        Raises:
-            NonFiniteError: D or H is not finite and ``nonfinite`` is ``"raise"``; names what was
-                updated before.
-        """
-        bounds = [torch.finfo(item.dtype).max for item in products]
-        # Whatever is not finite in D or H has made a product NaN or infinite.
-        if within([item.contiguous() for item in products], bounds):
-            self._verdict.updated.append(layer.route.name)
-            return True
-        if self.owner.nonfinite == "skip":
-            self._verdict.bad.append(layer.route.name)
-            return False
-        before = ", ".join(self.updated) or "no layer"
-        self.clear()
-        for other in self:
-            if other.tap is not None:
-                other.tap.abandon()
-        raise NonFiniteError(
-            f"the error signal or input of {layer.route.name!r} is NaN or infinite; it was left as "
-            f'it was, but update="backward" had already updated in this pass: {before}. Lower lr, '
-            'or use update="step", which checks everything before it changes anything'
-        )
+        return list(self._bad)
 
 
-def _is_linear(module: nn.Module | None) -> bool:
+def _is_tapped(route: Route) -> bool:
+    module = route.module
+    if module is None or route.is_fallback or route.parameter.ndim != 2:
+        return False
     # A subclass may be one that a dead optimizer's tap has left behind.
-    return module is not None and (type(module) is nn.Linear or is_tapped_linear(module))
+    return type(module) is nn.Linear or is_tapped_linear(module)
 
 
 def _tap_of(layer: ProbedLayer) -> BackwardUpdateTap:

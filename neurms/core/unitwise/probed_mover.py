@@ -39,7 +39,7 @@ class ProbedMover(GradientMover):
     def prepare(self, views: Sequence[View]) -> None:
         """Refuse what a step must not take."""
         super().prepare(views)
-        self._probed.prepare([view.parameter for view in views])
+        self._probed.check_use(self._probed, {id(view.parameter) for view in views})
 
     def look_at(self) -> tuple[list[Tensor], list[float]]:
         """Return what makes any look fail where backward has left something out."""

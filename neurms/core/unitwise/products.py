@@ -14,9 +14,8 @@ from neurms.compiled.update import apply_updates_
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.spans import span
 from neurms.core.unitwise.lengths import Length, gains_
-from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.rule import Gemm, UnitwiseRule
-from neurms.core.unitwise.statistics import scalar
+from neurms.core.unitwise.statistics import Factors, scalar
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["PROBES", "Product", "ProbedLength", "add_product_", "length_of", "write_product_"]
@@ -59,12 +58,13 @@ class ProbedLength(NamedTuple):
 def length_of(layer: TappedLayer) -> ProbedLength:
     """Return the length of a layer's updates, before its commit.
 
-    Its probes come from the layer's name and the number of the step, so that a resumed run draws
-    those of an uninterrupted one.
+    Its probes come from the state's seed, or the layer's name without one, and the number of the
+    step, so that a resumed run draws those of an uninterrupted one.
     """
     state, weight = layer.state, layer.weight
     step = state["step"] + 1
-    seed = (zlib.crc32(layer.name.encode()) * 1_000_003 + step) % 2**63
+    own = state.get("seed", zlib.crc32(layer.name.encode()))
+    seed = (own * 1_000_003 + step) % 2**63
     return ProbedLength(Length(state["length"], step, weight.numel()), seed)
 
 

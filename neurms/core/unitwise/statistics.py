@@ -1,4 +1,4 @@
-"""Pending second moments of units and features: summed over backward passes, committed once.
+"""Second moments of units and features: summed over backward passes, moved once in a step.
 
 Between two optimizer steps a layer may be back-propagated many times (micro-batches, a module used
 twice) and on several ranks. Sums of squares and row counts add up exactly, so that k micro-batches
@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from neurms.compiled.moments import move_moments
 from neurms.core.ground.ranks import Ranks
+from neurms.core.ground.spans import span
 from neurms.core.structures.base import Moments
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.rule import LossReduction
 
-__all__ = ["PendingSums", "scalar", "synchronize"]
+__all__ = ["Basis", "Factors", "Moved", "Part", "PendingSums", "moved", "scalar", "synchronize"]
+
+Factors = tuple[Tensor, Tensor | None]
+"""s (m,) and c (n,), None for 1."""
 
 _GREATEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
@@ -44,8 +51,10 @@ class PendingSums:
 
     def add(self, sums: Sums) -> None:
         """Add one backward firing; never writes into what it was given."""
-        self.units = _plus(self.units, sums.unit_square_sum)
-        self.features = _plus(self.features, sums.feature_square_sum)
+        units, features = sums.unit_square_sum, sums.feature_square_sum
+        self.units = units if self.units is None else self.units + units
+        if features is not None:
+            self.features = features if self.features is None else self.features + features
         self.rows += sums.rows
         self.feature_rows += sums.feature_rows
 
@@ -94,8 +103,9 @@ class PendingSums:
 
         An average that has become infinite would be NaN one step later.
         """
-        sums = [s for s in (self.units, self.features) if s is not None]
-        least = min((_GREATEST[s.dtype] for s in sums), default=math.inf)
+        least = math.inf if self.units is None else _GREATEST[self.units.dtype]
+        if self.features is not None:
+            least = min(least, _GREATEST[self.features.dtype])
         return least / (4.0 * max(self.rows, 1))
 
     def is_finite(self) -> bool:
@@ -156,7 +166,152 @@ def synchronize(
             sums.features = features_sum.clone()
 
 
-def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if part is None:
-        return total
-    return part if total is None else total + part
+# ------------------------------------------------------------- from sums to moments and factors
+
+
+class Moved(NamedTuple):
+    """Second moments, v and perhaps u, as a commit makes them, and the factors that they give."""
+
+    moments: tuple[Tensor, ...]
+    factors: Factors
+
+
+class Part(NamedTuple):
+    """One layer's part in a commit.
+
+    Args:
+        state: The layer's state; read only.
+        pending: What it has seen.
+        reduction: How the loss reduces over rows.
+        units: m.
+        features: n.
+        heads: Number of equal runs of units that share one second moment, 0 for none.
+    """
+
+    state: Mapping[str, Any]
+    pending: PendingSums
+    reduction: LossReduction
+    units: int
+    features: int
+    heads: int = 0
+
+    def squares(self) -> Tensor:
+        """Return D's sums of squares (k,), one for each second moment: heads are pooled."""
+        units = self.pending.units
+        assert units is not None
+        return units.reshape(self.heads, -1).mean(-1) if self.heads else units
+
+    def expanded(self, s: Tensor, c: Tensor | None) -> Factors:
+        """Return factors by unit where heads share them."""
+        return (s.repeat_interleave(self.units // self.heads), c) if self.heads else (s, c)
+
+    def means(self) -> Moments:
+        """Return the mean squares of D and H over rows, None where nothing was seen."""
+        seen = self.pending.moments(self.reduction)
+        if not self.heads or seen.units is None:
+            return seen
+        return Moments(seen.units.reshape(self.heads, -1).mean(-1), seen.features)
+
+    def last(self, key: str, like: Tensor) -> Tensor:
+        """Return a second moment of the state, zero before the first commit."""
+        known: Tensor | None = self.state.get(key)
+        return torch.zeros_like(like) if known is None else known
+
+
+def moved(structure: UnitFeatureDiagonal, parts: Sequence[Part], backend: str) -> list[Moved]:
+    """Return what committing all parts now would give; nothing changes.
+
+    Args:
+        structure: The settings, the same for all.
+        parts: Layers that have seen rows of D.
+        backend: How kernels run.
+    """
+    if not parts:
+        return []
+    steps = [part.state.get("step", 0) + 1 for part in parts]
+    squares = [part.squares() for part in parts]
+    weights = [part.pending.unit_weight(part.reduction) for part in parts]
+    last = [part.last("v", own) for part, own in zip(parts, squares, strict=True)]
+    with span("scale"):
+        v, s = _moved_vectors(
+            structure, last, squares, weights, steps, backend, (structure.s_min, structure.s_max)
+        )
+        u, c = _moved_features(structure, parts, steps, backend)
+    return [
+        Moved((one,) if other is None else (one, other), part.expanded(left, right))
+        for part, one, other, left, right in zip(parts, v, u, s, c, strict=True)
+    ]
+
+
+def _moved_features(
+    structure: UnitFeatureDiagonal, parts: Sequence[Part], steps: Sequence[int], backend: str
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    nothing: list[Tensor | None] = [None] * len(parts)
+    if not structure.factored:
+        return nothing, nothing
+    # A layer that saw no rows of H, in an empty batch, weighs none: its u stays.
+    rows = [part.pending.feature_rows for part in parts]
+    sizes = [part.features for part in parts]
+    squares = [
+        part.squares().new_zeros(size) if part.pending.features is None else part.pending.features
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    last: list[Any] = [part.last("u", own) for part, own in zip(parts, squares, strict=True)]
+    weights = [1.0 / count if count else 0.0 for count in rows]
+    u: list[Any]
+    c: list[Any]
+    bounds = structure.c_min, structure.c_max
+    u, c = _moved_vectors(structure, last, squares, weights, steps, backend, bounds)
+    for index, count in enumerate(rows):
+        if not count:
+            state = {"v": last[index], "u": last[index]}
+            u[index] = last[index]
+            scale = structure.factors(state, steps[index])[1]
+            assert scale is not None
+            c[index] = scale
+    return u, c
+
+
+def _moved_vectors(
+    structure: UnitFeatureDiagonal,
+    moments: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    weights: Sequence[float],
+    steps: Sequence[int],
+    backend: str,
+    bounds: tuple[float, float],
+) -> tuple[list[Tensor], list[Tensor]]:
+    kappa = structure.kappa if structure.clip == "relative" else None
+    corrections = [structure.divisor(step) for step in steps]
+    settings = structure.beta, structure.eps, structure.v_min
+    move = move_moments.on(backend)
+    return move(moments, squares, weights, corrections, *settings, *bounds, kappa)
+
+
+class Basis(NamedTuple):
+    """What factors were made of: settings and second moments, with how often each was written."""
+
+    structure: UnitFeatureDiagonal
+    step: int
+    v: Tensor
+    v_version: int
+    u: Tensor | None
+    u_version: int
+
+    @classmethod
+    def of(cls, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> Basis:
+        """Return the basis that a layer's present state is."""
+        v, u = state["v"], state.get("u")
+        return cls(structure, state["step"], v, v._version, u, 0 if u is None else u._version)
+
+    def holds(self, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> bool:
+        """Return whether this is still so: nothing was written or replaced."""
+        v, u = state["v"], state.get("u")
+        return (
+            self.structure is structure
+            and self.step == state["step"]
+            and self.v is v
+            and self.v_version == v._version
+            and self.u is u
+            and (u is None or self.u_version == u._version)
+        )

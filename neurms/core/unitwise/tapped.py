@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,16 +14,24 @@ from neurms.core.ground.ranks import Ranks
 from neurms.core.ground.spans import span, spanned
 from neurms.core.routing import Route
 from neurms.core.structures.base import Moments
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.foresight import Foresight, foresee
-from neurms.core.unitwise.moments import Factors, Known, Moved, Part, moved
 from neurms.core.unitwise.rule import Gemm, LossReduction, UnitwiseRule
-from neurms.core.unitwise.statistics import PendingSums, synchronize
+from neurms.core.unitwise.statistics import (
+    Basis,
+    Factors,
+    Moved,
+    Part,
+    PendingSums,
+    moved,
+    synchronize,
+)
 
-__all__ = ["Holder", "TappedLayer"]
+__all__ = ["Holder", "TappedLayer", "commit"]
 
 
 class Holder(Protocol):
@@ -46,7 +55,12 @@ class Holder(Protocol):
         """Return the factor that the loss carries, or None."""
 
     def write_in_backward(
-        self, layer: TappedLayer, errors: Tensor, activations: Tensor, sums: Sums
+        self,
+        layer: TappedLayer,
+        rule: UnitwiseRule,
+        errors: Tensor,
+        activations: Tensor,
+        sums: Sums,
     ) -> None:
         """Have a layer's update written if its D and H are finite."""
 
@@ -71,13 +85,14 @@ class TappedLayer:
         self.tap: HookTap | BackwardUpdateTap | None = None
         self.follows_gradient = True
         self._engine = weakref.ref(engine)
-        self._total: PendingSums | None = None
+        self.observed = self.pending
+        """What the next commit takes: sums over all ranks once they are synchronised."""
         self._task: int | None = None
         self._version: int | None = None
-        self._everywhere = PendingSums()
+        self._everywhere = self.pending
         self._rescaled: Sums | None = None
         self._foresight: Foresight | None = None
-        self._known: Known | None = None
+        self._known: tuple[Basis, Factors] | None = None
         self._settled = 0
 
     @property
@@ -140,9 +155,11 @@ class TappedLayer:
         if not sums.rows and self.rule.upstream:
             # Nothing to rescale here, but ranks whose batch is not empty wait in their all-reduce.
             self._rescaled = self._summed_over_ranks(sums)
+        # Where variant B has summed over ranks already, factors are made of those sums.
+        if self._rescaled is not None or self._everywhere is not self.pending:
+            self._everywhere = self._everywhere.plus(self._rescaled or sums)
         self.pending.add(sums)
-        self._everywhere.add(self._rescaled or sums)
-        self._rescaled = self._total = None
+        self._rescaled, self.observed = None, self.pending
 
     def rescale(self, sums: Sums) -> Tensor | None:
         """Return variant B's factors (units,) for D, from v with this pass blended in."""
@@ -173,28 +190,30 @@ class TappedLayer:
         """
         with span("bookkeeping", [self.weight]):
             self._follow_gradient()
-            ahead = self._foresee(errors, activations)
+            # Asked once: finding the settings of now takes many calls.
+            rule = self.rule
+            ahead = self._foresee(rule, errors, activations)
             if ahead is None:
                 sums = self._rescaled or self._unit_sums(errors)
-                if self.rule.structure.factored:
+                if rule.structure.factored:
                     with span("reduce"):
                         features = column_square_sum.on(self.backend)(activations)
                     rows = activations.shape[0]
                     sums = sums._replace(feature_square_sum=features, feature_rows=rows)
-                self.engine.write_in_backward(self, errors, activations, sums)
+                self.engine.write_in_backward(self, rule, errors, activations, sums)
                 return None
             self._foresight = ahead
             try:
-                self.engine.write_in_backward(self, errors, activations, ahead.sums)
+                self.engine.write_in_backward(self, rule, errors, activations, ahead.sums)
             finally:
                 # A copy of the layer's signals must not outlive their use.
                 if self._foresight is ahead and ahead.scaled is not None:
                     self._foresight = ahead._replace(scaled=None)
             return ahead.error_sum
 
-    def _foresee(self, errors: Tensor, activations: Tensor) -> Foresight | None:
+    def _foresee(self, rule: UnitwiseRule, errors: Tensor, activations: Tensor) -> Foresight | None:
         """Work everything out in one pass over D and H, where nothing else has a say in it."""
-        rule, seen = self.rule, self._everywhere.rows or self._rescaled is not None
+        seen = self._everywhere.rows or self._rescaled is not None
         if self.heads or seen or rule.upstream:
             return None
         engine = self.engine
@@ -202,7 +221,7 @@ class TappedLayer:
         rounded = errors.dtype is activations.dtype is torch.bfloat16
         scale = engine.gemm == "float32" and not rounded
         return foresee(
-            errors, activations, rule.structure, self.state, engine.loss_reduction, self.backend,
+            errors, activations, rule.structure, self.state, engine.loss_reduction, engine.backend,
             scale=scale,
         )  # fmt: skip
 
@@ -246,55 +265,55 @@ class TappedLayer:
 
     # ------------------------------------------------------------- statistics and factors
 
-    @property
-    def observed(self) -> PendingSums:
-        """What the next commit will take: sums over all ranks once they are synchronised."""
-        return self.pending if self._total is None else self._total
-
     def begin_synchronization(self) -> PendingSums:
         """Return a copy of the pending sums, to be summed over ranks in place."""
-        self._total = self.pending.copy()
-        return self._total
+        self.observed = self.pending.copy()
+        return self.observed
 
     def restore(self, pending: PendingSums) -> None:
         """Make ``pending`` what the layer has seen since the last commit."""
-        self.clear()
-        self.pending, self._everywhere = pending.copy(), pending.copy()
+        self.pending = pending.copy()
+        self._forget()
 
     def clear(self) -> None:
         """Forget what was observed since the last commit."""
         self.pending.clear()
-        self._everywhere.clear()
-        self._rescaled = self._total = self._foresight = None
+        self._forget()
 
-    def part(self, pending: PendingSums) -> Part:
-        """Return the layer's part in a commit of ``pending``."""
+    def _forget(self) -> None:
+        self.observed = self._everywhere = self.pending
+        self._rescaled = self._foresight = None
+
+    def part(self, state: Mapping[str, Any], pending: PendingSums) -> Part:
+        """Return the layer's part in a commit of ``pending`` into ``state``."""
         layout, reduction = self.route.layout, self.engine.loss_reduction
-        return Part(self.state, pending, reduction, layout.units, layout.features, self.heads)
+        return Part(state, pending, reduction, layout.units, layout.features, self.heads)
 
     def moments(self, pending: PendingSums) -> Moments:
         """Return the mean squares of ``pending``, heads pooled."""
-        return self.part(pending).means()
+        return self.part(self.state, pending).means()
 
     @spanned("bookkeeping")
     def foreseen(self, sums: Sums) -> Factors:
         """Return the factors as they would be if ``sums`` were committed now; nothing changes."""
         if self._foresight is not None and self._foresight.sums is sums:
             return self._foresight.factors
-        part = self.part(self._everywhere.plus(sums))
+        part = self.part(self.state, self._everywhere.plus(sums))
         (ahead,) = moved(self.rule.structure, [part], self.backend)
         return ahead.factors
 
-    def known(self) -> Moved | None:
+    def known(self, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> Moved | None:
         """Return what the next commit gives, where backward has worked it out already."""
         ahead = self._foresight
-        if ahead is None or not ahead.holds(self.rule.structure, self.state, self.observed):
+        if ahead is None or not ahead.holds(structure, state, self.observed):
             return None
         return Moved(ahead.moments, ahead.factors)
 
-    def settle(self, factors: Factors) -> None:
+    def settle(
+        self, structure: UnitFeatureDiagonal, state: Mapping[str, Any], factors: Factors
+    ) -> None:
         """End a commit whose statistics are in the state, and give these factors."""
-        self._known = Known.of(self.rule.structure, self.state, factors)
+        self._known = Basis.of(structure, state), factors
         self._settled = id(self.weight.grad)
         self.clear()
 
@@ -303,11 +322,40 @@ class TappedLayer:
         """Whether the weight has a gradient of which nothing was seen, and nothing committed."""
         return not self.observed.rows and self._settled != id(self.weight.grad)
 
-    @spanned("bookkeeping")
     def factors(self) -> Factors:
         """Return s (m,) and c (n,) from the committed statistics; c is None unless factored."""
-        structure, state = self.rule.structure, self.state
-        if self._known is not None and self._known.holds(structure, state):
-            return self._known.factors
+        return self.factors_of(self.rule.structure, self.state)
+
+    @spanned("bookkeeping")
+    def factors_of(self, structure: UnitFeatureDiagonal, state: dict[str, Any]) -> Factors:
+        """As :meth:`factors`, of the layer's settings and state where those are at hand."""
+        if self._known is not None and self._known[0].holds(structure, state):
+            return self._known[1]
         with span("scale"):
-            return self.part(self.pending).expanded(*structure.factors(state, state["step"]))
+            factors = structure.factors(state, state["step"])
+            return self.part(state, self.pending).expanded(*factors)
+
+
+Seat = tuple[TappedLayer, dict[str, Any]]
+"""A layer and its state."""
+
+
+def commit(structure: UnitFeatureDiagonal, seats: Sequence[Seat], backend: str) -> None:
+    """Move what layers have observed into their state, all in one call.
+
+    Args:
+        structure: The settings, the same for all.
+        seats: Layers that have seen rows of D, each with its state.
+        backend: How kernels run.
+    """
+    known = [layer.known(structure, state) for layer, state in seats]
+    rest = [seat for seat, own in zip(seats, known, strict=True) if own is None]
+    parts = [layer.part(state, layer.observed) for layer, state in rest]
+    fresh = iter(moved(structure, parts, backend))
+    results: list[Moved] = [next(fresh) if own is None else own for own in known]
+    with span("reduce"):
+        kept = [state[key] for _, state in seats for key in ("v", "u") if key in state]
+        torch._foreach_copy_(kept, [moment for own in results for moment in own.moments])
+    for (layer, state), own in zip(seats, results, strict=True):
+        state["step"] += 1
+        layer.settle(structure, state, own.factors)

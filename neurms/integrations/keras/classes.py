@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 
+from neurms.core.ground.errors import meant
 from neurms.core.optimizers.registry import available, optimizer_class
 from neurms.core.optimizers.rules import follow, rule_names
 from neurms.integrations.keras.neurms import TappedOptimizer
@@ -49,5 +50,6 @@ def keras_class(rule: str) -> type[NeurmsOptimizer]:
         ValueError: No rule has that name.
     """
     if rule not in rule_names():
-        raise ValueError(f"name={rule!r} is not known; choose one of {available()}")
+        near = meant(rule, available())
+        raise ValueError(f"name={rule!r} is not known{near}; choose one of {available()}")
     return CLASSES[rule]

@@ -64,6 +64,10 @@ class TappedOptimizer(NeurmsOptimizer):
             )
         return super()._made_engine(entries)
 
+    def _drawing(self) -> list[dict[str, Any]]:
+        # Its probes belong to update="backward", which Keras has not.
+        return super()._drawing() if self._settings["low_precision"] == "stochastic" else []
+
     @property
     def layers(self) -> Layers:
         """The tapped layers."""
@@ -127,7 +131,7 @@ class TappedOptimizer(NeurmsOptimizer):
 
     def _begin_taps(self, scaler: Any) -> None:
         self.layers.loss_scale = self._loss_scale(scaler)
-        self.layers.attach_taps()
+        self.layers.put()
 
     def _loss_scale(self, scaler: Any) -> Callable[[], Tensor | float] | None:
         window = self.gradient_accumulation_steps or 1

@@ -123,6 +123,7 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
         self._frozen: tuple[PlanRow, ...] = ()
         self._missed: Any = None
         self._missed_counts: tuple[int, ...] = ()
+        self._seeds: Any = None
         if exclude_from_weight_decay:
             self.exclude_from_weight_decay(var_names=exclude_from_weight_decay)
 
@@ -152,6 +153,7 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
         self._missed = self.add_variable((len(entries),), dtype="int32", name="missed_steps")
         for entry in entries:
             self._add_state(engine, entry)
+        self._add_seeds()
         self._variables_restored()
         self._surrounded(around)
 
@@ -204,6 +206,19 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
             name=name,
         )
         return parameter_of(variable)
+
+    def _add_seeds(self) -> None:
+        """Keep the seeds of draws in a variable, for a file may go on under other names."""
+        seeds = [state["seed"] for state in self._drawing()]
+        if seeds:
+            self._seeds = self.add_variable((len(seeds),), dtype="int64", name="seeds")
+            with torch.no_grad():
+                parameter_of(self._seeds).copy_(torch.tensor(seeds, dtype=torch.int64))
+
+    def _drawing(self) -> list[dict[str, Any]]:
+        """Return the states that hold a seed, in the order of the variables."""
+        states = (self.engine.optimizer.state[entry.route.parameter] for entry in self._entries)
+        return [state for state in states if "seed" in state]
 
     # ---------------------------------------------------------------- the step
 
@@ -304,6 +319,10 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
         if self._engine is None:
             return
         self._missed_counts = tuple(parameter_of(self._missed).tolist())
+        if self._seeds is not None:
+            seeds = parameter_of(self._seeds).tolist()
+            for state, seed in zip(self._drawing(), seeds, strict=True):
+                state["seed"] = seed
         self._begin_step()
 
     # ---------------------------------------------------------------- weight decay

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from neurms.core.ground.errors import check_real
+from neurms.core.ground.errors import check_real, meant
 from neurms.core.optimizers.registry import optimizer_class
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
 
@@ -60,10 +60,12 @@ def check_settings(
     defaults = setting_defaults(rule)
     for name in given:
         if name in _KERAS_DECIDES:
-            raise TypeError(f"{name}={given[name]!r} {_KERAS_DECIDES[name]}; leave it out")
+            cure = f"pass learning_rate={given[name]!r}" if name == "lr" else "leave it out"
+            raise TypeError(f"{name}={given[name]!r} {_KERAS_DECIDES[name]}; {cure}")
         if name not in defaults:
             raise TypeError(
-                f"{rule} has no setting {name!r}; its settings are {sorted(defaults)}, beside "
+                f"{rule} has no setting {name!r}{meant(name, defaults)}; its settings are "
+                f"{sorted(defaults)}, beside "
                 "Keras's own (learning_rate, weight_decay, clipnorm, use_ema, ...)"
             )
     settings = {**defaults, **{k: _tupled(v) for k, v in given.items()}}

@@ -20,6 +20,7 @@ from neurms.callbacks.profiler import profile
 from neurms.core.ground import spans
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
 from tests.callbacks.profiler import truth
+from tests.core.unitwise.root_truth import inverse_root
 
 BETA = 0.9
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -79,7 +80,7 @@ def test_statistics_equal_float64_truth(ours: bool, micro: int, autocast: bool) 
         assert values["dominance"][:3] == pytest.approx(truth.dominance(momentum), rel=1e-5)
         assert values["dominance_of"] == "momentum"
         if ours:
-            s = (v + 1e-8) ** -0.5
+            s = inverse_root(v)
             assert values["clipped_units"] == (s >= 30.0).sum()
 
 

@@ -67,12 +67,13 @@ def test_a_hidden_runtime_is_made_visible() -> None:
     assert found == "False False True"
 
 
+KERNEL = "within([torch.zeros(1 << 22)], [1.0])"
 COUNT = """
     import os, torch, neurms
     from neurms.compiled.finite import within
     from neurms.compiled.native import threads
     {change}
-    within([torch.zeros(1 << 22)], [1.0])
+    {kernel}
     workers = len(os.listdir("/proc/self/task"))
     print(threads(), torch.get_num_threads(), workers)
 """
@@ -81,8 +82,10 @@ COUNT = """
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_threads_are_torch_s_and_no_more(repository: Path, count: int) -> None:
     """By the environment or by the call, kernels and torch share one team of workers."""
-    by_environment = run(COUNT.format(change=""), repository, OMP_NUM_THREADS=str(count))
-    by_call = run(COUNT.format(change=f"torch.set_num_threads({count})"), repository)
+    by_environment = run(
+        COUNT.format(change="", kernel=KERNEL), repository, OMP_NUM_THREADS=str(count)
+    )
+    by_call = run(COUNT.format(change=f"torch.set_num_threads({count})", kernel=KERNEL), repository)
     assert by_call.split()[:2] == [str(count)] * 2
     taken, allowed, workers = by_environment.split()
     assert taken == allowed  # no more than there are cores
@@ -93,6 +96,39 @@ def test_threads_are_torch_s_and_no_more(repository: Path, count: int) -> None:
     """
     torch_alone = run(alone, repository, OMP_NUM_THREADS=str(count))
     assert workers == torch_alone
+
+
+FOREIGN = {
+    "LLVM": [
+        *Path("/usr/lib").glob("*/libomp.so.5"),
+        *Path("/usr/lib").glob("llvm-*/lib/libomp.so"),
+    ],
+    "Intel": [Path(sys.prefix, "lib", "libiomp5.so")],
+}
+"""Runtimes that somebody may put before torch's, and where packages of Debian and PyPI lay them."""
+
+
+def preloaded(maker: str) -> dict[str, str]:
+    path = next((path for path in FOREIGN[maker] if path.is_file()), None)
+    if path is None:
+        pytest.skip(f"{maker}'s OpenMP runtime is not installed")
+    return {"LD_PRELOAD": str(path)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("maker", FOREIGN)
+def test_a_runtime_put_before_torch_s_serves_both(repository: Path, maker: str, count: int) -> None:
+    foreign = preloaded(maker)
+    # torch's own is loaded, too, by torch; it starts no thread, and the kernels add none.
+    assert run(RUNTIMES, repository, **foreign) == "2"
+    change = f"torch.set_num_threads({count})"
+    taken, allowed, workers = run(
+        COUNT.format(change=change, kernel=KERNEL), repository, **foreign
+    ).split()
+    assert taken == allowed == str(count)
+    alone = COUNT.format(change=change, kernel="torch.zeros(1 << 22).add_(1)")
+    assert workers == run(alone, repository, **foreign).split()[2]
 
 
 TRAINING = """
@@ -128,3 +164,13 @@ def test_loaders_workers_and_kernels_share_the_machine(
     """Forked workers are made after the kernels have used OpenMP's threads."""
     code = TRAINING.format(count=count, optimizer=optimizer, method="fork")
     assert run(code, repository) == "trained"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("maker", FOREIGN)
+def test_loaders_workers_under_a_runtime_put_before_torch_s(
+    repository: Path, maker: str, count: int
+) -> None:
+    code = TRAINING.format(count=count, optimizer="NeuRMS(model)", method="fork")
+    assert run(code, repository, **preloaded(maker)) == "trained"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import io
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 PATIENCE = 240.0
+AFTER_A_FAILURE = 10.0
+"""Ranks that wait for one that has failed would wait for gloo's timeout."""
 _GLOO = timedelta(seconds=120)
 
 
@@ -49,6 +52,25 @@ def _serve(rank: int, jobs: Any, answers: Any) -> None:
             answers.put((False, traceback.format_exc()))
 
 
+def _gathered(queues: list[Any]) -> list[Any]:
+    """Return the ranks' answers in order; only those that came soon, once one has failed."""
+    found: dict[int, Any] = {}
+    until = time.monotonic() + PATIENCE
+    while len(found) < len(queues):
+        for rank, answers in enumerate(queues):
+            if rank in found or answers.empty():
+                continue
+            found[rank] = answers.get()
+            if not found[rank][0]:
+                until = min(until, time.monotonic() + AFTER_A_FAILURE)
+        if time.monotonic() > until:
+            break
+        time.sleep(0.002)
+    if len(found) < len(queues) and all(good for good, _ in found.values()):
+        raise TimeoutError(f"ranks {sorted(found)} of {len(queues)} answered in {PATIENCE:.0f} s")
+    return [found[rank] for rank in sorted(found)]
+
+
 class Ranks:
     """Up to four processes; started when first needed, stopped by :meth:`close`."""
 
@@ -69,10 +91,12 @@ class Ranks:
             for _, jobs, _ in own:
                 jobs.put((folder, ranks, function.__module__, function.__qualname__, settings))
             try:
-                found = [answers.get(timeout=PATIENCE) for _, _, answers in own]
+                found = _gathered([answers for _, _, answers in own])
             except BaseException:
                 self.close()
                 raise
+            if len(found) < ranks:
+                self.close()
         failures = [text for good, text in found if not good]
         assert not failures, "\n".join(failures)
         return [torch.load(io.BytesIO(data), weights_only=False) for _, data in found]

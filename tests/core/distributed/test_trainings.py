@@ -17,7 +17,6 @@ from tests.core.unitwise.neurms_models import assert_same
 
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"neurms {v}": ("neurms", {"lr": 0.05, "momentum": 0.5, "variant": v}) for v in "UBFP"},
-    **{f"neurms {v}": ("neurms", {"lr": 0.05, "momentum": 0.5, "variant": v}) for v in "UBF"},
     "neurms normalised": (
         "neurms",
         {"lr": 0.05, "momentum": 0.5, "variant": "F", "normalize": "rms"},

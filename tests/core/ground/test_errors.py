@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import neurms
 from neurms.core.ground import errors
 from neurms.core.ground.errors import (
     CheckpointError,
@@ -20,6 +21,7 @@ from neurms.core.ground.errors import (
     check_interval,
     check_positive_int,
     check_real,
+    meant,
 )
 
 
@@ -87,3 +89,23 @@ def test_what_passes() -> None:
 def test_index_is_complete() -> None:
     public = {n for n, v in vars(errors).items() if getattr(v, "__module__", "") == errors.__name__}
     assert {name for name in public if not name.startswith("_")} == set(errors.__all__)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [("rcas", " (did you mean 'racs'?)"), ("RMNP", " (did you mean 'rmnp'?)"), ("x", ""), (3, "")],
+)
+def test_what_was_meant(value: object, wanted: str) -> None:
+    assert meant(value, ["racs", "rmnp", None, True]) == wanted
+
+
+def test_a_mistyped_name_is_answered_with_the_right_one() -> None:
+    model = torch.nn.Linear(3, 2)
+    for call, answer in (
+        (lambda: neurms.create("Muno", model), "did you mean 'muon'"),
+        (lambda: neurms.NeuRMS(model, variant="u"), "did you mean 'U'"),  # type: ignore[arg-type]
+        (lambda: neurms.RACS(model, weigth_decay=0.1), "did you mean 'weight_decay'"),  # type: ignore[call-arg]
+        (lambda: neurms.RACS(model, learning_rate=0.1), "write lr"),  # type: ignore[call-arg]
+    ):
+        with pytest.raises((TypeError, ValueError), match=answer):
+            call()

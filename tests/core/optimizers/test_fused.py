@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,10 +42,10 @@ def test_fused_equals_the_transforms(
         recipe = made(settings)
         assert recipe.fused is not None
 
-        def fused(call: FusedStep) -> None:
+        def fused(steps: Sequence[FusedStep]) -> None:
             nonlocal calls
             calls += 1
-            recipe.fused(call)  # type: ignore[misc]
+            recipe.fused(steps)  # type: ignore[misc]
 
         return replace(recipe, fused=fused)
 
@@ -64,6 +64,40 @@ def test_fused_equals_the_transforms(
     assert calls == 3, "the fused step is what the first trajectory must have taken"
     tolerance = 1e-2 if dtype == torch.bfloat16 else 3e-6
     torch.testing.assert_close(*trajectories, rtol=tolerance, atol=tolerance)
+
+
+SIZES = [(64, 64)] * 8 + [(24, 100), (3, 5), (1, 7)]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_many_small_matrices_take_one_call(
+    name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trajectories, counts = [], []
+    cls = optimizer_class(name)
+    made = cls.recipe
+
+    def counted(settings: Mapping[str, Any]) -> Recipe:
+        recipe = made(settings)
+
+        def fused(steps: Sequence[FusedStep]) -> None:
+            counts.append(len(steps))
+            recipe.fused(steps)  # type: ignore[misc]
+
+        return replace(recipe, fused=fused)
+
+    for recipe_of in (counted, lambda settings: replace(made(settings), fused=None)):
+        monkeypatch.setattr(cls, "recipe", recipe_of)
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in SIZES]
+        optimizer = create(name, parameters, lr=0.1, **settings)
+        for scale in (1.0, 5.0, 0.1):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
+            optimizer.step()
+        trajectories.append([parameter.detach().double() for parameter in parameters])
+    assert counts == [len(SIZES)] * 3
+    torch.testing.assert_close(*trajectories, rtol=3e-6, atol=3e-6)
 
 
 def test_momentum_follows_a_weight_that_is_stored_by_columns() -> None:

@@ -95,6 +95,22 @@ def test_stochastic_rounding_draws_alike_under_other_names() -> None:
         torch.testing.assert_close(mine, truth, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("settings", [{"normalize": "rms"}, {"variant": "P"}])
+def test_probes_of_a_backward_that_moves_weights(settings: dict[str, Any]) -> None:
+    whole = model_of()
+    optimizer = neurms.NeuRMS(whole, update="backward", lr=1e-3, **settings)
+    train(whole, optimizer, 3)
+    resumed = copy.deepcopy(whole)
+    holder = nn.ModuleDict({"wrapped": resumed})
+    other = neurms.NeuRMS(holder, update="backward", lr=1e-3, **settings)
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    other.load_state_dict({**other.state_dict(), "state": state})
+    train(whole, optimizer, 4, start=3)
+    train(resumed, other, 4, start=3)
+    for mine, truth in zip(resumed.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, truth, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rule", ["rmnp", "soap", "muon"])
 def test_rules_that_draw_nothing_keep_no_seed(rule: str) -> None:
     model = model_of()

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from neurms.compiled.reductions import axes_square_sum
 from neurms.core.taps import Activity, activity_of
 
 # layer, shape of H, axes of D and H that are summed away (the truth, spelled out per case)
@@ -34,7 +35,7 @@ def test_channels_of_every_kind_of_layer(case: str) -> None:
     errors = torch.randn_like(layer(inputs))
     activity = activity_of(layer)
     assert activity is not None
-    units, rows = activity.unit_square_sum(errors)
+    units, rows = axes_square_sum(errors, activity.unit_axes)
     features, feature_rows = activity.feature_square_sum(inputs)
     torch.testing.assert_close(units.double(), squares(errors, axes), rtol=1e-6, atol=0)
     torch.testing.assert_close(features.double(), squares(inputs, axes), rtol=1e-6, atol=0)
@@ -47,7 +48,7 @@ def test_scale_units_multiplies_each_unit(case: str) -> None:
     errors = torch.randn_like(layer(torch.randn(shape)))
     activity = activity_of(layer)
     assert activity is not None
-    units = activity.unit_square_sum(errors)[0]
+    units = axes_square_sum(errors, activity.unit_axes)[0]
     factors = torch.arange(1.0, len(units) + 1)
     scaled = activity.scale_units(errors, factors)
     assert scaled.shape == errors.shape
@@ -56,7 +57,7 @@ def test_scale_units_multiplies_each_unit(case: str) -> None:
 
 def test_channels_last_memory() -> None:
     errors = torch.randn(2, 6, 5, 5).to(memory_format=torch.channels_last)
-    units, rows = Activity((-3,), (-3,)).unit_square_sum(errors)
+    units, rows = axes_square_sum(errors, (-3,))
     assert rows == 50
     torch.testing.assert_close(units.double(), squares(errors, (0, 2, 3)), rtol=1e-6, atol=0)
 
@@ -64,7 +65,7 @@ def test_channels_last_memory() -> None:
 def test_several_unit_axes_in_the_weights_order() -> None:
     errors = torch.randn(2, 3, 4, 5)  # batch, heads, positions, head width
     activity = Activity(unit_axes=(-1, -3))
-    units, rows = activity.unit_square_sum(errors)
+    units, rows = axes_square_sum(errors, activity.unit_axes)
     expected = errors.double().square().sum((0, 2)).T.flatten()
     torch.testing.assert_close(units.double(), expected, rtol=1e-6, atol=0)
     assert rows == 8

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.core.unitwise.root_truth import inverse_root
+
 DEFAULTS: dict[str, Any] = {
     "lr": 0.01,
     "variant": "U",
@@ -133,7 +135,7 @@ class Truth:
             (layer.v, p["s_min"], p["s_max"]),
             (layer.u, p["c_min"], p["c_max"]),
         ):
-            root = torch.clamp(moment / correction + p["eps"], min=p["v_min"]) ** -0.5
+            root = inverse_root(moment / correction, p["eps"], p["v_min"])
             if p["clip"] == "relative":
                 median = root.sort().values[(len(root) - 1) // 2]
                 low, high = median / p["kappa"], median * p["kappa"]

@@ -10,8 +10,7 @@ from torch import nn
 
 import neurms
 from neurms.compiled.native import compiler
-from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from neurms.core.unitwise import moves
+from neurms.core.unitwise import moves, statistics
 from tests.core.unitwise.neurms_models import (
     assert_close_models,
     assert_same,
@@ -53,22 +52,20 @@ def test_the_eager_definitions_say_the_same(settings: dict[str, Any], update: st
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_one_call_for_all(monkeypatch: pytest.MonkeyPatch, momentum: float) -> None:
     counts = {"commit": [], "move": []}  # type: ignore[var-annotated]
-    commit, move = UnitFeatureDiagonal.moved, moves.apply_updates_
-
-    def committed(self: Any, moments: Any, *rest: Any, **more: Any) -> Any:
-        counts["commit"].append(len(moments))
-        return commit(self, moments, *rest, **more)
 
     class Counting:
+        def __init__(self, kernel: Any, name: str) -> None:
+            self.kernel, self.name = kernel, name
+
         def on(self, backend: str) -> Any:
-            def moved(targets: Any, *rest: Any, **more: Any) -> None:
-                counts["move"].append(len(targets))
-                move.on(backend)(targets, *rest, **more)
+            def counted(items: Any, *rest: Any, **more: Any) -> Any:
+                counts[self.name].append(len(items))
+                return self.kernel.on(backend)(items, *rest, **more)
 
-            return moved
+            return counted
 
-    monkeypatch.setattr(UnitFeatureDiagonal, "moved", committed)
-    monkeypatch.setattr(moves, "apply_updates_", Counting())
+    monkeypatch.setattr(statistics, "move_moments", Counting(statistics.move_moments, "commit"))
+    monkeypatch.setattr(moves, "apply_updates_", Counting(moves.apply_updates_, "move"))
     model, optimizer = pair(wide, momentum=momentum)
     train(model, optimizer, batches(2))
     assert counts == {"commit": [3, 3], "move": [6, 6]}

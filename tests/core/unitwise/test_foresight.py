@@ -13,6 +13,7 @@ import neurms
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.unitwise.foresight import foresee
 from neurms.core.unitwise.statistics import PendingSums
+from tests.core.unitwise.root_truth import inverse_root
 
 
 def state_of(structure: UnitFeatureDiagonal, m: int = 5, n: int = 4) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def test_foresight_is_the_formula(factored: bool, reduction: Any) -> None:
     state = state_of(structure)
     d, h = torch.randn(6, 5).double(), torch.randn(6, 4).double()
     v = 0.8 * state["v"] + 0.2 * d.square().sum(0) * (6 if reduction == "mean" else 1 / 6)
-    s = (v / (1 - 0.8**4) + 1e-8).rsqrt().clamp(0, 1.5)
+    s = inverse_root(v / (1 - 0.8**4)).clamp(0, 1.5)
     ahead = foresee(d, h, structure, state, reduction, "eager")
     assert ahead is not None
     assert ahead.scaled is not None
@@ -42,7 +43,7 @@ def test_foresight_is_the_formula(factored: bool, reduction: Any) -> None:
     if factored:
         u = 0.8 * state["u"] + 0.2 * h.square().mean(0)
         torch.testing.assert_close(ahead.moments[1], u)
-        torch.testing.assert_close(ahead.scaled[1], h * (u / (1 - 0.8**4) + 1e-8).rsqrt())
+        torch.testing.assert_close(ahead.scaled[1], h * inverse_root(u / (1 - 0.8**4)))
     else:
         assert ahead.scaled[1] is h
     unscaled = foresee(d, h, structure, state, reduction, "eager", scale=False)

@@ -23,6 +23,7 @@ from tests.core.unitwise.neurms_models import (
     vectors,
     wide,
 )
+from tests.core.unitwise.root_truth import inverse_root
 
 ROUNDED: dict[str, Any] = {"update": "backward", "gemm": "bfloat16"}
 
@@ -52,8 +53,8 @@ def test_the_weight_moves_by_the_rounded_product(
         d, h = signals(layer, torch.randn(33, sizes[0]), lambda z: z.square().mean())
         v = 0.9 * v + 0.1 * 33 * d.double().square().sum(0)
         u = 0.9 * u + 0.1 * h.double().square().mean(0)
-        s = (v / (1 - 0.9**step) + 1e-8).rsqrt().clamp(max=100)
-        c = (u / (1 - 0.9**step) + 1e-8).rsqrt().clamp(max=100) if variant == "F" else 1.0
+        s = inverse_root(v / (1 - 0.9**step)).clamp(max=100)
+        c = inverse_root(u / (1 - 0.9**step)).clamp(max=100) if variant == "F" else 1.0
         rounded = [x.bfloat16().double() for x in ((d * s).float() if variant == "B" else d, h)]
         left = 1.0 if variant == "B" else s[:, None]
         velocity = momentum * velocity + left * (rounded[0].T @ rounded[1]) * c

@@ -22,6 +22,7 @@ from tests.core.unitwise.neurms_models import (
     train,
     vectors,
 )
+from tests.core.unitwise.root_truth import inverse_root
 from tests.core.unitwise.test_neurms_state import saved
 
 
@@ -118,7 +119,7 @@ class TestHeads:
         loss.backward()
         train(model, optimizer, [(x, y)])
         v = (len(x) * errors).square().mean(0).reshape(3, 2).mean(1).repeat_interleave(2)
-        s = ((v + 1e-8) ** -0.5).clip(0, 100)
+        s = inverse_root(v).clip(0, 100)
         torch.testing.assert_close(model[2].weight, before - 0.1 * s[:, None] * twin[2].weight.grad)
         assert optimizer.state[model[2].weight]["v"].shape == (3,)
 
@@ -278,8 +279,8 @@ def test_a_layer_used_twice_sums_both_uses(variant: str) -> None:
     gradient = layer.weight.grad.clone()
     optimizer.step()
     errors, inputs = torch.cat([first.grad, second.grad]), torch.cat([x, second_input])
-    s = ((12 * errors).square().mean(0) + 1e-8) ** -0.5
-    c = (inputs.square().mean(0) + 1e-8) ** -0.5 if variant == "F" else torch.ones(4)
+    s = inverse_root((12 * errors).square().mean(0))
+    c = inverse_root(inputs.square().mean(0)) if variant == "F" else torch.ones(4)
     expected = before - 0.1 * s.clip(0, 100)[:, None] * gradient * c.clip(0, 100)
     torch.testing.assert_close(layer.weight.detach(), expected.detach())
 

@@ -19,6 +19,7 @@ from tests.core.unitwise.preconditioning import (
     trained,
     trained_beside,
 )
+from tests.core.unitwise.root_truth import inverse_root
 
 # ---------------------------------------------------------------- what it does to gradients
 
@@ -77,8 +78,8 @@ def test_gradient_is_S_G_C_of_autograd_quantities():
     z = model[2](h).detach().requires_grad_()
     F.cross_entropy(z, batch[1]).backward()
     errors, rows = z.grad, len(h)
-    s = ((rows * errors).square().mean(0) + 1e-8).rsqrt().clamp(max=100.0)
-    c = (h.square().mean(0) + 1e-8).rsqrt().clamp(max=100.0)
+    s = inverse_root((rows * errors).square().mean(0)).clamp(max=100.0)
+    c = inverse_root(h.square().mean(0)).clamp(max=100.0)
     expected = s[:, None] * (errors.T @ h) * c
     with GradientPreconditioner(model, variant="F") as preconditioner:
         loss_of(model, batch).backward()

@@ -12,11 +12,12 @@ from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import route_model
 from neurms.core.taps import HookTap, Sink, Sums, UpdateSink
 from neurms.core.unitwise.engine import Engine
-from neurms.core.unitwise.moments import Factors
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.products import Product
 from neurms.core.unitwise.rule import LossReduction, UnitwiseRule, Variant
+from neurms.core.unitwise.statistics import Factors
 from neurms.core.unitwise.tapped import TappedLayer
+from tests.core.unitwise.root_truth import inverse_root
 
 
 class Owner:
@@ -48,7 +49,9 @@ class Owner:
     def opened_state(self, parameter: Tensor) -> dict[str, Any]:
         return self.state
 
-    def write_in_backward(self, layer: TappedLayer, product: Product, factors: Factors) -> None:
+    def write_in_backward(
+        self, layer: TappedLayer, rule: UnitwiseRule, product: Product, factors: Factors
+    ) -> None:
         self.written.append(product)
 
 
@@ -128,8 +131,8 @@ def test_factors_are_the_formula(reduction: LossReduction, correction: bool) -> 
         u = 0.9 * u + 0.1 * h.square().mean(0)
         divisor = 1 - 0.9**number if correction else 1.0
         s, c = layer.factors()
-        torch.testing.assert_close(s, (v / divisor + 1e-8).pow(-0.5).clip(0, 2))
-        torch.testing.assert_close(c, (u / divisor + 1e-8).pow(-0.5).clip(0.9, 100))
+        torch.testing.assert_close(s, inverse_root(v / divisor).clip(0, 2))
+        torch.testing.assert_close(c, inverse_root(u / divisor).clip(0.9, 100))
     assert owner.state["step"] == 3
 
 
@@ -142,7 +145,7 @@ def test_heads_pool_the_second_moment_of_their_units() -> None:
     pooled = (6 * d).square().mean(0).reshape(2, 2).mean(1)
     s, c = layer.factors()
     assert owner.state["v"].shape == (2,)
-    torch.testing.assert_close(s, (pooled + 1e-8).pow(-0.5).repeat_interleave(2))
+    torch.testing.assert_close(s, inverse_root(pooled).repeat_interleave(2))
     assert c is None
 
 
@@ -162,7 +165,7 @@ class TestRescale:
             seen.append(d)
             rows = torch.cat(seen)
             factors = layer.rescale(sums)
-            expected = ((len(rows) * rows).square().mean(0) + 1e-8).pow(-0.5)
+            expected = inverse_root((len(rows) * rows).square().mean(0))
             torch.testing.assert_close(factors, expected)
             layer.add(sums)
         layer.engine.commit([layer])

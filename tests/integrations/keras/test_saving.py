@@ -201,6 +201,58 @@ def test_model_checkpoint_and_backup_and_restore(tmp_path: Path) -> None:
     assert equal(model, resumed)
 
 
+DRAWING = {
+    "alice": {"rank": 3, "leading": 1, "interval": 2, "switching": "gaussian"},
+    "apollo": {"rank": 2, "interval": 2},
+    "low_rank_soap": {"rank": 3, "leading": 1, "interval": 2},
+    "adapprox": {},
+}
+
+
+def named_model(rule: str, names: list[str], seed: int) -> Any:
+    keras.utils.set_random_seed(3)
+    sizes = (5, 4, 3)
+    stack = [layers.Dense(n, name=name) for n, name in zip(sizes, names, strict=True)]
+    model = keras.Sequential([layers.Input((6,)), *stack])
+    optimizer = keras_optimizer(rule, learning_rate=0.01, seed=seed, **DRAWING[rule])
+    model.compile(optimizer=optimizer, loss="mse")
+    return model
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**40 + 1])
+@pytest.mark.parametrize("rule", DRAWING)
+def test_draws_go_on_alike_under_other_names_and_seeds(
+    rule: str, seed: int, tmp_path: Path
+) -> None:
+    model = named_model(rule, ["a", "b", "c"], seed)
+    fit(model)
+    model.save_weights(tmp_path / "w.weights.h5")
+    other = named_model(rule, ["x", "y", "z"], seed + 1)
+    other.optimizer.build(other.trainable_variables)
+    before = other.get_weights()
+    other.load_weights(tmp_path / "w.weights.h5")
+    assert not np.array_equal(before[0], other.get_weights()[0])
+    other.optimizer.set_weights([v.numpy() for v in model.optimizer.variables])
+    for one in (model, other):
+        fit(one, epochs=3)
+    assert equal(model, other)
+
+
+@pytest.mark.parametrize("rule", DRAWING)
+def test_other_names_draw_otherwise(rule: str) -> None:
+    """So that the test above can fail."""
+    models = [named_model(rule, names, 0) for names in (["a", "b", "c"], ["x", "y", "z"])]
+    for one in models:
+        fit(one, epochs=3)
+    assert not equal(*models)
+
+
+def test_rules_that_draw_nothing_save_no_seeds() -> None:
+    model = model_with(keras_optimizer("soap"))
+    fit(model)
+    assert not any(v.name.endswith("seeds") for v in model.optimizer.variables)
+
+
 # -------------------------------------------------------------------- what is refused
 
 
