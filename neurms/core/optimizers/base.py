@@ -33,7 +33,7 @@ from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.recipes import Recipes, default_settings
 from neurms.core.optimizers.settings import GROUP_SETTINGS, check_common
 from neurms.core.optimizers.view import View, seed_of
-from neurms.core.optimizers.work import Work, meet
+from neurms.core.optimizers.work import Work, hand_over, meet
 from neurms.core.routing import (
     FALLBACK,
     Head,
@@ -261,9 +261,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def work(self) -> Work:
         """Return the views of all parameters, made anew where groups or parameters have changed."""
         if self._work is None or not self._work.holds(self):
-            meet(self, self._known)
+            swapped = meet(self, self._known)
             self._known = [list(group["params"]) for group in self.param_groups]
             self._work = Work(self)
+            hand_over(self, swapped)
         return self._work
 
     def take_part(self) -> None:

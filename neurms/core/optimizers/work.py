@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from neurms.core.ground.shards import placed_like
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Route
 
-__all__ = ["HasParameters", "Work", "meet"]
+__all__ = ["HasParameters", "Swapped", "Work", "hand_over", "meet"]
 
 Group = dict[str, Any]
 
@@ -153,7 +153,15 @@ def _follow(view: View) -> None:
     view.look()
 
 
-def meet(optimizer: HasParameters, known: Sequence[Sequence[Tensor]]) -> None:
+class Swapped(NamedTuple):
+    """A parameter in the place of another one, in a group."""
+
+    old: Route
+    new: Route
+    group: Group
+
+
+def meet(optimizer: HasParameters, known: Sequence[Sequence[Tensor]]) -> list[Swapped]:
     """Route parameters that came by another way than ``add_param_group``.
 
     Lightning's finetuning callbacks write whole groups into ``param_groups``, and Accelerate puts
@@ -163,15 +171,37 @@ def meet(optimizer: HasParameters, known: Sequence[Sequence[Tensor]]) -> None:
         optimizer: The optimizer.
         known: The parameters of each group as they were last.
 
+    Returns:
+        What was swapped, for :func:`hand_over`.
+
     Raises:
         UnsupportedTrainingError: Matrices have been flattened and put together.
     """
+    swapped: list[Swapped] = []
     for position, group in enumerate(optimizer.param_groups):
         before = known[position] if position < len(known) else ()
-        _swap(optimizer, group, before)
+        swapped += _swap(optimizer, group, before)
         _refuse_flattened(optimizer, group, before)
         for route in optimizer.complete(group):
             optimizer.routes[route.parameter] = route
+    return swapped
+
+
+def hand_over(optimizer: HasParameters, swapped: Iterable[Swapped]) -> None:
+    """Give parameters that took the place of others the taps and the state of those.
+
+    Args:
+        optimizer: The optimizer, whose views are those of the new parameters already.
+        swapped: What :func:`meet` has returned.
+    """
+    for old, new, group in swapped:
+        optimizer.replaced(old, new)
+        if state := optimizer.state.pop(old.parameter, None):
+            expected = optimizer.expected_state(new.parameter, new.parameter, group, state)
+            optimizer.state[new.parameter] = {
+                key: placed_like(value, expected.get(key)) if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
 
 
 def _refuse_flattened(optimizer: HasParameters, group: Group, before: Sequence[Tensor]) -> None:
@@ -190,8 +220,8 @@ def _refuse_flattened(optimizer: HasParameters, group: Group, before: Sequence[T
         )
 
 
-def _swap(optimizer: HasParameters, group: Group, before: Sequence[Tensor]) -> None:
-    """Give parameters that took the place of others the routes and the state of those."""
+def _swap(optimizer: HasParameters, group: Group, before: Sequence[Tensor]) -> Iterator[Swapped]:
+    """Give parameters that took the place of others the routes of those."""
     if len(before) != len(group["params"]):
         return
     held = {id(p) for own in optimizer.param_groups for p in own["params"]}
@@ -200,10 +230,4 @@ def _swap(optimizer: HasParameters, group: Group, before: Sequence[Tensor]) -> N
             continue
         route = optimizer.routes.pop(old)
         optimizer.routes[new] = replace(route, parameter=new)
-        optimizer.replaced(route, optimizer.routes[new])
-        if state := optimizer.state.pop(old, None):
-            expected = optimizer.expected_state(new, new, group, state)
-            optimizer.state[new] = {
-                key: placed_like(value, expected.get(key)) if isinstance(value, Tensor) else value
-                for key, value in state.items()
-            }
+        yield Swapped(route, optimizer.routes[new], group)

@@ -133,7 +133,9 @@ class Rules:
         """Return what a group's settings say."""
         known = self._made.get(id(group))
         # Asked several times a step; users may change any setting between two of them.
-        if known is None or known[0] != group:
+        # Lists of other parameters are not compared: a tensor's == is no truth value.
+        same = known is not None and known[0].get("params") is group.get("params")
+        if known is None or not same or known[0] != group:
             known = self._made[id(group)] = (dict(group), UnitwiseRule.of(group))
         return known[1]
 
