@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,10 @@ def test_an_empty_folder_is_a_problem(tmp_path: Path) -> None:
 
 
 def test_one_version(repository: Path) -> None:
-    """The package's __version__ is the source; the citation repeats it, hatch reads it."""
+    """The package's __version__ is the source; hatch reads it, citation and changelog repeat it."""
     cited = (repository / "CITATION.cff").read_text()
     assert f"\nversion: {neurms.__version__}\n" in cited
+    (date,) = re.findall(r"\ndate-released: (\S+)\n", cited)
+    changes = (repository / "CHANGELOG.md").read_text()
+    assert f"\n## [{neurms.__version__}] - {date}\n" in changes
     assert 'path = "neurms/version.py"' in (repository / "pyproject.toml").read_text()
