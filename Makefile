@@ -67,7 +67,6 @@ pages: $(INSTALLED)  ## rewrite the pages that are made from the sources
 # The second build is the one for this machine's platform, with the kernels inside; CXX may be a cross compiler.
 dist: $(INSTALLED)  ## build the wheels and the sdist into dist/
 	@rm -rf dist
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling auditwheel
 	@$(BIN)/python -m hatchling build -d dist
 	@NEURMS_WHEEL=native $(BIN)/python -m hatchling build -t wheel -d dist
 
