@@ -60,6 +60,16 @@ raise SystemExit(main(["--version"]))
     assert (ended.returncode, ended.stdout) == (0, f"neurms {neurms.__version__}\n"), ended.stderr
 
 
+def test_a_reader_that_goes_away_gets_no_traceback() -> None:
+    command = [sys.executable, "-m", "neurms", "bench"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        running.stdout.close()
+        assert running.stderr is not None
+        assert running.stderr.read() == b""
+        assert running.wait(timeout=100) == 141
+
+
 def test_interrupt(monkeypatch, capsys) -> None:
     def interrupt(**options):
         raise KeyboardInterrupt
