@@ -60,12 +60,14 @@ def test_public_name_resolves(name: str) -> None:
 
 
 def test_public_names_are_declared_for_type_checkers() -> None:
-    """The lazy table and the TYPE_CHECKING block are two lists of the same names."""
+    """The lazy table and the TYPE_CHECKING blocks are lists of the same names."""
     declared = run_python(
-        "import ast, pathlib, neurms\n"
-        "tree = ast.parse(pathlib.Path(neurms.__file__).read_text())\n"
-        "print(*(f'{n.module}:{a.asname}' for node in tree.body if isinstance(node, ast.If)"
-        " for n in node.body if isinstance(n, ast.ImportFrom) for a in n.names))"
+        "import ast, pathlib, neurms, neurms.core.catalog\n"
+        "homes = neurms.__file__, neurms.core.catalog.__file__\n"
+        "trees = [ast.parse(pathlib.Path(home).read_text()) for home in homes]\n"
+        "nodes = [n for tree in trees for node in tree.body if isinstance(node, ast.If)"
+        " for n in node.body if isinstance(n, ast.ImportFrom)]\n"
+        "print(*(f'{n.module}:{a.asname}' for n in nodes for a in n.names if a.name != '*'))"
     ).split()
     modules = [home.replace(f".{name}", f":{name}") for name, home in neurms._MODULES.items()]
     names = [f"{home}:{name}" for name, home in neurms._EXPORTS.items()]

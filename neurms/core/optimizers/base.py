@@ -353,6 +353,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Give a group that somebody wrote all settings; return routes of what is new in it."""
         for key, value in self._completed(group).items():
             group.setdefault(key, value)
+        parameters = group["params"]
+        if len(group.get("param_names", parameters)) != len(parameters) and all(
+            parameter in self.routes for parameter in parameters
+        ):
+            # Somebody has divided a group, and not its names.
+            group["param_names"] = [self.routes[parameter].name for parameter in parameters]
         routes = [r for r in self._new_routes(group) if r.parameter not in self.routes]
         if "param_names" not in group and any("param_names" in g for g in self.param_groups):
             known = {**self.routes, **{route.parameter: route for route in routes}}

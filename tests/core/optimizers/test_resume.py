@@ -69,6 +69,8 @@ torch.save(state, {str(tmp_path / "end.pt")!r})
     end = torch.load(tmp_path / "end.pt", weights_only=True)
     truth, state = uninterrupted(name)
     assert_same_state(dict(end["model"]), dict(truth.state_dict()))
+    # Which says of each process whether it had loaded the native kernels by then.
+    assert end["optimizer"].pop("made_by").keys() == state.pop("made_by").keys()
     assert_same_state(end["optimizer"], state)
 
 

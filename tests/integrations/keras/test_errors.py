@@ -56,7 +56,11 @@ def test_learning_rates_of_another_type(rate: Any) -> None:
     ("settings", "error", "message"),
     [
         ({"beta": 2.0}, ValueError, r"beta=2.0 must lie in \[0, 1\)"),
-        ({"betta": 0.9}, TypeError, "racs has no setting 'betta'; its settings are"),
+        (
+            {"betta": 0.9},
+            TypeError,
+            r"no setting 'betta' .*'beta'\?\); its settings are",
+        ),
         ({"lr": 0.1}, TypeError, "lr=0.1 is called learning_rate in Keras"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay=-1.0"),
         ({"exclude": "head"}, TypeError, r"write \('head',\)"),
