@@ -193,11 +193,16 @@ def test_a_compiled_step_is_the_eager_one(rule: str, eager_first: bool) -> None:
     assert optimizer.state_bytes() == other.state_bytes() == other.plan().state_bytes
 
 
+# Dynamo looks at .grad of whatever a graph takes in, and torch warns of that.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["neurms", "racs", "soap"])
 def test_a_compiled_training_step_is_the_eager_one(rule: str) -> None:
     torch._dynamo.reset()
     model, twin = Language(), Language()
+    for one in (model, twin):
+        # The keys' bias has a gradient of rounding noise alone, which AdamW makes whole steps of.
+        one.attention.in_proj_bias.requires_grad_(False)
     optimizer, other = made(rule, model), made(rule, twin)
 
     @torch.compile(backend="aot_eager")
