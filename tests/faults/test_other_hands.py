@@ -11,18 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import neurms
-from neurms.core.catalog import HOMES
+from tests.faults.rules import RULES, SMALL
 
-RULES = list(HOMES)
-SMALL: dict[str, dict[str, Any]] = {
-    "alice": {"rank": 4, "leading": 2, "interval": 2},
-    "apollo": {"rank": 3, "interval": 2},
-    "fira": {"rank": 3, "interval": 2},
-    "galore": {"rank": 3, "interval": 2},
-    "low_rank_soap": {"rank": 4, "leading": 2, "interval": 2},
-    "shared_basis": {"rank": 3},
-    "sketchy": {"rank": 3},
-}
 TOKENS = torch.arange(20).reshape(4, 5).remainder(11)
 
 

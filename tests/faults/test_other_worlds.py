@@ -11,19 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import neurms
-from neurms.core.catalog import HOMES
 from neurms.core.ground.errors import UnsupportedTrainingError
-
-RULES = list(HOMES)
-SMALL = {
-    "alice": {"rank": 4, "leading": 2, "interval": 2},
-    "apollo": {"rank": 3, "interval": 2},
-    "fira": {"rank": 3, "interval": 2},
-    "galore": {"rank": 3, "interval": 2},
-    "low_rank_soap": {"rank": 4, "leading": 2, "interval": 2},
-    "shared_basis": {"rank": 3},
-    "sketchy": {"rank": 3},
-}
+from tests.faults.rules import RULES, SMALL
 
 
 def trained(rule: str, *, steps: int = 3, **settings: Any) -> tuple[nn.Module, Any]:

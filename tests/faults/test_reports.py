@@ -19,22 +19,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import neurms
-from neurms.core.catalog import HOMES
 from neurms.core.ground.errors import UnsupportedTrainingError
+from tests.faults.rules import RULES, SMALL
 
-RULES = list(HOMES)
 OF_PARAMETERS = [rule for rule in RULES if rule != "neurms"]
 KINDS = ["neurms", "rmnp", "alice", "soap", "galore"]
 """One of each way to keep state."""
-SMALL: dict[str, dict[str, Any]] = {
-    "alice": {"rank": 4, "leading": 2, "interval": 2},
-    "apollo": {"rank": 3, "interval": 2},
-    "fira": {"rank": 3, "interval": 2},
-    "galore": {"rank": 3, "interval": 2},
-    "low_rank_soap": {"rank": 4, "leading": 2, "interval": 2},
-    "shared_basis": {"rank": 3},
-    "sketchy": {"rank": 3},
-}
 
 
 class Branches(nn.Module):

@@ -13,22 +13,13 @@ from neurms.core.ground.errors import check_positive_int
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.routing import Head, Route, RoutedModel, route_model
 from neurms.core.structures.gradient_moments import GradientMoments
-from neurms.core.unitwise.rule import beta_of
+from neurms.core.unitwise.rule import STRUCTURE_SETTINGS, beta_of
 
 __all__ = ["check_probed", "gradient_recipe", "gradient_routes", "partner_of"]
 
 _FOREIGN = (
-    "normalize",
-    "eps",
-    "v_min",
-    "s_min",
-    "s_max",
-    "c_min",
-    "c_max",
-    "bias_correction",
-    "momentum_coupling",
-    "agc",
-    "clip",
+    *("normalize", "momentum_coupling", "agc"),
+    *(name for name in STRUCTURE_SETTINGS if name != "kappa"),
 )
 """Settings of U, B and F that mean nothing here."""
 

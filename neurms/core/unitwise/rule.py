@@ -15,6 +15,7 @@ from neurms.core.ground.precision import compute_dtype
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 
 __all__ = [
+    "STRUCTURE_SETTINGS",
     "Gemm",
     "LossReduction",
     "Normalize",
@@ -32,7 +33,7 @@ Normalize = Literal["rms"]
 Gemm = Literal["float32", "bfloat16"]
 """What D and H are multiplied in where no gradient is formed."""
 
-_STRUCTURE = (
+STRUCTURE_SETTINGS = (
     "eps",
     "v_min",
     "s_min",
@@ -82,7 +83,7 @@ class UnitwiseRule:
         check_choice("normalize", settings["normalize"], (None, "rms"))
         structure = UnitFeatureDiagonal(
             beta_of(settings),
-            **{name: settings[name] for name in _STRUCTURE},
+            **{name: settings[name] for name in STRUCTURE_SETTINGS},
             factored=settings["variant"] == "F",
         )
         return cls(

@@ -33,8 +33,21 @@ def group_of(folder: str, rank: int, ranks: int) -> Iterator[None]:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=_GLOO)
     try:
         yield
+        _wait_for_all(store, ranks)
     finally:
         dist.destroy_process_group()
+
+
+def _wait_for_all(store: dist.Store, ranks: int) -> None:
+    """Have no rank leave before all are done: one that still connects would lose its peer.
+
+    Not by a collective, for it is collectives that a leaving peer breaks off.
+    """
+    until = time.monotonic() + AFTER_A_FAILURE
+    done = store.add("done", 1)
+    while done < ranks and time.monotonic() < until:
+        time.sleep(0.001)
+        done = store.add("done", 0)
 
 
 def _serve(rank: int, jobs: Any, answers: Any) -> None:
