@@ -91,7 +91,7 @@ def main() -> None:
             "keras SGD": keras_step(keras.optimizers.SGD(), *size),
             "keras Adam": keras_step(keras.optimizers.Adam(), *size),
             "keras_racs": keras_step(keras_racs(head="rule"), *size),
-            "keras_neurms U": keras_step(keras_neurms(), *size),
+            "keras_neurms U": keras_step(keras_neurms(variant="U"), *size),
             "keras_neurms F": keras_step(keras_neurms(variant="F"), *size),
         },
         arguments.rounds,

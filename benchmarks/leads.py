@@ -37,7 +37,7 @@ MOMENTUM_FIRST = "shared_basis, momentum first"
 
 def neurms(warmup: float = 0.1, rates: tuple[float, ...] = NEURMS_RATES, **changed: Any) -> Method:
     """Return NeuRMS-U with momentum, and what is changed about it."""
-    return Method("neurms", rates, MOMENTUM | changed, warmup)
+    return Method("neurms", rates, {"variant": "U"} | MOMENTUM | changed, warmup)
 
 
 def relative(warmup: float = 0.1, **changed: Any) -> Method:

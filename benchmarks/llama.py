@@ -44,14 +44,16 @@ METHODS = {
     "apollo-svd": Method("apollo", (0.005, 0.01, 0.02, 0.04), LOW_RANK | {"projection": "svd"}),
     "muon": Method("muon", (0.01, 0.02, 0.04, 0.08), {"weight_decay": 0.0}),
     "shared_basis": Method("shared_basis", (1e-4, 3e-4, 1e-3, 3e-3), {"rank": 16}),
-    "neurms-u": Method("neurms", (0.004, 0.008, 0.016, 0.032), {"momentum": 0.9}),
+    "neurms-u": Method("neurms", (0.004, 0.008, 0.016, 0.032), {"variant": "U", "momentum": 0.9}),
     "neurms-relative": Method(
-        "neurms", (0.004, 0.008, 0.016), {"momentum": 0.9, "clip": "relative", "kappa": 10.0}
+        "neurms",
+        (0.004, 0.008, 0.016),
+        {"variant": "U", "momentum": 0.9, "clip": "relative", "kappa": 10.0},
     ),
     "neurms-relative-momentum.8": Method(
         "neurms",
         (0.004, 0.008, 0.016, 0.032),
-        {"momentum": 0.8, "clip": "relative", "kappa": 10.0},
+        {"variant": "U", "momentum": 0.8, "clip": "relative", "kappa": 10.0},
     ),
 }
 

@@ -36,6 +36,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd momentum": ("sgd", {"momentum": 0.9}),
     "adamw": ("adamw", {}),
     "adamw fused": ("adamw", {"fused": True}),
+    "NeuRMS-P step": ("neurms", {"variant": "P"}),
+    "NeuRMS-P backward": ("neurms", {"variant": "P", "update": "backward"}),
     "NeuRMS-U step": ("neurms", {"variant": "U"}),
     "NeuRMS-F step": ("neurms", {"variant": "F"}),
     "NeuRMS-U backward": ("neurms", {"variant": "U", "update": "backward"}),

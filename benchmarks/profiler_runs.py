@@ -71,7 +71,7 @@ def train(name: str, steps: int | None) -> ProfilerReport:
     build, lr = RUNS[name]
     model, batches, default = build()
     steps = steps or default
-    optimizer = neurms.NeuRMS(model, lr=lr, momentum=0.9)
+    optimizer = neurms.NeuRMS(model, lr=lr, variant="U", momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, steps))
     every = max(steps // 24, 1)
     with neurms.profile(model, optimizer, every_n_steps=every, warmup_steps=5) as profiler:

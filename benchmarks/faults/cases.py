@@ -14,7 +14,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "NeuRMS U": ("neurms", {"variant": "U", "momentum": 0.9}),
     "NeuRMS B": ("neurms", {"variant": "B"}),
     "NeuRMS F": ("neurms", {"variant": "F", "momentum": 0.9}),
-    "NeuRMS backward": ("neurms", {"update": "backward", "momentum": 0.9}),
+    "NeuRMS backward": ("neurms", {"variant": "U", "update": "backward", "momentum": 0.9}),
     "RMNP": ("rmnp", {}),
     "RACS": ("racs", {}),
     "Alice": ("alice", {"rank": 4, "leading": 2, "interval": 2}),

@@ -44,13 +44,15 @@ __all__ = ["NeuRMSCallback"]
 class NeuRMSCallback(Callback):
     """Turns the optimizers that the module returns into their NeuRMS-preconditioned selves.
 
-    After backward and before every optimizer's step it scales the gradients of linear layers and
-    convolutions, and of their biases, to S G C (:class:`~neurms.core.unitwise.neurms.NeuRMS`):
-    SGD(lr, momentum) with this callback moves as neurms.NeuRMS(lr, momentum) does. Beside Adam or
-    RMSprop, which divide by an RMS of their own, much of a slowly varying scale cancels.
-    ``variant="P"`` makes gradients of an RMS of about 1: SGD's lr is on AdamW's scale then, and SGD
-    had better have no momentum, which would sum such updates and lengthen them up to 1 / (1 -
-    momentum) times; ``momentum`` here averages gradients instead.
+    After backward and before every optimizer's step it scales gradients as
+    :class:`~neurms.core.unitwise.neurms.NeuRMS` does. Variant P, the default, makes them of an RMS
+    of about 1, without taps: SGD's lr is on AdamW's scale then (1e-3 to 1e-2), and SGD had better
+    have no momentum, which would sum such updates and lengthen them up to 1 / (1 - momentum) times;
+    ``momentum`` here averages gradients instead. An SGD whose steps would be long is warned of.
+    Under U, B and F the gradients of linear layers and convolutions, and of their biases, become
+    S G C: SGD(lr, momentum) with this callback moves as neurms.NeuRMS(lr, momentum) does.
+    Beside Adam or RMSprop, which divide by an RMS of their own, much of a slowly varying scale
+    cancels.
     Embeddings, norms, tied weights and whatever else the rule cannot take keep the module's own
     optimizer as it was; :meth:`plan` lists them, and a summary is logged at the start.
 
@@ -71,9 +73,8 @@ class NeuRMSCallback(Callback):
     checkpoint starts afresh, as the optimizers do.
 
     Args:
-        variant: Where the factors act: "U" on the update, "B" on the error sent upstream, too, "F"
-            on the update with feature factors beside the unit factors; "P" scales gradients by
-            their own moments, without taps.
+        variant: "P" scales gradients by their own moments, without taps; "U" by the units' error
+            signals, "B" the error sent upstream, too, "F" by those and the features' activations.
         beta: Decay of the second moments; None is .95 for "P", .99 for the others.
         eps: Added to a second moment before its root.
         v_min: Floor of a second moment.
@@ -130,7 +131,7 @@ class NeuRMSCallback(Callback):
 
     def __init__(
         self,
-        variant: Variant = "U",
+        variant: Variant = "P",
         beta: float | None = None,
         eps: float = 1e-8,
         v_min: float = 1e-12,

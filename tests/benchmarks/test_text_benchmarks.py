@@ -65,7 +65,7 @@ def test_every_variant_can_be_made() -> None:
 def test_clipped_share_counts_units_whose_factor_is_cut_off() -> None:
     model = Scale(width=8, layers=1, heads=2, batch=1, context=4).model(0)
     for s_max, expected in ((1e-3, 1.0), (1e6, 0.0)):
-        with neurms.NeuRMS(model, lr=0.0, s_max=s_max) as optimizer:
+        with neurms.NeuRMS(model, lr=0.0, s_max=s_max, variant="U") as optimizer:
             optimizer.zero_grad()
             model(torch.randint(256, (2, 4))).square().mean().backward()
             optimizer.step()

@@ -70,7 +70,7 @@ class WithNorm(Classifier):
 class WithNeuRMS(Classifier):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        self.settings = {"lr": 0.05, "momentum": 0.9, **settings}
+        self.settings = {"lr": 0.05, "variant": "U", "momentum": 0.9, **settings}
 
     def configure_optimizers(self) -> Any:
         return neurms.NeuRMS(self, **self.settings)
@@ -96,7 +96,8 @@ def fitted(module: LightningModule, *callbacks: Callback, batch: int = BATCH, **
 def by_hand(steps: int = 6, batch: int = BATCH, clip: float = 0.0, **settings: Any) -> Classifier:
     """The same run with neurms.NeuRMS and without Lightning."""
     module = Classifier()
-    optimizer = neurms.NeuRMS(module, **{"lr": 0.05, "momentum": 0.9, **settings})
+    settings = {"lr": 0.05, "variant": "U", "momentum": 0.9, **settings}
+    optimizer = neurms.NeuRMS(module, **settings)
     batches = [b for _ in range(steps) for b in data(batch)][:steps]
     for inputs, labels in batches:
         F.cross_entropy(module.net(inputs), labels).backward()

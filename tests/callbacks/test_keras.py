@@ -28,7 +28,9 @@ def model_with(optimizer: Any) -> Any:
 def test_scalars_reach_history_and_files(tmp_path: Path) -> None:
     model = model_with(keras_neurms(variant="F", s_max=10.0))
     log = keras.callbacks.CSVLogger(tmp_path / "log.csv")
-    history = model.fit(X, Y, epochs=2, verbose=0, callbacks=[NeuRMSCallback(), log]).history
+    history = model.fit(
+        X, Y, epochs=2, verbose=0, callbacks=[NeuRMSCallback(), log]
+    ).history
     names = {"neurms/clipped_fraction", "neurms/scale_median", "neurms/feature_scale_median"}
     assert names <= set(history)
     assert history["neurms/feature_scale_median"][0] == pytest.approx(1.0, abs=0.5)
@@ -38,7 +40,7 @@ def test_scalars_reach_history_and_files(tmp_path: Path) -> None:
 
 
 def test_the_clipped_fraction_is_the_share_at_a_bound() -> None:
-    model = model_with(keras_neurms(s_max=1e-6))
+    model = model_with(keras_neurms(s_max=1e-6, variant="U"))
     history = model.fit(X, Y, verbose=0, callbacks=[NeuRMSCallback()]).history
     assert history["neurms/clipped_fraction"] == [1.0]
     assert history["neurms/scale_median"] == [pytest.approx(1e-6)]
@@ -51,14 +53,14 @@ def test_batch_logs_every_n_steps() -> None:
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             seen.append("neurms/scale_median" in logs)
 
-    model = model_with(keras_neurms())
+    model = model_with(keras_neurms(variant="U"))
     callbacks = [NeuRMSCallback(every_n_steps=2), Look()]
     model.fit(X, Y, batch_size=2, verbose=0, callbacks=callbacks)
     assert seen == [False, True, False, True]
 
 
 def test_under_a_loss_scale() -> None:
-    model = model_with(keras.optimizers.LossScaleOptimizer(keras_neurms()))
+    model = model_with(keras.optimizers.LossScaleOptimizer(keras_neurms(variant="U")))
     history = model.fit(X, Y, verbose=0, callbacks=[NeuRMSCallback()]).history
     assert "neurms/scale_median" in history
 

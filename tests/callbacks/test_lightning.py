@@ -60,14 +60,14 @@ def test_every_setting_reaches_the_rule():
         "weight_decay": 0.1,
         "head": "rule",
     }
-    module = fitted(Classifier(momentum=0.0), NeuRMSCallback(**settings))
+    module = fitted(Classifier(momentum=0.0), NeuRMSCallback(**{"variant": "U", **settings}))
     assert_same(module, by_hand(**settings))
 
 
 @pytest.mark.parametrize("name", ["adam", "rmsprop", "adamw"])
 def test_other_optimizers_get_the_scaled_gradient(name):
     """Truth: the optimizer in a plain loop whose gradients are multiplied by S from autograd."""
-    module = fitted(Classifier(name), NeuRMSCallback(beta=0.0), max_steps=3)
+    module = fitted(Classifier(name), NeuRMSCallback(beta=0.0, variant="U"), max_steps=3)
     reference = Classifier(name)
     optimizer = reference.configure_optimizers()
     for inputs, labels in data():
@@ -90,7 +90,7 @@ def test_other_optimizers_get_the_scaled_gradient(name):
 
 
 def test_what_the_rule_leaves_alone_keeps_the_modules_optimizer():
-    callback = NeuRMSCallback(exclude=("net.3",))
+    callback = NeuRMSCallback(exclude=("net.3",), variant="U")
     module = fitted(WithNorm(), callback, max_steps=1)
     plain = fitted(WithNorm(), max_steps=1)
     for name, parameter in plain.named_parameters():
@@ -104,7 +104,7 @@ def test_what_the_rule_leaves_alone_keeps_the_modules_optimizer():
 
 
 def test_the_plan_is_announced_once(caplog):
-    callback = NeuRMSCallback()
+    callback = NeuRMSCallback(variant="U")
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         for _ in range(2):
             fitted(WithNorm(), callback, max_steps=1)
@@ -115,7 +115,7 @@ def test_the_plan_is_announced_once(caplog):
 
 def test_no_plan_before_the_fit():
     with pytest.raises(RuntimeError, match="no plan before"):
-        NeuRMSCallback().plan()
+        NeuRMSCallback(variant="U").plan()
 
 
 @pytest.mark.parametrize("variant", ["U", "F"])
@@ -133,7 +133,10 @@ def test_accumulation_is_one_big_batch(variant):
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping_acts_on_the_preconditioned_gradient(algorithm):
     settings = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": algorithm, "max_steps": 1}
-    module, start = fitted(Classifier(momentum=0.0), NeuRMSCallback(), **settings), Classifier()
+    module, start = (
+        fitted(Classifier(momentum=0.0), NeuRMSCallback(variant="U"), **settings),
+        Classifier(),
+    )
     moved = torch.cat(
         [
             (p - q).detach().flatten()
@@ -142,7 +145,7 @@ def test_clipping_acts_on_the_preconditioned_gradient(algorithm):
     )
     size = moved.norm() if algorithm == "norm" else moved.abs().max()
     assert size == pytest.approx(0.05 * 0.1, rel=1e-3)
-    unclipped = fitted(Classifier(momentum=0.0), NeuRMSCallback(), max_steps=1)
+    unclipped = fitted(Classifier(momentum=0.0), NeuRMSCallback(variant="U"), max_steps=1)
     direction = torch.cat(
         [
             (p - q).detach().flatten()
@@ -170,7 +173,7 @@ def test_a_grad_scalers_scale_is_divided_out():
 
 def test_half_precision_with_a_scaler_is_close_to_full_precision():
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
-    module = fitted(Classifier(), NeuRMSCallback(), plugins=plugin)
+    module = fitted(Classifier(), NeuRMSCallback(variant="U"), plugins=plugin)
     assert_same(module, by_hand(), tolerance=0.05)
 
 
@@ -194,12 +197,12 @@ class Without(Classifier):
 
 
 def test_an_overflow_commits_nothing():
-    callback = NeuRMSCallback()
+    callback = NeuRMSCallback(variant="U")
     growth = {"init_scale": 64.0, "growth_interval": 1}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         module = fitted(Classifier(), callback, Overflow(1), **scaled(**growth))
-        reference = fitted(Without(), NeuRMSCallback(), max_steps=-1, max_epochs=2)
+        reference = fitted(Without(), NeuRMSCallback(variant="U"), max_steps=-1, max_epochs=2)
     assert_same(module, reference)
     steps = {s["step"] for s in callback.state_dict()["layers"].values()}
     assert steps == {5}
@@ -209,13 +212,13 @@ def test_an_overflow_commits_nothing():
 def test_without_a_scaler_a_bad_gradient_stops_the_fit_before_anything_moves():
     module, start = Classifier(), Classifier()
     with pytest.raises(NonFiniteError, match=r"'net\.0\.bias'"):
-        fitted(module, NeuRMSCallback(), Overflow(0, value=float("nan")))
+        fitted(module, NeuRMSCallback(variant="U"), Overflow(0, value=float("nan")))
     assert_bit_equal(module, start)
     assert taps_of(module) == 0
 
 
 def test_without_a_scaler_a_bad_step_can_be_skipped():
-    callback = NeuRMSCallback(nonfinite="skip")
+    callback = NeuRMSCallback(nonfinite="skip", variant="U")
     module = fitted(Classifier(), callback, Overflow(1, value=float("nan")))
     assert all(torch.isfinite(p).all() for p in module.parameters())
     assert {s["step"] for s in callback.state_dict()["layers"].values()} == {5}
@@ -243,7 +246,7 @@ def test_signature_has_every_setting_with_its_default():
 )
 def test_bad_settings_are_refused_at_once(settings, error, message):
     with pytest.raises(error, match=message):
-        NeuRMSCallback(**settings)
+        NeuRMSCallback(**{"variant": "U", **settings})
 
 
 CONFIG = """

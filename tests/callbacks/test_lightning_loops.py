@@ -41,7 +41,7 @@ from tests.callbacks.lightning_runs import (
 
 
 def test_other_loops_leave_no_statistics():
-    callback, module = NeuRMSCallback(), Validated()
+    callback, module = NeuRMSCallback(variant="U"), Validated()
     run = trainer(callback, num_sanity_val_steps=2, val_check_interval=1, limit_val_batches=2)
     run.fit(module, data(), data())
     assert_same(module, by_hand())
@@ -61,7 +61,7 @@ class Probe(Callback):
 
 
 def test_gradients_dropped_without_a_step_take_their_statistics_along():
-    assert_same(fitted(Classifier(), NeuRMSCallback(), Probe()), by_hand())
+    assert_same(fitted(Classifier(), NeuRMSCallback(variant="U"), Probe()), by_hand())
 
 
 class Stop(Callback):
@@ -79,13 +79,13 @@ class Stop(Callback):
 def test_no_tap_survives_an_exception(error, seen):
     module = Classifier()
     with pytest.raises(seen):
-        fitted(module, NeuRMSCallback(), Stop(error))
+        fitted(module, NeuRMSCallback(variant="U"), Stop(error))
     assert taps_of(module) == 0
 
 
 @pytest.mark.parametrize("same_trainer", [True, False])
 def test_a_second_fit_starts_afresh_as_optimizers_do(same_trainer):
-    callback, module = NeuRMSCallback(), Classifier()
+    callback, module = NeuRMSCallback(variant="U"), Classifier()
     counts = CountTaps()
     run = trainer(callback, counts, max_epochs=1)
     run.fit(module, data())
@@ -95,7 +95,7 @@ def test_a_second_fit_starts_afresh_as_optimizers_do(same_trainer):
         run.fit(module, data())
     else:
         trainer(callback, counts, max_epochs=1).fit(module, data())
-    fitted(middle, NeuRMSCallback(), max_epochs=1)
+    fitted(middle, NeuRMSCallback(variant="U"), max_epochs=1)
     assert_bit_equal(module, middle)
     assert counts.counts == {2}
 
@@ -105,21 +105,21 @@ def test_a_second_fit_starts_afresh_as_optimizers_do(same_trainer):
 )
 def test_a_resumed_run_is_bit_equal(tmp_path, settings):
     through = Classifier()
-    run = trainer(NeuRMSCallback(**settings), max_epochs=2)
-    first = trainer(NeuRMSCallback(**settings), max_epochs=1)
+    run = trainer(NeuRMSCallback(**{"variant": "U", **settings}), max_epochs=2)
+    first = trainer(NeuRMSCallback(**{"variant": "U", **settings}), max_epochs=1)
     run.fit(through, data())
     first.fit(Classifier(), data())
     first.save_checkpoint(tmp_path / "half.ckpt")
     assert torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]
     resumed = Classifier()
-    trainer(NeuRMSCallback(**settings), max_epochs=2).fit(
+    trainer(NeuRMSCallback(**{"variant": "U", **settings}), max_epochs=2).fit(
         resumed, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True
     )
     assert_bit_equal(resumed, through)
 
 
 def test_a_checkpoint_of_other_settings_is_an_error(tmp_path):
-    first = trainer(NeuRMSCallback(), max_epochs=1)
+    first = trainer(NeuRMSCallback(variant="U"), max_epochs=1)
     first.fit(Classifier(), data())
     first.save_checkpoint(tmp_path / "u.ckpt")
     with pytest.raises(ValueError, match="variant='U', now it is 'F'"):
@@ -130,10 +130,10 @@ def test_a_checkpoint_of_other_settings_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_two_optimizers_in_manual_optimization(set_to_none):
-    module, callback = Adversaries(set_to_none), NeuRMSCallback()
+    module, callback = Adversaries(set_to_none), NeuRMSCallback(variant="U")
     trainer(callback, max_epochs=1).fit(module, data())
     reference = Adversaries()
-    parts = [neurms.NeuRMS(m, lr=0.1) for m in (reference.generator, reference.critic)]
+    parts = [neurms.NeuRMS(m, lr=0.1, variant="U") for m in (reference.generator, reference.critic)]
     for batch in data():
         for which, optimizer in enumerate(parts):
             optimizer.zero_grad()
@@ -156,7 +156,7 @@ def test_manual_clipping_acts_on_the_raw_gradient():
             optimizer.step()
 
     module = Clipped()
-    fitted(module, NeuRMSCallback())
+    fitted(module, NeuRMSCallback(variant="U"))
     assert_same(module, by_hand(clip=0.05))
 
 
@@ -169,12 +169,12 @@ def test_a_neurms_beside_a_plain_optimizer_is_left_to_itself():
             ]
 
     module, counts = Mixed(), CountTaps()
-    trainer(NeuRMSCallback(), counts, max_epochs=1).fit(module, data())
+    trainer(NeuRMSCallback(variant="U"), counts, max_epochs=1).fit(module, data())
     assert counts.counts == {2}
     reference = Adversaries()
     parts = [
         neurms.NeuRMS(reference.generator, lr=0.1, variant="F"),
-        neurms.NeuRMS(reference.critic, lr=0.1),
+        neurms.NeuRMS(reference.critic, lr=0.1, variant="U"),
     ]
     for batch in data():
         for which, optimizer in enumerate(parts):
@@ -193,7 +193,7 @@ def test_a_thawed_backbone_is_preconditioned_from_then_on():
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
-    callback = NeuRMSCallback()
+    callback = NeuRMSCallback(variant="U")
     thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -205,7 +205,7 @@ def test_a_thawed_backbone_is_preconditioned_from_then_on():
 @pytest.mark.parametrize("update", ["step", "backward"])
 def test_a_module_with_neurms_is_not_preconditioned_twice(update):
     module, counts = WithNeuRMS(update=update), CountTaps()
-    callback = NeuRMSCallback(update=update)
+    callback = NeuRMSCallback(update=update, variant="U")
     fitted(module, callback, counts)
     assert_same(module, by_hand())
     assert counts.counts == {2}
@@ -216,7 +216,7 @@ def test_a_module_with_neurms_is_not_preconditioned_twice(update):
 
 def test_a_module_with_neurms_gets_the_loss_scale():
     module = WithNeuRMS()
-    fitted(module, NeuRMSCallback(), **scaled(init_scale=1024.0))
+    fitted(module, NeuRMSCallback(variant="U"), **scaled(init_scale=1024.0))
     assert_same(module, by_hand())
 
 
@@ -246,7 +246,7 @@ def test_backward_updates_beside_sgd(variant):
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
     settings = {"variant": variant, "update": "backward"}
-    module = fitted(Scheduled(), NeuRMSCallback(**settings), max_epochs=2)
+    module = fitted(Scheduled(), NeuRMSCallback(**{"variant": "U", **settings}), max_epochs=2)
     at_step = fitted(Scheduled(), NeuRMSCallback(variant=variant), max_epochs=2)
     assert_same(module, at_step)
     assert taps_of(module) == 0
@@ -254,7 +254,7 @@ def test_backward_updates_beside_sgd(variant):
 
 def test_backward_updates_in_bfloat16_are_those_of_the_optimizer_itself():
     settings = {"update": "backward", "gemm": "bfloat16"}
-    module = fitted(Classifier(), NeuRMSCallback(**settings))
+    module = fitted(Classifier(), NeuRMSCallback(**{"variant": "U", **settings}))
     own, plain = fitted(WithNeuRMS(**settings)), fitted(WithNeuRMS(update="backward"))
     assert_same(module, own)
     weights = zip(own.parameters(), plain.parameters(), strict=True)
@@ -276,40 +276,43 @@ def test_a_few_scalars_are_logged():
 @pytest.mark.parametrize("module", [Classifier, WithNeuRMS, Adversaries])
 def test_logging_works_for_every_kind_of_module_and_can_be_switched_off(module):
     for log in (True, False):
-        run = trainer(NeuRMSCallback(log=log), log_every_n_steps=1)
+        run = trainer(NeuRMSCallback(log=log, variant="U"), log_every_n_steps=1)
         run.fit(module(), data())
         assert ("neurms/scale_median" in run.callback_metrics) == log
 
 
 def test_barebones():
     module = Classifier()
-    Trainer(max_steps=6, barebones=True, accelerator="cpu", callbacks=[NeuRMSCallback()]).fit(
-        module, data()
-    )
+    Trainer(
+        max_steps=6, barebones=True, accelerator="cpu", callbacks=[NeuRMSCallback(variant="U")]
+    ).fit(module, data())
     assert_same(module, by_hand())
 
 
 def test_the_profiler_shows_the_work():
     profiler = SimpleProfiler()
-    fitted(Classifier(), NeuRMSCallback(), profiler=profiler)
+    fitted(Classifier(), NeuRMSCallback(variant="U"), profiler=profiler)
     assert len(profiler.recorded_durations["[NeuRMS]precondition"]) == 6
 
 
 def test_averaging_callbacks_beside_it():
     ema = EMAWeightAveraging()
-    module = fitted(Classifier(), NeuRMSCallback(), ema, max_epochs=2)
+    module = fitted(Classifier(), NeuRMSCallback(variant="U"), ema, max_epochs=2)
     assert taps_of(module) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         averaged = fitted(
-            Classifier(), NeuRMSCallback(), StochasticWeightAveraging(0.01, 1), max_epochs=3
+            Classifier(),
+            NeuRMSCallback(variant="U"),
+            StochasticWeightAveraging(0.01, 1),
+            max_epochs=3,
         )
     assert all(torch.isfinite(p).all() for p in averaged.parameters())
 
 
 def test_the_learning_rate_finder_leaves_no_trace(tmp_path):
     module = Classifier()
-    run = trainer(NeuRMSCallback(), max_epochs=2, default_root_dir=tmp_path)
+    run = trainer(NeuRMSCallback(variant="U"), max_epochs=2, default_root_dir=tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         Tuner(run).lr_find(module, data(), num_training=3, update_attr=False)
@@ -323,7 +326,7 @@ def test_a_compiled_submodule_is_seen():
     module.net.compile(backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fitted(module, NeuRMSCallback(log=False))
+        fitted(module, NeuRMSCallback(log=False, variant="U"))
     assert_same(module, by_hand())
 
 

@@ -16,7 +16,7 @@ from tests.report.small_runs import run
 def made(tmp_path: Path):
     def made(name: str) -> str:
         model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
-        optimizer = neurms.NeuRMS(model)
+        optimizer = neurms.NeuRMS(model, variant="U")
         output = tmp_path / name
         with neurms.profile(model, optimizer, every_n_steps=1, warmup_steps=0, output=output):
             for _ in range(5):

@@ -25,8 +25,8 @@ def taps(model: nn.Module) -> int:
 @UPDATES
 def test_an_averaged_model_follows_and_disturbs_nothing(update: str) -> None:
     model, twin = mlp(), mlp()
-    optimizer = neurms.NeuRMS(model, update=update)  # type: ignore[arg-type]
-    other = neurms.NeuRMS(twin, update=update)  # type: ignore[arg-type]
+    optimizer = neurms.NeuRMS(model, update=update, variant="U")  # type: ignore[arg-type]
+    other = neurms.NeuRMS(twin, update=update, variant="U")  # type: ignore[arg-type]
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     expected = [p.detach().clone() for p in model.parameters()]
     for number, (x, y) in enumerate(batches(4)):
@@ -50,10 +50,10 @@ def test_an_averaged_model_follows_and_disturbs_nothing(update: str) -> None:
 @UPDATES
 def test_a_deep_copy_trains_with_an_optimizer_of_its_own(update: str) -> None:
     model = mlp()
-    optimizer = neurms.NeuRMS(model, update=update)  # type: ignore[arg-type]
+    optimizer = neurms.NeuRMS(model, update=update, variant="U")  # type: ignore[arg-type]
     copied = copy.deepcopy(model)
     assert taps(copied) == 0
-    own = neurms.NeuRMS(copied, update=update)  # type: ignore[arg-type]
+    own = neurms.NeuRMS(copied, update=update, variant="U")  # type: ignore[arg-type]
     for x, y in batches(3):
         for m, o in ((model, optimizer), (copied, own)):
             cross_entropy(m, x, y).backward()
@@ -95,7 +95,7 @@ def test_lightnings_averages(average: Any, own: bool) -> None:
     paths = []
     for callbacks in ([], [average()]):
         kept = Weights()
-        extra = [] if own else [NeuRMSCallback()]
+        extra = [] if own else [NeuRMSCallback(variant="U")]
         module = WithNeuRMS() if own else Classifier()
         trainer(kept, *extra, *callbacks, max_epochs=1).fit(module, data())
         paths.append(kept.seen)

@@ -71,7 +71,7 @@ class TestHooksRemovedByTheUser:
 
     def test_a_preconditioner_refuses_too(self) -> None:
         model = mlp()
-        preconditioner = GradientPreconditioner(model)
+        preconditioner = GradientPreconditioner(model, variant="U")
         for module in model.modules():
             module._forward_hooks.clear()
         x, y = vectors()
@@ -154,7 +154,7 @@ class TestCheckpoints:
     )
     def test_a_preconditioners_own(self, change: Any) -> None:
         model = mlp()
-        preconditioner = GradientPreconditioner(model)
+        preconditioner = GradientPreconditioner(model, variant="U")
         x, y = vectors()
         cross_entropy(model, x, y).backward()
         preconditioner.precondition_(model.parameters())
@@ -195,13 +195,13 @@ def test_lightning_resumed_without_the_callbacks_statistics(tmp_path: Path) -> N
     before = trainer(max_epochs=1)
     before.fit(Classifier(), data())
     before.save_checkpoint(tmp_path / "last.ckpt")
-    after = trainer(NeuRMSCallback(), max_epochs=2)
+    after = trainer(NeuRMSCallback(variant="U"), max_epochs=2)
     with pytest.warns(UserWarning, match="saved without NeuRMSCallback's statistics"):
         after.fit(Classifier(), data(), ckpt_path=tmp_path / "last.ckpt")
     after.save_checkpoint(tmp_path / "next.ckpt")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*NeuRMSCallback's statistics")
-        last = trainer(NeuRMSCallback(), max_epochs=3)
+        last = trainer(NeuRMSCallback(variant="U"), max_epochs=3)
         last.fit(Classifier(), data(), ckpt_path=tmp_path / "next.ckpt")
 
 
@@ -215,7 +215,7 @@ def test_keras_ctrl_c_comes_after_the_whole_step(monkeypatch: pytest.MonkeyPatch
         keras.utils.set_random_seed(0)
         layers = [keras.Input((3,)), keras.layers.Dense(4), keras.layers.LayerNormalization()]
         model = keras.Sequential([*layers, keras.layers.Dense(2)])
-        model.compile(keras_neurms(learning_rate=0.1), loss="mse")
+        model.compile(keras_neurms(learning_rate=0.1, variant="U"), loss="mse")
         original = fallback.adamw_update_
 
         def pressed(*args: Any, own: Any = original, **kwargs: Any) -> None:

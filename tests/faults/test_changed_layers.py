@@ -70,7 +70,7 @@ def test_a_change_that_changes_no_number_changes_nothing(
 
 def test_a_pruned_weight_moves_by_its_masked_gradient() -> None:
     model = convolutional()
-    optimizer = neurms.NeuRMS(model, lr=1e-2)
+    optimizer = neurms.NeuRMS(model, lr=1e-2, variant="U")
     train(model, optimizer, 1)
     weight = model[3].weight
     before = weight.detach().clone()
@@ -85,7 +85,7 @@ def test_a_pruned_weight_moves_by_its_masked_gradient() -> None:
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_a_weight_that_is_gone_is_named(change: Any) -> None:
     model = convolutional()
-    optimizer = neurms.NeuRMS(model, lr=1e-2)
+    optimizer = neurms.NeuRMS(model, lr=1e-2, variant="U")
     train(model, optimizer, 1)
     change(model[3])
     with pytest.warns(UserWarning, match=r"layer '3\.weight' no longer holds the weight"):
@@ -155,7 +155,7 @@ def test_quantization_aware_training_takes_the_taps_along() -> None:
 
 def test_a_weight_normed_by_its_spectrum_later_is_named() -> None:
     model = convolutional()
-    optimizer = neurms.NeuRMS(model, lr=1e-2)
+    optimizer = neurms.NeuRMS(model, lr=1e-2, variant="U")
     train(model, optimizer, 1)
     nn.utils.spectral_norm(model[3])
     with pytest.warns(UserWarning, match=r"layer '3\.weight' was parametrized since"):
@@ -165,7 +165,7 @@ def test_a_weight_normed_by_its_spectrum_later_is_named() -> None:
 @pytest.mark.parametrize("change", ["mask", "parametrization"])
 def test_updates_in_backward_refuse_a_changed_layer(change: str) -> None:
     model = convolutional()
-    optimizer = neurms.NeuRMS(model, lr=1e-2, update="backward")
+    optimizer = neurms.NeuRMS(model, lr=1e-2, update="backward", variant="U")
     train(model, optimizer, 1)
     CHANGES[change](model[3])
     with pytest.raises(UnsupportedTrainingError, match=r"layer 3\.weight was pruned or param"):
@@ -199,7 +199,7 @@ COPIES = {
 @pytest.mark.parametrize("update", ["step", "backward"])
 def test_copies_carry_nothing_of_ours(how: str, update: Any) -> None:
     model = convolutional()
-    optimizer = neurms.NeuRMS(model, update=update)
+    optimizer = neurms.NeuRMS(model, update=update, variant="U")
     assert b"neurms" not in pickle.dumps(model)
     twin = COPIES[how](model)
     nothing_of_ours(twin)
@@ -215,7 +215,7 @@ def test_copies_keep_hooks_of_others() -> None:
     seen: list[int] = []
 
     model[3].register_forward_hook(lambda *_: seen.append(1))
-    optimizer = neurms.NeuRMS(model)
+    optimizer = neurms.NeuRMS(model, variant="U")
     twin = copy.deepcopy(model)
     assert len(twin[3]._forward_hooks) == 1
     twin(torch.randn(1, 2, 4, 4, dtype=torch.float64))
@@ -227,7 +227,7 @@ def test_copies_keep_hooks_of_others() -> None:
 @pytest.mark.parametrize("update", ["step", "backward"])
 def test_scripting_a_tapped_model_says_how(update: Any) -> None:
     model = convolutional()
-    optimizer = neurms.NeuRMS(model, update=update)
+    optimizer = neurms.NeuRMS(model, update=update, variant="U")
     with pytest.raises(UnsupportedTrainingError, match=r"detach\(\)"):
         torch.jit.script(model)
     images = torch.randn(2, 2, 4, 4, dtype=torch.float64)

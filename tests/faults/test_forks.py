@@ -69,7 +69,7 @@ def test_training_in_a_forked_child_of_one_thread_is_training() -> None:
     def weight() -> torch.Tensor:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-        optimizer = neurms.NeuRMS(model, lr=0.1)
+        optimizer = neurms.NeuRMS(model, lr=0.1, variant="U")
         for _ in range(3):
             model(torch.ones(3, 4)).square().mean().backward()
             optimizer.step()
@@ -122,7 +122,7 @@ def test_workers_that_hold_the_tapped_model(method: str, update: str) -> None:
     """Spawned workers get a pickle of the model, forked ones the model with its hooks."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
-    optimizer = neurms.NeuRMS(model, update=update)  # type: ignore[arg-type]
+    optimizer = neurms.NeuRMS(model, update=update, variant="U")  # type: ignore[arg-type]
     model(torch.ones(2, 4)).square().mean().backward()
     optimizer.step()
     loader = DataLoader(Rows(model), 2, num_workers=1, multiprocessing_context=method)

@@ -109,11 +109,11 @@ def test_nothing_moves_without_a_rate_and_all_follow_it(rule: str) -> None:
 def test_ascent_is_an_error_where_backward_descends(update: Any) -> None:
     model = nn.Linear(3, 2)
     if update == "step":
-        neurms.NeuRMS(model, maximize=True).detach()
+        neurms.NeuRMS(model, maximize=True, variant="U").detach()
         return
     with pytest.raises(UnsupportedTrainingError, match="maximize=True cannot go"):
-        neurms.NeuRMS(model, update=update, maximize=True)
-    optimizer = neurms.NeuRMS(model, update=update)
+        neurms.NeuRMS(model, update=update, maximize=True, variant="U")
+    optimizer = neurms.NeuRMS(model, update=update, variant="U")
     optimizer.param_groups[0]["maximize"] = True
     before = weights_of(model)
     with pytest.raises(UnsupportedTrainingError, match="maximize=True cannot go"):

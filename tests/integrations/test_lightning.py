@@ -185,7 +185,7 @@ def test_bad_names_and_modules():
 # ---------------------------------------------------------------- NeuRMS and its taps
 
 
-NEURMS = {"lr": 0.05, "momentum": 0.9}
+NEURMS = {"lr": 0.05, "variant": "U", "momentum": 0.9}
 
 
 @pytest.mark.parametrize("update", ["step", "backward"])
@@ -217,7 +217,7 @@ def test_taps_go_with_the_optimizer():
 
 def test_the_callback_takes_them_off():
     module = Configured("neurms", **NEURMS)
-    fitted(module, NeuRMSCallback())
+    fitted(module, NeuRMSCallback(variant="U"))
     assert taps_of(module) == 0
     assert_same(module, by_hand())
 
@@ -237,7 +237,7 @@ def test_a_grad_scalers_scale_is_divided_out_without_a_callback():
     ],
 )
 def test_backward_updates_refuse_what_needs_gradients(settings, message):
-    module = Configured("neurms", update="backward")
+    module = Configured("neurms", variant="U", update="backward")
     with pytest.raises(MisconfigurationException, match=message):
         fitted(module, **settings)
     assert taps_of(module) == 0
@@ -259,7 +259,7 @@ def test_two_networks_in_manual_optimization():
 
         def configure_optimizers(self) -> Any:
             return [
-                optimizer_config(self, "neurms", params=net)["optimizer"]
+                optimizer_config(self, "neurms", params=net, variant="U")["optimizer"]
                 for net in (self.first, self.second)
             ]
 

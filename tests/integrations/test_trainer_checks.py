@@ -33,7 +33,7 @@ def test_a_fused_optimizer_keeps_its_scaled_gradients_from_a_velocity():
             return torch.optim.AdamW(self.parameters(), fused=True)
 
     with pytest.raises(MisconfigurationException, match=r"momentum=0\.9.*fused AdamW"):
-        fitted(Fused(), NeuRMSCallback(momentum=0.9), **scaled())
+        fitted(Fused(), NeuRMSCallback(momentum=0.9, variant="U"), **scaled())
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_fused_optimizer_keeps_its_scaled_gradients_from_a_velocity():
 )
 def test_settings_that_contradict_the_modules_neurms_are_an_error(own, given, message):
     with pytest.raises(MisconfigurationException, match=message):
-        fitted(WithNeuRMS(**own), NeuRMSCallback(**given))
+        fitted(WithNeuRMS(**own), NeuRMSCallback(**{"variant": "U", **given}))
 
 
 def test_settings_that_agree_are_not():
@@ -72,7 +72,7 @@ def test_optimizers_that_must_not_be_preconditioned(make, message):
 
     module = Given()
     with pytest.raises(MisconfigurationException, match=message):
-        fitted(module, NeuRMSCallback())
+        fitted(module, NeuRMSCallback(variant="U"))
     assert taps_of(module) == 0
 
 
@@ -83,7 +83,7 @@ def test_a_model_without_layers_is_an_error():
             self.net = nn.LayerNorm(5)
 
     with pytest.raises(ValueError, match="has no layer that neurms can tap"):
-        fitted(Nothing(), NeuRMSCallback())
+        fitted(Nothing(), NeuRMSCallback(variant="U"))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_backward_updates_refuse_what_needs_gradients(module, settings, message)
     built, start = module(), Classifier()
     others = [settings.pop("callbacks")] if "callbacks" in settings else []
     with pytest.raises(MisconfigurationException, match=message):
-        fitted(built, NeuRMSCallback(update="backward"), *others, **settings)
+        fitted(built, NeuRMSCallback(update="backward", variant="U"), *others, **settings)
     assert_bit_equal(built, start)
     assert taps_of(built) == 0
 
@@ -111,10 +111,10 @@ def test_backward_updates_refuse_clipping_by_the_module():
         def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None: ...
 
     with pytest.raises(MisconfigurationException, match="configure_gradient_clipping"):
-        fitted(Clipping(), NeuRMSCallback(update="backward"))
+        fitted(Clipping(), NeuRMSCallback(update="backward", variant="U"))
 
 
 def test_strategies_that_shard_are_refused(monkeypatch):
     monkeypatch.setattr("neurms.integrations.trainer_checks.FSDPStrategy", SingleDeviceStrategy)
     with pytest.raises(MisconfigurationException, match="flattens weights into pieces"):
-        fitted(Classifier(), NeuRMSCallback())
+        fitted(Classifier(), NeuRMSCallback(variant="U"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,20 @@ from torch.optim import Optimizer
 
 from neurms.core.ground.errors import CheckpointError, meant
 from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.checkpoint import check_entries
 from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
 from neurms.core.unitwise.gradient_rule import check_probed, gradient_recipe
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.rule import UnitwiseRule, check_modes
 
-__all__ = ["backward_problem", "checked_settings", "default_settings", "verified_state"]
+__all__ = [
+    "backward_problem",
+    "checked_settings",
+    "default_settings",
+    "verified_state",
+    "warn_of_long_steps",
+]
 
 _COMMON = ("weight_decay", "exclude", "head", "backend", "nonfinite", "process_group")
 
@@ -94,6 +101,36 @@ def backward_problem(holder: Optimizer | None, weight: Tensor, momentum: float) 
             f"(momentum={momentum!r}) both keep a velocity"
         )
     return ""
+
+
+LONG = 0.05
+"""An lr on AdamW's scale that no training here or in the papers has wanted."""
+
+
+def warn_of_long_steps(optimizers: Iterable[Optimizer], scaled: Collection[Tensor]) -> None:
+    """Warn of an SGD whose lr is meant for gradients, where updates have an RMS of about 1.
+
+    Args:
+        optimizers: What moves the parameters.
+        scaled: The parameters whose gradients variant P scales.
+    """
+    own = {id(parameter) for parameter in scaled}
+    for optimizer in optimizers:
+        if type(optimizer) is not torch.optim.SGD:
+            continue
+        for group in optimizer.param_groups:
+            # A schedule may begin far below the rate that it is made from.
+            lr, momentum = float(group.get("initial_lr", group["lr"])), group["momentum"]
+            length = lr * (1 - group["dampening"]) / (1 - momentum) if momentum else lr
+            if length > LONG and any(id(p) in own for p in group["params"]):
+                warn_user(
+                    f"SGD(lr={lr:g}, momentum={momentum:g}) would move every weight by about "
+                    f'{length:g} in each step: variant="P" makes gradients of an RMS of 1, so that '
+                    "lr is on AdamW's scale (1e-3 to 1e-2) and SGD's momentum lengthens steps; "
+                    'lower lr, and give NeuRMS the momentum, or use variant="U", whose lr is '
+                    "nearer to SGD's"
+                )
+                return
 
 
 def verified_state(

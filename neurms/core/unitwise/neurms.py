@@ -66,14 +66,14 @@ class NeuRMS(PreconditionedOptimizer):
     State per layer: m numbers, m + n for F; no moment for each parameter unless ``momentum`` is
     set.
 
-    Variant **P** scales by the gradient's own moments instead, q_i of its row sums of squares and
-    s_j of its column sums, W by -lr G_ij sqrt(T / (q_i s_j)) with T = (sum q + sum s) / 2; see
-    :class:`~neurms.core.structures.gradient_moments.GradientMoments`. A layer's bias is one more
-    column of its matrix. Updates have an RMS of about 1, so that lr is on AdamW's scale. There are
-    no taps: ``model`` may also be parameters or parameter groups (matrices get the rule), compiled
-    models stay whole, and accumulation, GradScaler, DDP and FSDP2 need nothing. It takes what every
-    rule takes: ``nn.MultiheadAttention`` too. ``momentum`` averages G before the factors. Of the
-    settings below it has ``beta``, ``momentum`` and ``kappa``.
+    Variant **P**, the default, scales by the gradient's own moments instead, q_i of its row sums of
+    squares and s_j of its column sums, W by -lr G_ij sqrt(T / (q_i s_j)) with T = (sum q + sum s) /
+    2; see :class:`~neurms.core.structures.gradient_moments.GradientMoments`. A layer's bias is one
+    more column of its matrix. Updates have an RMS of about 1, so that lr is on AdamW's scale. There
+    are no taps: ``model`` may also be parameters or parameter groups (matrices get the rule),
+    compiled models stay whole, and accumulation, GradScaler, DDP and FSDP2 need nothing. It takes
+    what every rule takes: ``nn.MultiheadAttention`` too. ``momentum`` averages G before the
+    factors. Of the settings below it has ``beta``, ``momentum`` and ``kappa``.
 
     ``normalize="rms"`` divides what moves a tensor, but for lr, by the average of its own RMS, so
     that the rate is on AdamW's scale: a step of about lr in every entry, and never more than 10 lr
@@ -99,7 +99,7 @@ class NeuRMS(PreconditionedOptimizer):
     Args:
         model: The model whose layers are tapped; parameters alone will do for P only.
         lr: Learning rate.
-        variant: ``"U"``, ``"B"``, ``"F"`` or ``"P"``.
+        variant: ``"P"``, or the draft's ``"U"``, ``"B"`` and ``"F"``.
         beta: Decay of the second moments (.99, .995, .999 in the draft); None is .99, .95 for P.
         eps: Added to a second moment before its root.
         v_min: Floor of a second moment.
@@ -172,7 +172,7 @@ class NeuRMS(PreconditionedOptimizer):
         self,
         model: Params,
         lr: float = 1e-2,
-        variant: Variant = "U",
+        variant: Variant = "P",
         beta: float | None = None,
         eps: float = 1e-8,
         v_min: float = 1e-12,

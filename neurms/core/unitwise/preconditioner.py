@@ -28,6 +28,7 @@ from neurms.core.unitwise.checks import (
     checked_settings,
     default_settings,
     verified_state,
+    warn_of_long_steps,
 )
 from neurms.core.unitwise.closures import ScaledGradients
 from neurms.core.unitwise.engine import Engine
@@ -74,7 +75,8 @@ class GradientPreconditioner:
     Args:
         model: The model whose layers are tapped, from now on until :meth:`detach`.
         leave: Parameters to keep away from.
-        optimizers: What moves the parameters; needed for ``update="backward"`` alone.
+        optimizers: What moves the parameters. ``update="backward"`` needs them; with
+            ``variant="P"`` an SGD among them whose steps would be long is warned of.
         **settings: NeuRMS's, but for ``lr`` and AdamW's. ``momentum`` adds a velocity of its own,
             for optimizers without one. ``weight_decay`` shrinks tapped weights by
             1 - lr weight_decay with the lr of their optimizer, beside its own decay.
@@ -143,6 +145,7 @@ class GradientPreconditioner:
                 self.routes, self.settings, default_settings(), self.state
             )
             self._attached = True
+            warn_of_long_steps(self._optimizers, self.taken)
             return
         self._check_backward_optimizers()
         self.layers.attach(

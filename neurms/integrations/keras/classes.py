@@ -17,7 +17,6 @@ from neurms.core.optimizers.registry import available, optimizer_class
 from neurms.core.optimizers.rules import follow, rule_names
 from neurms.integrations.keras.neurms import TappedOptimizer
 from neurms.integrations.keras.optimizer import NeurmsOptimizer
-from neurms.integrations.keras.settings import needs_taps
 
 __all__ = ["CLASSES", "keras_class"]
 
@@ -27,7 +26,7 @@ CLASSES: dict[str, type[NeurmsOptimizer]] = {}
 
 def _make(rule: str) -> type[NeurmsOptimizer]:
     torch_class = optimizer_class(rule)
-    base = TappedOptimizer if needs_taps(rule) else NeurmsOptimizer
+    base = TappedOptimizer if torch_class.needs_modules else NeurmsOptimizer
     docstring = f"{torch_class.__name__} for Keras; its settings are those of the torch optimizer."
     ours = torch_class.__module__.startswith("neurms.")
     # Keras and pickle look a class up by its module and name.

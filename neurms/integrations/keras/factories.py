@@ -59,12 +59,12 @@ def keras_optimizer(name: str, /, learning_rate: Any = None, **settings: Any) ->
     return keras_class(name)(learning_rate, **settings)
 
 
-def keras_neurms(learning_rate: Any = 1e-2, variant: str = "U", **settings: Any) -> Any:
-    """Make :class:`neurms.NeuRMS` for Keras; its taps attach themselves in ``fit``.
+def keras_neurms(learning_rate: Any = 1e-2, variant: str = "P", **settings: Any) -> Any:
+    """Make :class:`neurms.NeuRMS` for Keras; the taps of U, B and F attach themselves in ``fit``.
 
     Args:
         learning_rate: A float, a schedule or a callable.
-        variant: ``"U"``, ``"B"``, ``"F"``, or ``"P"``, which has no taps.
+        variant: ``"P"``, which has no taps, or the draft's ``"U"``, ``"B"`` and ``"F"``.
         **settings: ``beta=None, eps=1e-8, s_max=100., momentum=0., agc=None, clip="absolute",
             normalize=None, loss_reduction="mean"``, ... as in :class:`neurms.NeuRMS` (but for
             ``update``, ``gemm`` and ``loss_scale``, which Keras settles), the common settings and

@@ -14,7 +14,7 @@ from neurms.core.optimizers.registry import is_torch, optimizer_class
 from neurms.integrations.keras.engine import make_engine
 from neurms.integrations.keras.owners import Surroundings
 from neurms.integrations.keras.routing import parameter_of, route_variables
-from neurms.integrations.keras.settings import needs_taps
+from neurms.integrations.keras.settings import needs_taps, setting_defaults, takes_biases
 
 __all__ = ["memory_forecast"]
 
@@ -42,7 +42,6 @@ def _bytes(rule: str, variables: Sequence[Any], around: Surroundings) -> int:
         stand_ins = [nn.Parameter(meta_like(parameter_of(v))) for v in variables]
         return memory_report(nn.ParameterList(stand_ins), rule).state_bytes
     head = optimizer_class(rule).default_head
-    entries = route_variables(
-        variables, around, rule, head=head, taps=needs_taps(rule), biases=needs_taps(rule)
-    )
+    taps, biases = needs_taps(rule, setting_defaults(rule)), takes_biases(rule)
+    entries = route_variables(variables, around, rule, head=head, taps=taps, biases=biases)
     return make_engine(rule, [e.route for e in entries], {"lr": 1e-3}).optimizer.plan().state_bytes

@@ -31,6 +31,7 @@ from neurms.integrations.keras.settings import (
     check_settings,
     default_rate,
     needs_taps,
+    takes_biases,
 )
 
 __all__ = ["NeurmsOptimizer"]
@@ -170,7 +171,7 @@ class NeurmsOptimizer(keras.optimizers.Optimizer):
             head=self._settings["head"] or optimizer_class(self.rule).default_head,
             exclude=self._settings["exclude"],
             taps=needs_taps(self.rule, self._settings),
-            biases=needs_taps(self.rule),
+            biases=takes_biases(self.rule),
         )
 
     def _made_engine(self, entries: Sequence[VariableRoute]) -> Engine:

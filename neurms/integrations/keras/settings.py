@@ -76,9 +76,19 @@ def check_settings(
     return settings
 
 
-def needs_taps(rule: str, settings: Mapping[str, Any] | None = None) -> bool:
-    """Return whether a rule, with these settings, reads the layers' inputs and error signals."""
-    return optimizer_class(rule).needs_modules and (settings or {}).get("variant") != "P"
+def needs_taps(rule: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether a rule, with these settings, reads the layers' inputs and error signals.
+
+    Args:
+        rule: Its name.
+        settings: All of its settings, completed by their defaults.
+    """
+    return takes_biases(rule) and settings.get("variant") != "P"
+
+
+def takes_biases(rule: str) -> bool:
+    """Return whether a rule knows layers, so that it moves a layer's bias along with its weight."""
+    return optimizer_class(rule).needs_modules
 
 
 def _tupled(value: Any) -> Any:

@@ -140,10 +140,10 @@ def test_convolutions_agree_with_their_unfolded_rows() -> None:
 
 
 MAKERS: dict[str, Make] = {
-    "U": lambda m: neurms.NeuRMS(m),
+    "U": lambda m: neurms.NeuRMS(m, variant="U"),
     "F momentum": lambda m: neurms.NeuRMS(m, variant="F", momentum=0.9),
     "B": lambda m: neurms.NeuRMS(m, variant="B"),
-    "backward": lambda m: neurms.NeuRMS(m, update="backward"),
+    "backward": lambda m: neurms.NeuRMS(m, update="backward", variant="U"),
     "racs": lambda m: neurms.RACS(m, head="rule"),
     "rmnp": lambda m: neurms.RMNP(m),
     "alice": lambda m: neurms.Alice(m, rank=4, leading=2, interval=2),
@@ -202,7 +202,7 @@ def test_backward_updates_show_the_rho_of_the_gradient_that_nobody_formed() -> N
     rho = []
     for update in ("step", "backward"):
         model = truth.mlp()
-        optimizer = neurms.NeuRMS(model, update=update)  # type: ignore[arg-type]
+        optimizer = neurms.NeuRMS(model, update=update, variant="U")  # type: ignore[arg-type]
         with profile(model, optimizer, every_n_steps=1, warmup_steps=0) as profiler:
             train(model, optimizer, 2)
         rho.append([row.rho for row in profiler.report()])
@@ -263,7 +263,7 @@ def test_no_hook_is_left_between_looks_or_afterwards() -> None:
 
 def test_an_exception_in_training_leaves_nothing_behind() -> None:
     model = truth.mlp()
-    optimizer = neurms.NeuRMS(model)
+    optimizer = neurms.NeuRMS(model, variant="U")
     before = [len(m._forward_hooks) for m in model.modules()]
     calls: list[None] = []
 
@@ -361,7 +361,7 @@ def test_half_of_the_units_stand_for_all_in_a_large_layer() -> None:
 
 def test_spans_show_in_torch_profiler_traces() -> None:
     model = truth.mlp()
-    optimizer = neurms.NeuRMS(model)
+    optimizer = neurms.NeuRMS(model, variant="U")
     with (
         torch.profiler.profile() as trace,
         profile(model, optimizer, every_n_steps=1, warmup_steps=0),

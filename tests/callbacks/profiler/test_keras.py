@@ -135,7 +135,7 @@ def test_convolutions_and_the_run_file(tmp_path: Path) -> None:
             keras.layers.Dense(4, name="head"),
         ]
     )
-    model.compile(optimizer=keras_neurms(), loss="mse")
+    model.compile(optimizer=keras_neurms(variant="U"), loss="mse")
     watcher = profiler(output=tmp_path / "run", layers=["conv"])
     images = np.random.default_rng(0).normal(size=(8, 6, 6, 3)).astype("float32")
     model.fit(images, np.ones((8, 4)), batch_size=4, verbose=0, callbacks=[watcher])

@@ -37,11 +37,11 @@ def _data(number: int) -> Tensor:
 def _trained(inner: nn.Module, model: nn.Module, data: Tensor, **settings: Any) -> list[Tensor]:
     kind = settings.pop("kind", "optimizer")
     if kind == "optimizer":
-        optimizer: Any = neurms.NeuRMS(inner, lr=0.05, **settings)
+        optimizer: Any = neurms.NeuRMS(inner, lr=0.05, **{"variant": "U", **settings})
         scale = None
     else:
         optimizer = torch.optim.SGD(inner.parameters(), lr=0.05)
-        scale = neurms.GradientPreconditioner(inner, **settings)
+        scale = neurms.GradientPreconditioner(inner, **{"variant": "U", **settings})
     for _ in range(3):
         optimizer.zero_grad()
         model(data).square().mean().backward()

@@ -224,7 +224,7 @@ def cut_by_features(rank: int, ranks: int) -> dict[str, Any]:
     model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(1)]))
     refused = ""
     try:
-        neurms.NeuRMS(model)
+        neurms.NeuRMS(model, variant="U")
     except UnsupportedTrainingError as error:
         refused = str(error)
     return {"same": all(same), "refused": refused}

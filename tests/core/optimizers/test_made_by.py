@@ -67,7 +67,7 @@ def test_any_note_or_none_is_taken(name: str) -> None:
 
 def test_a_preconditioner_s_state_has_it_too() -> None:
     model = small_model()
-    preconditioner = neurms.GradientPreconditioner(model, backend="eager")
+    preconditioner = neurms.GradientPreconditioner(model, backend="eager", variant="U")
     saved = preconditioner.state_dict()
     assert saved[MADE_BY] == made_by("eager")
     del saved[MADE_BY]

@@ -98,11 +98,11 @@ def test_stochastic_rounding_draws_alike_under_other_names() -> None:
 @pytest.mark.parametrize("settings", [{"normalize": "rms"}, {"variant": "P"}])
 def test_probes_of_a_backward_that_moves_weights(settings: dict[str, Any]) -> None:
     whole = model_of()
-    optimizer = neurms.NeuRMS(whole, update="backward", lr=1e-3, **settings)
+    optimizer = neurms.NeuRMS(whole, update="backward", lr=1e-3, **{"variant": "U", **settings})
     train(whole, optimizer, 3)
     resumed = copy.deepcopy(whole)
     holder = nn.ModuleDict({"wrapped": resumed})
-    other = neurms.NeuRMS(holder, update="backward", lr=1e-3, **settings)
+    other = neurms.NeuRMS(holder, update="backward", lr=1e-3, **{"variant": "U", **settings})
     state = copy.deepcopy(optimizer.state_dict()["state"])
     other.load_state_dict({**other.state_dict(), "state": state})
     train(whole, optimizer, 4, start=3)

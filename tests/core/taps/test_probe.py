@@ -307,7 +307,7 @@ def test_compiled_modules_are_seen_by_a_later_optimizer() -> None:
     model = network()
     model.compile(backend="aot_eager", fullgraph=True)
     for _ in range(2):
-        optimizer = neurms.NeuRMS(model, lr=0.01)
+        optimizer = neurms.NeuRMS(model, lr=0.01, variant="U")
         model(X).sum().backward()
         optimizer.step()
         assert optimizer.state[model[0].weight]["step"] == 1
@@ -329,7 +329,7 @@ def test_b_breaks_the_graph_where_another_hook_must_see_what_it_rescaled() -> No
 
 def test_updates_inside_backward_are_refused_in_full_graphs() -> None:
     model = network()
-    optimizer = neurms.NeuRMS(model, update="backward")
+    optimizer = neurms.NeuRMS(model, update="backward", variant="U")
     with pytest.raises(torch._dynamo.exc.Unsupported, match="detach it, or drop fullgraph"):
         whole(model)(X)
     optimizer.detach()

@@ -154,7 +154,7 @@ def train(
 def pair(make: Callable[[], nn.Module] = mlp, **settings: Any) -> tuple[nn.Module, NeuRMS]:
     """Return a model and its optimizer."""
     model = make()
-    return model, NeuRMS(model, **{"lr": 0.05, **settings})
+    return model, NeuRMS(model, **{"variant": "U", **{"lr": 0.05, **settings}})
 
 
 def snapshot(model: nn.Module, optimizer: NeuRMS) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def trained(settings: dict[str, Any], rank: int = 0, ranks: int = 1) -> dict[str
     settings = dict(settings)
     parts, order = settings.pop("parts", 1), settings.pop("order", list(range(ROWS)))
     inner = network().double()
-    optimizer = NeuRMS(inner, lr=0.05, momentum=0.5, **settings)
+    optimizer = NeuRMS(inner, lr=0.05, momentum=0.5, **{"variant": "U", **settings})
     model: nn.Module = DistributedDataParallel(inner) if ranks > 1 else inner
     for step in range(STEPS):
         x, y = (t if ranks > 1 else t[order] for t in batch(step))
@@ -62,7 +62,7 @@ def unequal(rank: int, ranks: int) -> dict[str, Any]:
     model = network().double()
     branch = nn.Linear(5, 3).double()
     holder = nn.ModuleDict({"model": model, "branch": branch})
-    optimizer = NeuRMS(holder, lr=0.05, process_group=dist.group.WORLD)
+    optimizer = NeuRMS(holder, lr=0.05, process_group=dist.group.WORLD, variant="U")
     for step in range(2):
         x, y = batch(step)
         loss = (model(x) - y).square().mean()
@@ -113,7 +113,7 @@ def nonfinite(rank: int, ranks: int) -> dict[str, Any]:
         raised = ""
     after = result(model, optimizer)
     try:
-        NeuRMS(network(), update="backward")
+        NeuRMS(network(), update="backward", variant="U")
     except UnsupportedTrainingError as error:
         refused = str(error)
     else:

@@ -43,7 +43,7 @@ def test_scaling_in_the_closure_is_right() -> None:
     data = torch.ones(2, 5)
     for model, inside in zip(models, (True, False), strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        preconditioner = neurms.GradientPreconditioner(model)
+        preconditioner = neurms.GradientPreconditioner(model, variant="U")
 
         def closure(net: Any = model, own: Any = optimizer, scale: Any = preconditioner) -> Tensor:
             own.zero_grad()

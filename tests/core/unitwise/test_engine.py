@@ -74,7 +74,7 @@ def test_one_call_for_all(monkeypatch: pytest.MonkeyPatch, momentum: float) -> N
 def test_groups_keep_their_settings() -> None:
     def build(backend: str) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = wide()
-        optimizer = neurms.NeuRMS(model, lr=0.05, backend=backend)
+        optimizer = neurms.NeuRMS(model, lr=0.05, backend=backend, variant="U")
         rest = optimizer.param_groups[0]
         second = {**rest, "params": rest["params"][2:], "lr": 0.01, "momentum": 0.9, "beta": 0.9}
         rest["params"] = rest["params"][:2]

@@ -36,8 +36,8 @@ def test_sgd_beside_it_is_the_optimizer(case: str, momentum: float) -> None:
     model, other = make().double(), make().double()
     settings: Any = {"variant": "P", "momentum": momentum, "weight_decay": 0.1}
     scaler, optimizer = (
-        GradientPreconditioner(model, **settings),
-        NeuRMS(other, lr=0.02, **settings),
+        GradientPreconditioner(model, **{"variant": "U", **settings}),
+        NeuRMS(other, lr=0.02, **{"variant": "U", **settings}),
     )
     train(model, scaler, batch(), 6)
     for _ in range(6):

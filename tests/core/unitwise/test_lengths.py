@@ -297,7 +297,7 @@ def test_native_and_eager_forms_agree() -> None:
 
 def test_gradients_reach_an_optimizer_at_length_one() -> None:
     model = mlp()
-    beside = GradientPreconditioner(model, normalize="rms")
+    beside = GradientPreconditioner(model, normalize="rms", variant="U")
     x, y = vectors()
     cross_entropy(model, x, y).backward()
     assert beside.precondition_(model.parameters())
@@ -308,11 +308,11 @@ def test_gradients_reach_an_optimizer_at_length_one() -> None:
 
 def test_a_preconditioner_resumes() -> None:
     model = mlp()
-    beside = GradientPreconditioner(model, normalize="rms")
+    beside = GradientPreconditioner(model, normalize="rms", variant="U")
     x, y = vectors()
     cross_entropy(model, x, y).backward()
     beside.precondition_(model.parameters())
-    other = GradientPreconditioner(mlp(), normalize="rms")
+    other = GradientPreconditioner(mlp(), normalize="rms", variant="U")
     other.load_state_dict(beside.state_dict())
     assert_same(other.state_dict()["layers"], beside.state_dict()["layers"])
 
@@ -320,4 +320,4 @@ def test_a_preconditioner_resumes() -> None:
 @pytest.mark.parametrize("normalize", ["l2", True, 1.0])
 def test_unknown_lengths_are_refused(normalize: Any) -> None:
     with pytest.raises(ValueError, match="normalize="):
-        NeuRMS(mlp(), normalize=normalize)
+        NeuRMS(mlp(), normalize=normalize, variant="U")

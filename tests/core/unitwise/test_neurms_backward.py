@@ -77,7 +77,7 @@ class TestGradientsAreNotToBeTouched:
 
     def test_a_model_without_such_layers_may_be_clipped(self) -> None:
         model = cnn()[:6]
-        optimizer = NeuRMS(model, update="backward")
+        optimizer = NeuRMS(model, update="backward", variant="U")
         x, _ = images()
         model(x).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
@@ -107,7 +107,7 @@ class TestOneUse:
     def test_a_layer_used_twice(self) -> None:
         layer = nn.Linear(3, 3)
         model = nn.Sequential(layer, nn.Tanh(), layer)
-        optimizer = NeuRMS(model, update="backward")
+        optimizer = NeuRMS(model, update="backward", variant="U")
         before = layer.weight.detach().clone()
         with pytest.raises(UnsupportedTrainingError, match=r"0\.weight is used a second time"):
             model(torch.randn(2, 3))
@@ -136,7 +136,7 @@ class TestOneUse:
                 return self.inner(F.linear(x, self.inner.weight))
 
         model = Twice()
-        optimizer = NeuRMS(model, update="backward")
+        optimizer = NeuRMS(model, update="backward", variant="U")
         loss = model(torch.randn(2, 3)).sum()
         # Either autograd sees that its saved weight has changed, or the step sees a gradient.
         with pytest.raises(RuntimeError, match=r"inplace operation|used outside its layer"):  # noqa: PT012
@@ -172,10 +172,10 @@ class TestPlainWhereItShould:
             pass
 
         model = nn.Sequential(Special(5, 4), nn.Linear(4, 3))
-        optimizer = NeuRMS(model, update="backward")
+        optimizer = NeuRMS(model, update="backward", variant="U")
         twin = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
         twin.load_state_dict(model.state_dict())
-        other = NeuRMS(twin)
+        other = NeuRMS(twin, variant="U")
         x, y = vectors()
         cross_entropy(model, x, y).backward()
         assert model[0].weight.grad is not None
@@ -205,14 +205,14 @@ class TestPlainWhereItShould:
         model, optimizer = pair(update="backward")
         x, y = vectors()
         with pytest.raises(ValueError, match="tapped already"):
-            NeuRMS(model, update="backward")
+            NeuRMS(model, update="backward", variant="U")
         del optimizer
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         cross_entropy(model, x, y).backward()
         assert_same(before, {name: p.detach() for name, p in model.named_parameters()})
         assert all(p.grad is not None for p in model.parameters())
         model.zero_grad()
-        new = NeuRMS(model, update="backward")
+        new = NeuRMS(model, update="backward", variant="U")
         twin, other = pair(mlp, update="backward", lr=1e-2)
         train(model, new, [(x, y)])
         train(twin, other, [(x, y)])

@@ -52,7 +52,9 @@ def norms(
     model = nn.Linear(16, 10).double()
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
-    optimizer = NeuRMS(model, lr=lr, s_min=0.1, s_max=10.0, c_min=0.1, c_max=10.0, **settings)
+    optimizer = NeuRMS(
+        model, lr=lr, s_min=0.1, s_max=10.0, c_min=0.1, c_max=10.0, **{"variant": "U", **settings}
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (1 + t / 20) ** -power)
     found = []
     for number, (bx, by) in enumerate(minibatches(x, y, rows, steps), 1):

@@ -85,7 +85,7 @@ def assert_untouched(model: nn.Module) -> None:
 def test_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     model = mlp()
     with pytest.raises(error, match=message):
-        NeuRMS(model, **settings)
+        NeuRMS(model, **{"variant": "U", **settings})
     assert_untouched(model)
     with pytest.raises(error, match=message):
         neurms.memory_report(model, "neurms", **settings)
@@ -96,9 +96,9 @@ class TestModel:
         model = mlp()
         for wrong in (model.parameters(), list(model.parameters()), [{"params": []}], None, 3):
             with pytest.raises(TypeError, match=r"model=.* must be an nn.Module.*pass the model"):
-                NeuRMS(wrong)  # type: ignore[arg-type]
+                NeuRMS(wrong, variant="U")  # type: ignore[arg-type]
             with pytest.raises(TypeError, match=r"must be an nn.Module"):
-                neurms.create("neurms", wrong)  # type: ignore[arg-type]
+                neurms.create("neurms", wrong, variant="U")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(
         "model",
@@ -114,28 +114,28 @@ class TestModel:
     )
     def test_nothing_to_tap(self, model: nn.Module) -> None:
         with pytest.raises(ValueError, match=r"model=\w+ has no layer that neurms can tap"):
-            NeuRMS(model)
+            NeuRMS(model, variant="U")
         assert not any(module._forward_hooks for module in model.modules())
 
     def test_a_lazy_layer_has_no_shape_yet(self) -> None:
         model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
         with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet.*one batch"):
-            NeuRMS(model)
+            NeuRMS(model, variant="U")
 
     def test_complex_weights(self) -> None:
         model = nn.Sequential(nn.Linear(3, 2, dtype=torch.complex64), nn.Linear(2, 2))
         with pytest.raises(TypeError, match=r"'0.weight' has dtype torch.complex64"):
-            NeuRMS(model)
+            NeuRMS(model, variant="U")
         assert_untouched(model)
 
     def test_a_failure_in_the_middle_of_attaching_leaves_no_tap(self) -> None:
         first, second = nn.Linear(3, 3), nn.Linear(3, 3)
-        held = NeuRMS(second)
+        held = NeuRMS(second, variant="U")
         second_twin = nn.Linear(3, 3)
         second_twin.weight = second.weight
         model = nn.Sequential(first, second_twin)
         with pytest.raises(ValueError, match="tied"):
-            NeuRMS(model)
+            NeuRMS(model, variant="U")
         assert_untouched(model)
         held.detach()
 
@@ -146,7 +146,7 @@ class TestModel:
         with pytest.raises(
             neurms.core.ground.errors.UnsupportedTrainingError, match="trains on 2 ranks"
         ):
-            NeuRMS(model, update="backward")
+            NeuRMS(model, update="backward", variant="U")
         assert_untouched(model)
 
 

@@ -139,7 +139,7 @@ def test_what_autocast_has_rounded_is_multiplied_as_it_is() -> None:
 
 def test_an_input_that_rounds_to_infinity_is_refused() -> None:
     layer = nn.Linear(200, 256)
-    optimizer = NeuRMS(layer, **ROUNDED)
+    optimizer = NeuRMS(layer, **{"variant": "U", **ROUNDED})
     before = snapshot(layer, optimizer)
     inputs = torch.zeros(4, 200)
     inputs[1, 7] = torch.finfo(torch.float32).max
@@ -153,8 +153,8 @@ def test_an_input_that_rounds_to_infinity_is_refused() -> None:
 def test_beside_plain_sgd() -> None:
     model, twin = wide(), wide()
     sgd = torch.optim.SGD(model.parameters(), lr=0.05)
-    preconditioner = GradientPreconditioner(model, optimizers=[sgd], **ROUNDED)
-    other = NeuRMS(twin, lr=0.05, **ROUNDED)
+    preconditioner = GradientPreconditioner(model, optimizers=[sgd], **{"variant": "U", **ROUNDED})
+    other = NeuRMS(twin, lr=0.05, **{"variant": "U", **ROUNDED})
     for x, y in batches(3):
         cross_entropy(model, x, y).backward()
         preconditioner.precondition_(sgd)
@@ -168,8 +168,8 @@ def test_beside_plain_sgd() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda gemm, update: NeuRMS(mlp(), gemm=gemm, update=update),
-        lambda gemm, update: GradientPreconditioner(mlp(), gemm=gemm, update=update),
+        lambda gemm, update: NeuRMS(mlp(), gemm=gemm, update=update, variant="U"),
+        lambda gemm, update: GradientPreconditioner(mlp(), gemm=gemm, update=update, variant="U"),
     ],
     ids=["optimizer", "preconditioner"],
 )

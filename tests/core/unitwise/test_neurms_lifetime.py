@@ -44,10 +44,10 @@ class TestEnd:
     @UPDATES
     def test_context_manager(self, update: str) -> None:
         model = mlp()
-        with NeuRMS(model, update=update) as optimizer:
+        with NeuRMS(model, update=update, variant="U") as optimizer:
             train(model, optimizer, batches(2))
         assert_untouched(model)
-        with pytest.raises(ZeroDivisionError), NeuRMS(model, update=update):
+        with pytest.raises(ZeroDivisionError), NeuRMS(model, update=update, variant="U"):
             raise ZeroDivisionError
         assert_untouched(model)
 
@@ -154,9 +154,9 @@ class TestTwoOptimizers:
     @UPDATES
     def test_on_disjoint_parts(self, update: str) -> None:
         model, twin = mlp(), mlp()
-        lower = NeuRMS(model[:2], lr=0.05, update=update)
+        lower = NeuRMS(model[:2], lr=0.05, update=update, variant="U")
         upper = NeuRMS(model[2:], lr=0.05, update=update, variant="F")
-        alone = NeuRMS(twin[:2], lr=0.05), NeuRMS(twin[2:], lr=0.05, variant="F")
+        alone = NeuRMS(twin[:2], lr=0.05, variant="U"), NeuRMS(twin[2:], lr=0.05, variant="F")
         for x, y in batches(3):
             for m, optimizers in ((model, (lower, upper)), (twin, alone)):
                 cross_entropy(m, x, y).backward()
@@ -215,7 +215,7 @@ def test_a_layer_without_inputs_learns_its_bias() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2))
-    optimizer = NeuRMS(model, lr=0.1)
+    optimizer = NeuRMS(model, lr=0.1, variant="U")
     before = model[0].bias.detach().clone()
     model(torch.ones(4, 0)).square().mean().backward()
     optimizer.step()

@@ -188,7 +188,7 @@ class TestBackward:
 
     def test_a_bad_gradient_at_the_step_names_what_had_moved(self) -> None:
         model = cnn()
-        optimizer = NeuRMS(model, update="backward")
+        optimizer = NeuRMS(model, update="backward", variant="U")
         x, y = images()
         cross_entropy(model, x, y).backward()
         model[0].weight.grad[0, 0, 0, 0] = float("nan")
@@ -206,7 +206,7 @@ class TestBackward:
 
 def test_the_fallback_is_checked_too() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-    optimizer = NeuRMS(model)
+    optimizer = NeuRMS(model, variant="U")
     cross_entropy(model, torch.randn(4, 3), torch.tensor([0, 1, 0, 1])).backward()
     model[1].weight.grad[0] = float("nan")
     before = snapshot(model, optimizer)

@@ -156,7 +156,7 @@ class TestStrides:
         odd[2].weight.data = odd[2].weight.data.T.contiguous().T
         train(plain, NeuRMS(plain, lr=0.05, variant=variant, momentum=0.9), batches(3))
         settings: dict[str, Any] = {"variant": variant, "momentum": 0.9, "update": update}
-        train(odd, NeuRMS(odd, lr=0.05, **settings), batches(3))
+        train(odd, NeuRMS(odd, lr=0.05, **{"variant": "U", **settings}), batches(3))
         assert_close_models(plain, odd, 1e-5)
 
 
@@ -183,14 +183,14 @@ class TestCompiled:
             if how == "used":  # compiled without taps
                 used(vectors()[0]).sum().backward()
                 model.zero_grad()
-            optimizer = NeuRMS(used, **settings)
+            optimizer = NeuRMS(used, **{"variant": "U", **settings})
         elif how == "model.compile":
             model.compile(backend="aot_eager")
             used(vectors()[0]).sum().backward()
             model.zero_grad()
-            optimizer = NeuRMS(model, **settings)
+            optimizer = NeuRMS(model, **{"variant": "U", **settings})
         else:
-            optimizer = NeuRMS(model, **settings)
+            optimizer = NeuRMS(model, **{"variant": "U", **settings})
             used = torch.compile(model, backend="aot_eager")  # type: ignore[assignment]
         train(plain, one, batches(4))
         train(used, optimizer, batches(4))
@@ -220,8 +220,8 @@ def test_backends_agree(variant: str, backend: str) -> None:
         make, batch = CASES[case]
         one, other = make(), make()
         settings: dict[str, Any] = {"variant": variant, "momentum": 0.9, "lr": 0.05}
-        train(one, NeuRMS(one, **settings), [batch()] * 3)
-        train(other, NeuRMS(other, backend=backend, **settings), [batch()] * 3)
+        train(one, NeuRMS(one, **{"variant": "U", **settings}), [batch()] * 3)
+        train(other, NeuRMS(other, backend=backend, **{"variant": "U", **settings}), [batch()] * 3)
         assert_close_models(one, other, 1e-5)
 
 

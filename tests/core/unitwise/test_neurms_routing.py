@@ -53,7 +53,7 @@ class Mixed(nn.Module):
 
 def test_every_kind_of_parameter_has_its_place_and_its_reason() -> None:
     model = Mixed()
-    optimizer = NeuRMS(model)
+    optimizer = NeuRMS(model, variant="U")
     ours = {"hidden.weight", "hidden.bias", "last.weight", "last.bias"}
     assert {name for name, rule in rules(optimizer).items() if rule == "neurms"} == ours
     reasons = {row.name: row.reason for row in optimizer.plan()}
@@ -70,7 +70,7 @@ def test_the_fallback_is_torchs_adamw(update: str) -> None:
     model, twin = Mixed(), Mixed()
     twin.load_state_dict(model.state_dict())
     settings = {"fallback_lr": 0.003, "fallback_betas": (0.8, 0.9), "fallback_weight_decay": 0.1}
-    optimizer = NeuRMS(model, lr=0.01, update=update, **settings)
+    optimizer = NeuRMS(model, lr=0.01, update=update, **{"variant": "U", **settings})
     rest = [twin.get_parameter(n) for n, rule in rules(optimizer).items() if rule == "fallback"]
     adamw = torch.optim.AdamW(rest, lr=0.003, betas=(0.8, 0.9), weight_decay=0.1)
     x, y = torch.randint(0, 11, (4, 5)), torch.tensor([0, 1, 2, 0])
@@ -89,17 +89,17 @@ def test_the_fallback_is_torchs_adamw(update: str) -> None:
 
 
 def test_head_and_exclude() -> None:
-    assert set(rules(NeuRMS(mlp())).values()) == {"neurms"}
-    head = rules(NeuRMS(mlp(), head="fallback"))
+    assert set(rules(NeuRMS(mlp(), variant="U")).values()) == {"neurms"}
+    head = rules(NeuRMS(mlp(), head="fallback", variant="U"))
     assert {n for n, rule in head.items() if rule == "fallback"} == {"4.weight", "4.bias"}
-    one = rules(NeuRMS(mlp(), exclude=("0", "*.bias")))
+    one = rules(NeuRMS(mlp(), exclude=("0", "*.bias"), variant="U"))
     assert {n for n, rule in one.items() if rule == "neurms"} == {"2.weight", "4.weight"}
 
 
 def test_a_bias_shared_by_two_layers_is_scaled_by_neither() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4))
     model[2].bias = model[0].bias
-    optimizer = NeuRMS(model)
+    optimizer = NeuRMS(model, variant="U")
     assert rules(optimizer) == {"0.weight": "neurms", "0.bias": "fallback", "2.weight": "neurms"}
     model(vectors()[0]).square().mean().backward()
     optimizer.step()
@@ -108,7 +108,7 @@ def test_a_bias_shared_by_two_layers_is_scaled_by_neither() -> None:
 class TestHeads:
     def test_outputs_of_a_head_share_their_mean(self) -> None:
         model, twin = mlp().double(), mlp().double()
-        optimizer = NeuRMS(model, heads={"2.*": 3}, lr=0.1)
+        optimizer = NeuRMS(model, heads={"2.*": 3}, lr=0.1, variant="U")
         x, y = vectors()
         x = x.double()
         kept: list[Tensor] = []
@@ -160,7 +160,9 @@ class TestNeverCalled:
         def make() -> tuple[nn.Module, NeuRMS]:
             model = Bypassing().bfloat16()
             settings: dict[str, Any] = {"low_precision": low_precision, "fallback_lr": 0.01}
-            return model, NeuRMS(model, update=update, momentum=0.9, lr=0.02, **settings)
+            return model, NeuRMS(
+                model, update=update, momentum=0.9, lr=0.02, **{"variant": "U", **settings}
+            )
 
         data = [(x.bfloat16(), y) for x, y in batches(6)]
         model, optimizer = make()
@@ -201,7 +203,7 @@ class TestFrozen:
     def test_bias_of_a_frozen_weight(self) -> None:
         model = mlp()
         model[0].weight.requires_grad_(False)
-        optimizer = NeuRMS(model)
+        optimizer = NeuRMS(model, variant="U")
         twin = torch.nn.Parameter(model[0].bias.detach().clone())
         adamw = torch.optim.AdamW([twin], lr=1e-3, weight_decay=0.0)
         row = next(row for row in optimizer.plan() if row.name == "0.bias")
@@ -249,7 +251,7 @@ class TestFrozen:
     @pytest.mark.parametrize("update", ["step", "backward"])
     def test_all_frozen_at_first(self, update: str) -> None:
         model = mlp().requires_grad_(False)
-        optimizer = NeuRMS(model, update=update, lr=0.05)
+        optimizer = NeuRMS(model, update=update, lr=0.05, variant="U")
         optimizer.step()
         model.requires_grad_(True)
         twin, other = pair()
@@ -290,7 +292,7 @@ def test_a_module_under_two_names_is_one_layer(build: Callable[[nn.Module], nn.M
     model = build(nn.Linear(3, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer = NeuRMS(model)
+        optimizer = NeuRMS(model, variant="U")
         model(torch.randn(2, 3)).sum().backward()
         optimizer.step()
     assert len(list(optimizer.layers)) == 1

@@ -58,7 +58,7 @@ def test_float64_is_sgd_to_rounding(momentum: float) -> None:
 def test_decay_is_decoupled_and_spares_biases() -> None:
     ours, theirs = mlp().double(), mlp().double()
     data = [(x.double(), y) for x, y in batches(3)]
-    train(ours, NeuRMS(ours, lr=0.1, weight_decay=0.2, **ONE), data)
+    train(ours, NeuRMS(ours, lr=0.1, weight_decay=0.2, **{"variant": "U", **ONE}), data)
     plain = torch.optim.SGD(theirs.parameters(), lr=0.1)
     for x, y in data:
         cross_entropy(theirs, x, y).backward()
@@ -87,7 +87,7 @@ SCHEDULES = {
 def test_schedulers_drive_it_as_they_drive_sgd(schedule: str, update: str) -> None:
     ours, theirs = mlp(), mlp()
     # OneCycleLR moves momentum, too.
-    optimizer = NeuRMS(ours, lr=0.1, momentum=0.9, update=update, **ONE)
+    optimizer = NeuRMS(ours, lr=0.1, momentum=0.9, update=update, **{"variant": "U", **ONE})
     plain = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
     schedulers = SCHEDULES[schedule](optimizer), SCHEDULES[schedule](plain)
     for batch in batches(8):
@@ -102,7 +102,7 @@ def test_schedulers_drive_it_as_they_drive_sgd(schedule: str, update: str) -> No
 
 def test_reduce_on_plateau() -> None:
     model = mlp()
-    optimizer = NeuRMS(model, lr=0.1)
+    optimizer = NeuRMS(model, lr=0.1, variant="U")
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
     train(model, optimizer, batches(1))
     for loss in (1.0, 2.0, 3.0):
@@ -113,7 +113,7 @@ def test_reduce_on_plateau() -> None:
 @pytest.mark.parametrize("update", ["step", "backward"])
 def test_momentum_may_be_switched_on_and_off_in_training(update: str) -> None:
     model, fresh = mlp(), mlp()
-    optimizer = NeuRMS(model, lr=0.1, update=update, **ONE)
+    optimizer = NeuRMS(model, lr=0.1, update=update, **{"variant": "U", **ONE})
     plain = torch.optim.SGD(fresh.parameters(), lr=0.1)
     for number, batch in enumerate(batches(6)):
         momentum = 0.9 if 2 <= number < 4 else 0.0
@@ -124,14 +124,14 @@ def test_momentum_may_be_switched_on_and_off_in_training(update: str) -> None:
     assert_close_models(fresh, model, 2e-6)
     # What was switched on and off is in the checkpoint, and the checkpoint is loadable.
     saved = copy.deepcopy(optimizer.state_dict())
-    other = NeuRMS(mlp(), lr=0.1, update=update, **ONE)
+    other = NeuRMS(mlp(), lr=0.1, update=update, **{"variant": "U", **ONE})
     other.load_state_dict(saved)
     assert_same(other.state_dict()["state"], saved["state"])
 
 
 def test_it_is_an_optimizer() -> None:
     model = mlp()
-    optimizer = NeuRMS(model)
+    optimizer = NeuRMS(model, variant="U")
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert optimizer.defaults["lr"] == 1e-2
     names = optimizer.param_groups[0]["param_names"]

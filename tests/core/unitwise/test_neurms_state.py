@@ -73,7 +73,7 @@ def test_memory_report_leaves_the_model_alone() -> None:
 
 def test_master_copies_are_counted() -> None:
     model = mlp().bfloat16()
-    optimizer = NeuRMS(model, low_precision="master")
+    optimizer = NeuRMS(model, low_precision="master", variant="U")
     x, y = vectors()
     train(model, optimizer, [(x.bfloat16(), y)])
     count = floats(model, features=False, velocity=False) + sum(
@@ -104,14 +104,14 @@ class TestResume:
         data = [(x * (1 + 0.2 * i), y) for i in range(6)]
         settings = {"variant": variant, "momentum": momentum, "update": update, "lr": 0.02}
         whole = make()
-        optimizer = NeuRMS(whole, **settings)
+        optimizer = NeuRMS(whole, **{"variant": "U", **settings})
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
         for batch_ in data:
             train(whole, optimizer, [batch_])
             scheduler.step()
 
         first = make()
-        before = NeuRMS(first, **settings)
+        before = NeuRMS(first, **{"variant": "U", **settings})
         scheduler = torch.optim.lr_scheduler.StepLR(before, 2, 0.5)
         for batch_ in data[:3]:
             train(first, before, [batch_])
@@ -142,7 +142,7 @@ class TestResume:
         train(first, before, data[:3])
         second = mlp().bfloat16()
         second.load_state_dict(first.state_dict())
-        after = NeuRMS(second, lr=0.05, **settings)
+        after = NeuRMS(second, lr=0.05, **{"variant": "U", **settings})
         after.load_state_dict(saved(before))
         train(second, after, data[3:])
         assert_same(snapshot(whole, optimizer), snapshot(second, after))
@@ -209,8 +209,8 @@ class TestRefused:
         x, y = vectors()
         cross_entropy(model, x, y).backward()  # something is pending, too
         for other, message in (
-            (NeuRMS(cnn()), "another model"),
-            (NeuRMS(transposed()), "another model"),
+            (NeuRMS(cnn(), variant="U"), "another model"),
+            (NeuRMS(transposed(), variant="U"), "another model"),
             (torch.optim.SGD(mlp().named_parameters(), lr=1.0), "lacks"),
         ):
             self.check(optimizer, model, saved(other), message)
@@ -234,7 +234,7 @@ class TestRefused:
         wide = nn.Sequential(
             nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 3)
         )
-        other = NeuRMS(wide)
+        other = NeuRMS(wide, variant="U")
         train(wide, other, batches(1))
         self.check(optimizer, model, saved(other), r"'v' of '0.weight'.*\(9,\).*\(7,\)")
 

@@ -28,7 +28,7 @@ def assert_steps_agree(
     model = make().to(dtype)
     x, y = batch()
     truth = Truth(model, lr=LR, **settings)
-    optimizer = NeuRMS(model, lr=LR, update=update, **settings)
+    optimizer = NeuRMS(model, lr=LR, update=update, **{"variant": "U", **settings})
     for number in range(steps):
         before = [p.detach().clone() for p in model.parameters()]
         truth.model.load_state_dict(model.state_dict())

@@ -37,8 +37,8 @@ def test_beside_sgd_it_is_neurms(build, variant, momentum):
 
 def test_beside_sgd_it_is_neurms_in_single_precision():
     model, reference = mlp(torch.float32), mlp(torch.float32)
-    trained_beside(model, sgd(model, momentum=0.9), GradientPreconditioner(model))
-    trained(reference, neurms.NeuRMS(reference, lr=0.05, momentum=0.9))
+    trained_beside(model, sgd(model, momentum=0.9), GradientPreconditioner(model, variant="U"))
+    trained(reference, neurms.NeuRMS(reference, lr=0.05, momentum=0.9, variant="U"))
     assert_same(model, reference, rtol=1e-6, atol=1e-6)
 
 
@@ -65,8 +65,8 @@ def test_beside_sgd_it_is_neurms_in_single_precision():
 )
 def test_every_setting_means_what_it_means_in_neurms(settings):
     model, reference = cnn(), cnn()
-    trained_beside(model, sgd(model), GradientPreconditioner(model, **settings))
-    trained(reference, neurms.NeuRMS(reference, lr=0.05, **settings))
+    trained_beside(model, sgd(model), GradientPreconditioner(model, **{"variant": "U", **settings}))
+    trained(reference, neurms.NeuRMS(reference, lr=0.05, **{"variant": "U", **settings}))
     assert_same(model, reference, rtol=1e-11, atol=1e-13)
 
 
@@ -110,8 +110,8 @@ def test_accumulated_micro_batches_are_one_big_batch():
 def test_loss_scale_is_divided_out_of_the_statistics(form):
     model, reference = mlp(), mlp()
     scale = 1024.0
-    scaled = GradientPreconditioner(model, loss_scale=lambda: form(scale))
-    plain = GradientPreconditioner(reference)
+    scaled = GradientPreconditioner(model, loss_scale=lambda: form(scale), variant="U")
+    plain = GradientPreconditioner(reference, variant="U")
     batch = next(batches(model))
     (loss_of(model, batch) * scale).backward()
     for parameter in model.parameters():
@@ -130,7 +130,10 @@ def assert_same_gradients(first: nn.Module, second: nn.Module) -> None:
 def test_gradients_in_any_memory_format_are_scaled():
     model, reference = cnn(), cnn()
     batch = next(batches(model))
-    ours, theirs = GradientPreconditioner(model), GradientPreconditioner(reference)
+    ours, theirs = (
+        GradientPreconditioner(model, variant="U"),
+        GradientPreconditioner(reference, variant="U"),
+    )
     for m in (model, reference):
         loss_of(m, batch).backward()
     weight = model[2].weight
@@ -142,7 +145,7 @@ def test_gradients_in_any_memory_format_are_scaled():
 
 def test_half_precision_gradients_keep_a_float32_velocity():
     model = mlp(torch.bfloat16)
-    preconditioner = GradientPreconditioner(model, momentum=0.9)
+    preconditioner = GradientPreconditioner(model, momentum=0.9, variant="U")
     trained_beside(model, sgd(model), preconditioner, steps=2)
     velocity = preconditioner.state[model[0].weight]["momentum"]
     assert velocity.dtype == torch.float32
@@ -154,7 +157,7 @@ def test_half_precision_gradients_keep_a_float32_velocity():
 
 def test_other_parameters_keep_their_gradients():
     model = language_model()
-    preconditioner = GradientPreconditioner(model)
+    preconditioner = GradientPreconditioner(model, variant="U")
     F.cross_entropy(model(torch.tensor([0, 1, 2])), torch.tensor([1, 2, 3])).backward()
     before = [p.grad.clone() for p in model.parameters()]
     preconditioner.precondition_(model.parameters())
@@ -166,7 +169,7 @@ def test_other_parameters_keep_their_gradients():
 def test_excluded_and_left_layers_keep_theirs():
     model = mlp()
     preconditioner = GradientPreconditioner(
-        model, exclude=("0",), leave=(model[2].weight, model[2].bias)
+        model, exclude=("0",), leave=(model[2].weight, model[2].bias), variant="U"
     )
     loss_of(model, next(batches(model))).backward()
     before = [p.grad.clone() for p in model.parameters()]
@@ -177,7 +180,7 @@ def test_excluded_and_left_layers_keep_theirs():
 
 def test_only_the_given_optimizers_layers_are_touched():
     model = mlp()
-    preconditioner = GradientPreconditioner(model)
+    preconditioner = GradientPreconditioner(model, variant="U")
     first, second = (torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2))
     loss_of(model, next(batches(model))).backward()
     waiting = model[2].weight.grad.clone()
@@ -192,7 +195,7 @@ def test_only_the_given_optimizers_layers_are_touched():
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_layer_divided_among_two_optimizers_gets_one_commit(order):
     model, reference = mlp(), mlp()
-    preconditioner = GradientPreconditioner(model)
+    preconditioner = GradientPreconditioner(model, variant="U")
     kinds = [[p for p in model.parameters() if (p.ndim < 2) == bias] for bias in (False, True)]
     optimizers = [torch.optim.SGD(kinds[i], lr=0.05) for i in order]
     for batch in batches(model):
@@ -201,13 +204,13 @@ def test_a_layer_divided_among_two_optimizers_gets_one_commit(order):
             preconditioner.precondition_(optimizer)
             optimizer.step()
         model.zero_grad()
-    trained(reference, neurms.NeuRMS(reference, lr=0.05))
+    trained(reference, neurms.NeuRMS(reference, lr=0.05, variant="U"))
     assert_same(model, reference, rtol=1e-12, atol=1e-14)
 
 
 def test_parameters_of_other_models_in_the_same_optimizer_are_left_alone():
     model, other = mlp(), nn.Linear(5, 1).double()
-    preconditioner = GradientPreconditioner(model)
+    preconditioner = GradientPreconditioner(model, variant="U")
     optimizer = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
     batch = next(batches(model))
     (loss_of(model, batch) + other(batch[0]).mean()).backward()
@@ -218,7 +221,7 @@ def test_parameters_of_other_models_in_the_same_optimizer_are_left_alone():
 
 def test_sparse_gradients_of_embeddings_pass():
     model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 6))
-    preconditioner = GradientPreconditioner(model)
+    preconditioner = GradientPreconditioner(model, variant="U")
     F.cross_entropy(model(torch.tensor([0, 1])), torch.tensor([1, 2])).backward()
     assert preconditioner.precondition_(model.parameters())
     assert model[0].weight.grad.is_sparse
@@ -237,7 +240,7 @@ class _Bypass(nn.Module):
 
 def test_a_layer_that_is_never_called_is_named_once_and_left_to_the_optimizer():
     model = _Bypass().double()
-    preconditioner = GradientPreconditioner(model)
+    preconditioner = GradientPreconditioner(model, variant="U")
     steps = batches(model, 2)
     loss_of(model, next(steps)).backward()
     before = model.bypassed.weight.grad.clone()
@@ -254,7 +257,7 @@ def test_a_layer_that_is_never_called_is_named_once_and_left_to_the_optimizer():
 def test_a_bias_of_a_frozen_weight_goes_to_the_optimizer(frozen_first):
     model = mlp()
     model[2].weight.requires_grad_(not frozen_first)
-    preconditioner = GradientPreconditioner(model)
+    preconditioner = GradientPreconditioner(model, variant="U")
     model[2].weight.requires_grad_(False)
     loss_of(model, next(batches(model))).backward()
     before = model[2].bias.grad.clone()
@@ -270,7 +273,7 @@ def test_a_bias_of_a_frozen_weight_goes_to_the_optimizer(frozen_first):
 def test_a_layer_thawed_in_training_is_preconditioned_from_then_on():
     model = mlp()
     model[0].requires_grad_(False)
-    preconditioner = GradientPreconditioner(model)
+    preconditioner = GradientPreconditioner(model, variant="U")
     optimizer = torch.optim.SGD(model[2].parameters(), lr=0.05)
     trained_beside(model, optimizer, preconditioner, steps=1)
     model[0].requires_grad_(True)
@@ -282,7 +285,10 @@ def test_a_layer_thawed_in_training_is_preconditioned_from_then_on():
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_dropped_gradients_take_their_statistics_along(set_to_none):
     model, reference = mlp(), mlp()
-    ours, theirs = GradientPreconditioner(model), GradientPreconditioner(reference)
+    ours, theirs = (
+        GradientPreconditioner(model, variant="U"),
+        GradientPreconditioner(reference, variant="U"),
+    )
     dropped, kept = itertools.islice(batches(model), 2)
     loss_of(model, dropped).backward()
     model.zero_grad(set_to_none=set_to_none)

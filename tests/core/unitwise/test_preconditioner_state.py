@@ -34,7 +34,7 @@ def poisoned(model: nn.Module, preconditioner, optimizer, value: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_gradient_raises_by_name_and_changes_nothing(value):
     model = mlp()
-    optimizer, preconditioner = sgd(model), GradientPreconditioner(model, momentum=0.9)
+    optimizer, preconditioner = sgd(model), GradientPreconditioner(model, momentum=0.9, variant="U")
     trained_beside(model, optimizer, preconditioner, steps=2)
     poisoned(model, preconditioner, optimizer, value)
     state = copy.deepcopy(preconditioner.state_dict())
@@ -48,20 +48,23 @@ def test_a_bad_gradient_raises_by_name_and_changes_nothing(value):
 
 def test_a_bad_gradient_can_be_skipped_without_a_trace():
     model, reference = mlp(), mlp()
-    optimizer, preconditioner = sgd(model), GradientPreconditioner(model, nonfinite="skip")
+    optimizer, preconditioner = (
+        sgd(model),
+        GradientPreconditioner(model, nonfinite="skip", variant="U"),
+    )
     poisoned(model, preconditioner, optimizer, float("inf"))
     assert not preconditioner.precondition_(optimizer)
     assert preconditioner.skipped_steps == 1
     assert not preconditioner.state
     optimizer.zero_grad()
     trained_beside(model, optimizer, preconditioner)
-    trained_beside(reference, sgd(reference), GradientPreconditioner(reference))
+    trained_beside(reference, sgd(reference), GradientPreconditioner(reference, variant="U"))
     assert_same(model, reference, rtol=0.0, atol=0.0)
 
 
 def test_a_bad_statistic_is_noticed_though_gradients_are_finite():
     model = nn.Linear(2, 1, bias=False)
-    preconditioner = GradientPreconditioner(model)
+    preconditioner = GradientPreconditioner(model, variant="U")
     # d = 1e20 squares to infinity in float32, while the gradient stays finite.
     (model(torch.full((3, 2), 1e-20)) * 1e20).sum().backward()
     assert torch.isfinite(model.weight.grad).all()
@@ -80,10 +83,13 @@ def test_backward_updates_beside_sgd_are_neurms(build, variant, momentum):
     optimizer = sgd(model, momentum=momentum)
     settings = {"variant": variant, "weight_decay": 0.01}
     preconditioner = GradientPreconditioner(
-        model, optimizers=[optimizer], update="backward", **settings
+        model, optimizers=[optimizer], update="backward", **{"variant": "U", **settings}
     )
     trained_beside(model, optimizer, preconditioner)
-    trained(reference, neurms.NeuRMS(reference, lr=0.05, momentum=momentum, **settings))
+    trained(
+        reference,
+        neurms.NeuRMS(reference, lr=0.05, momentum=momentum, **{"variant": "U", **settings}),
+    )
     assert_same(model, reference, rtol=1e-11, atol=1e-13)
     loss_of(model, next(batches(model))).backward()
     assert model[-1].weight.grad is None
@@ -92,8 +98,8 @@ def test_backward_updates_beside_sgd_are_neurms(build, variant, momentum):
 def test_backward_updates_follow_a_schedule_and_a_reloaded_optimizer():
     model, reference = mlp(), mlp()
     optimizer, plain = sgd(model, momentum=0.9), sgd(reference, momentum=0.9)
-    ours = GradientPreconditioner(model, optimizers=[optimizer], update="backward")
-    theirs = GradientPreconditioner(reference)
+    ours = GradientPreconditioner(model, optimizers=[optimizer], update="backward", variant="U")
+    theirs = GradientPreconditioner(reference, variant="U")
     for lr in (0.1, 0.01):
         for each in (optimizer, plain):
             each.load_state_dict(each.state_dict())
@@ -119,7 +125,9 @@ def test_backward_updates_follow_a_schedule_and_a_reloaded_optimizer():
 def test_backward_updates_refuse_what_they_do_not_know(build, message):
     model = mlp()
     with pytest.raises(UnsupportedTrainingError, match=message):
-        GradientPreconditioner(model, optimizers=build(model), update="backward", momentum=0.5)
+        GradientPreconditioner(
+            model, optimizers=build(model), update="backward", momentum=0.5, variant="U"
+        )
     assert type(model[0]) is nn.Linear
 
 
@@ -127,7 +135,7 @@ def test_a_bad_backward_update_is_left_out():
     model = mlp()
     optimizer = sgd(model)
     preconditioner = GradientPreconditioner(
-        model, optimizers=[optimizer], update="backward", nonfinite="skip"
+        model, optimizers=[optimizer], update="backward", nonfinite="skip", variant="U"
     )
     before = model[2].weight.detach().clone()
     (model(torch.randn(4, 5).double())[:, :1].sum() * float("nan")).backward()
@@ -138,7 +146,7 @@ def test_a_bad_backward_update_is_left_out():
 def test_backward_updates_notice_clipping_and_uses_outside_the_layer():
     model = mlp()
     optimizer = sgd(model)
-    ours = GradientPreconditioner(model, optimizers=[optimizer], update="backward")
+    ours = GradientPreconditioner(model, optimizers=[optimizer], update="backward", variant="U")
     loss_of(model, next(batches(model))).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     with pytest.raises(UnsupportedTrainingError, match="gradients were changed"):
@@ -159,7 +167,7 @@ def taps_of(model: nn.Module) -> int:
 
 def test_taps_come_and_go():
     model = mlp()
-    with GradientPreconditioner(model) as preconditioner:
+    with GradientPreconditioner(model, variant="U") as preconditioner:
         assert preconditioner.attached
         assert taps_of(model) == 2
     assert not preconditioner.attached
@@ -175,7 +183,7 @@ def test_a_run_resumed_from_a_file_is_bit_equal(update):
         model = cnn()
         optimizer = sgd(model, momentum=0.9)
         settings = {"variant": "F", "update": update, "optimizers": [optimizer]}
-        return model, optimizer, GradientPreconditioner(model, **settings)
+        return model, optimizer, GradientPreconditioner(model, **{"variant": "U", **settings})
 
     through = build()
     trained_beside(*through, steps=2)
@@ -194,7 +202,7 @@ def test_a_run_resumed_from_a_file_is_bit_equal(update):
 def test_names_in_checkpoints_do_not_show_torch_compile():
     model = mlp()
     compiled = nn.Sequential(torch.compile(model, backend="eager"))
-    preconditioner = GradientPreconditioner(compiled)
+    preconditioner = GradientPreconditioner(compiled, variant="U")
     loss_of(model, next(batches(model))).backward()
     preconditioner.precondition_(compiled.parameters())
     assert set(preconditioner.state_dict()["layers"]) == {"0.0.weight", "0.2.weight"}
@@ -215,7 +223,7 @@ def test_names_in_checkpoints_do_not_show_torch_compile():
 )
 def test_a_foreign_checkpoint_is_refused_before_anything_changes(change, message):
     model = mlp()
-    preconditioner = GradientPreconditioner(model)
+    preconditioner = GradientPreconditioner(model, variant="U")
     trained_beside(model, sgd(model), preconditioner, steps=1)
     before = copy.deepcopy(preconditioner.state_dict())
     with pytest.raises(CheckpointError, match=message):
@@ -226,7 +234,7 @@ def test_a_foreign_checkpoint_is_refused_before_anything_changes(change, message
 @pytest.mark.parametrize("settings", [{}, {"variant": "F"}, {"momentum": 0.9, "variant": "F"}])
 def test_predicted_state_is_the_measured_one(settings):
     model = cnn()
-    preconditioner = GradientPreconditioner(model, **settings)
+    preconditioner = GradientPreconditioner(model, **{"variant": "U", **settings})
     predicted = preconditioner.plan().state_bytes
     trained_beside(model, sgd(model), preconditioner, steps=1)
     assert preconditioner.state_bytes() == predicted > 0
@@ -256,18 +264,18 @@ def test_predicted_state_is_the_measured_one(settings):
 def test_bad_settings_are_refused(settings, error, message):
     model = mlp()
     with pytest.raises(error, match=message):
-        GradientPreconditioner(model, **settings)
+        GradientPreconditioner(model, **{"variant": "U", **settings})
     assert taps_of(model) == 0
 
 
 def test_it_wants_a_model():
     with pytest.raises(TypeError, match=r"must be an nn\.Module"):
-        GradientPreconditioner(mlp().parameters())
+        GradientPreconditioner(mlp().parameters(), variant="U")
 
 
 def test_weight_decay_wants_an_optimizer():
     model = mlp()
-    preconditioner = GradientPreconditioner(model, weight_decay=0.1)
+    preconditioner = GradientPreconditioner(model, weight_decay=0.1, variant="U")
     loss_of(model, next(batches(model))).backward()
     with pytest.raises(ValueError, match="needs a learning rate"):
         preconditioner.precondition_(model.parameters())
@@ -275,7 +283,7 @@ def test_weight_decay_wants_an_optimizer():
 
 def test_a_loss_scale_must_be_positive():
     model = mlp()
-    preconditioner = GradientPreconditioner(model, loss_scale=lambda: 0.0)
+    preconditioner = GradientPreconditioner(model, loss_scale=lambda: 0.0, variant="U")
     with pytest.raises(ValueError, match=r"loss_scale\(\) returned 0.0"):
         loss_of(model, next(batches(model))).backward()
     assert not preconditioner.state

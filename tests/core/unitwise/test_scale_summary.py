@@ -9,7 +9,9 @@ from neurms.core.unitwise.scale_summary import scale_summary
 def observed(v: list[float], u: list[float] | None = None, **settings) -> GradientPreconditioner:
     """A preconditioner of one layer whose committed second moments are the given ones."""
     layer = nn.Linear(len(u) if u else 3, len(v))
-    made = GradientPreconditioner(layer, bias_correction=False, eps=0.0, **settings)
+    made = GradientPreconditioner(
+        layer, bias_correction=False, eps=0.0, **{"variant": "U", **settings}
+    )
     state = {"step": 1, "v": torch.tensor(v)}
     if u:
         state["u"] = torch.tensor(u)
@@ -19,7 +21,7 @@ def observed(v: list[float], u: list[float] | None = None, **settings) -> Gradie
 
 
 def test_nothing_before_the_first_commit():
-    assert scale_summary(GradientPreconditioner(nn.Linear(3, 2))) == {}
+    assert scale_summary(GradientPreconditioner(nn.Linear(3, 2), variant="U")) == {}
 
 
 def test_unit_factors_and_those_at_either_bound():

@@ -80,7 +80,7 @@ def test_settings_are_checked_at_construction(
 @pytest.mark.parametrize("name", ["update", "loss_scale"])
 def test_neurms_says_what_keras_decides(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}='backward' .*leave it out"):
-        keras_neurms(**{name: "backward"})
+        keras_neurms(**{"variant": "U", **{name: "backward"}})
 
 
 def test_unknown_names_list_the_known_ones() -> None:
@@ -101,7 +101,7 @@ def test_an_optimizer_built_for_another_model() -> None:
 def test_neurms_needs_a_layer_to_tap() -> None:
     model = keras.Sequential([keras.layers.Input((5,)), keras.layers.Embedding(3, 2)])
     with pytest.raises(ValueError, match=r"belong to no layer that neurms can tap"):
-        keras_neurms().build(model.trainable_variables)
+        keras_neurms(variant="U").build(model.trainable_variables)
 
 
 def test_plan_before_building() -> None:

@@ -44,7 +44,7 @@ def test_kernels_get_the_rule_and_the_rest_adamw() -> None:
 
 
 def test_neurms_takes_head_and_biases_and_leaves_what_it_cannot_tap() -> None:
-    plan = rows(tokens_model(), keras_neurms())
+    plan = rows(tokens_model(), keras_neurms(variant="U"))
     assert plan["head/kernel"].rule == plan["head/bias"].rule == "neurms"
     assert plan["attention/query/bias"].rule == "neurms"
     for name in ("recurrent/lstm_cell/kernel", "table/embeddings", "norm/gamma"):
@@ -95,7 +95,7 @@ def test_separable_convolutions_lora_and_frozen_layers_say_why() -> None:
     )
     model.get_layer("adapted").enable_lora(2)
     model.get_layer("frozen").trainable = False
-    plan = rows(model, keras_neurms())
+    plan = rows(model, keras_neurms(variant="U"))
     assert "two kernels" in plan["separable/depthwise_kernel"].reason
     assert plan["adapted/lora_kernel_a"].reason == "LoRA factor"
     assert plan["adapted/kernel"].reason == plan["frozen/kernel"].reason == "frozen"
@@ -126,7 +126,7 @@ def test_patterns_name_layers_and_paths(pattern: str) -> None:
         model = keras.Sequential(
             [layers.Input((8,)), layers.Dense(3, name="hidden"), layers.Dense(2)]
         )
-    plan = rows(model, keras_neurms(exclude=[pattern]))
+    plan = rows(model, keras_neurms(exclude=[pattern], variant="U"))
     excluded = [name for name, row in plan.items() if row.reason == f"excluded by {pattern!r}"]
     assert excluded
     assert all(("attention" if pattern == "attention" else "hidden") in name for name in excluded)
@@ -143,7 +143,10 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
 
 def test_head_is_a_setting() -> None:
     assert rows(tokens_model(), keras_racs(head="rule"))["head/kernel"].rule == "racs"
-    assert rows(tokens_model(), keras_neurms(head="fallback"))["head/kernel"].rule == "fallback"
+    assert (
+        rows(tokens_model(), keras_neurms(head="fallback", variant="U"))["head/kernel"].rule
+        == "fallback"
+    )
 
 
 def test_routing_is_the_same_before_and_after_compile() -> None:

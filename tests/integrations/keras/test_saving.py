@@ -94,7 +94,7 @@ def test_neurms_keeps_what_an_unfinished_window_saw(variant: str, tmp_path: Path
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_lengths_of_updates_are_variables(momentum: float, tmp_path: Path) -> None:
-    model = model_with(keras_neurms(normalize="rms", momentum=momentum))
+    model = model_with(keras_neurms(normalize="rms", momentum=momentum, variant="U"))
     fit(model)
     lengths = [v for v in model.optimizer.variables if v.name.endswith("_length")]
     assert len(lengths) == 6
@@ -109,7 +109,7 @@ def test_lengths_of_updates_are_variables(momentum: float, tmp_path: Path) -> No
 
 
 def test_a_wrapped_optimizer_goes_on_too(tmp_path: Path) -> None:
-    inner = keras_neurms(gradient_accumulation_steps=2)
+    inner = keras_neurms(gradient_accumulation_steps=2, variant="U")
     model = model_with(keras.optimizers.LossScaleOptimizer(inner))
     fit(model)
     model.save(tmp_path / "model.keras")

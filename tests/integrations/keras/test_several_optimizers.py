@@ -63,9 +63,9 @@ def test_a_loaded_model_routes_and_trains_as_before(rule: str, tmp_path: Path) -
 @needs_multi
 def test_parts_train_as_one_optimizer_does() -> None:
     whole, parts, scaled = nested(), nested(), nested()
-    whole.compile(keras_neurms(0.01), "mse")
-    parts.compile(split(keras_neurms(0.01), keras_neurms(0.01)), "mse")
-    inner = split(keras_neurms(0.01), keras_neurms(0.01))
+    whole.compile(keras_neurms(0.01, variant="U"), "mse")
+    parts.compile(split(keras_neurms(0.01, variant="U"), keras_neurms(0.01, variant="U")), "mse")
+    inner = split(keras_neurms(0.01, variant="U"), keras_neurms(0.01, variant="U"))
     scaled.compile(optimizers.LossScaleOptimizer(inner), "mse")
     expected = fit(whole, 3).get_weights()
     for model in (parts, scaled):
@@ -110,7 +110,7 @@ class Pair(keras.Model):  # type: ignore[misc]
             keras.Sequential([keras.Input((7,)), layers.Dense(3, "relu"), layers.Dense(2)])
             for _ in range(2)
         ]
-        pair = [keras_neurms(0.01) for _ in self.parts]
+        pair = [keras_neurms(0.01, variant="U") for _ in self.parts]
         for part, optimizer in zip(self.parts, pair, strict=True):
             optimizer.build(part.trainable_variables)
             if held == "parts":
@@ -175,7 +175,7 @@ def test_hidden_layers_are_an_error() -> None:
 
 
 def test_an_optimizer_of_nothing_is_built() -> None:
-    optimizer = keras_neurms()
+    optimizer = keras_neurms(variant="U")
     optimizer.build([])
     assert optimizer.built
     assert not list(optimizer.plan())

@@ -74,7 +74,7 @@ def test_a_shared_layer_counts_every_use() -> None:
     shared = layers.Dense(6, activation="tanh")
     inputs = keras.Input((6,))
     model = keras.Model(inputs, layers.Dense(3)(shared(shared(inputs))))
-    optimizer = keras_neurms()
+    optimizer = keras_neurms(variant="U")
     with optimizer.attach(model):
         model(torch.from_numpy(X)).sum().backward()
         rows = {layer.route.module: layer.pending.rows for layer in optimizer.layers}
@@ -127,7 +127,7 @@ def test_nothing_is_left_after_training_or_a_failure() -> None:
 
 def test_evaluation_adds_nothing() -> None:
     model = dense_model()
-    model.compile(optimizer=keras_neurms(), loss="mse")
+    model.compile(optimizer=keras_neurms(variant="U"), loss="mse")
     model.train_on_batch(X, Y)
     state = [v.numpy().copy() for v in model.optimizer.variables]
     model.evaluate(X, Y, verbose=0)
@@ -139,7 +139,7 @@ def test_evaluation_adds_nothing() -> None:
 
 def test_a_loop_without_taps_is_refused_before_anything_changes() -> None:
     model = dense_model()
-    optimizer = keras_neurms()
+    optimizer = keras_neurms(variant="U")
     optimizer.build(model.trainable_variables)
     model(torch.from_numpy(X)).sum().backward()
     before = [w.copy() for w in model.get_weights()]
@@ -173,12 +173,12 @@ class Bypass(layers.Layer):  # type: ignore[misc]
 
 def test_a_kernel_whose_layer_is_never_called_is_an_error_that_names_it() -> None:
     model = keras.Sequential([layers.Input((6,)), layers.Dense(5), Bypass()])
-    model.compile(optimizer=keras_neurms(), loss="mse")
+    model.compile(optimizer=keras_neurms(variant="U"), loss="mse")
     before = [w.copy() for w in model.get_weights()]
     with pytest.raises(UnsupportedTrainingError, match=r"inner/kernel.*exclude="):
         model.fit(X, Y, verbose=0)
     assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
-    model.compile(optimizer=keras_neurms(exclude=["inner"]), loss="mse")
+    model.compile(optimizer=keras_neurms(exclude=["inner"], variant="U"), loss="mse")
     model.fit(X, Y, verbose=0)
 
 

@@ -116,7 +116,7 @@ def test_a_dynamic_loss_scale_changes_nothing(variant: str) -> None:
 
 def test_an_overflow_commits_nothing() -> None:
     model = dense_model()
-    optimizer = keras_neurms()
+    optimizer = keras_neurms(variant="U")
     model.compile(optimizer=keras.optimizers.LossScaleOptimizer(optimizer), loss="mse")
     model.train_on_batch(X, Y)
     state = [v.numpy().copy() for v in optimizer.variables]
@@ -132,7 +132,7 @@ def test_an_overflow_inside_a_window_drops_its_own_batch_only() -> None:
     good, hit = dense_model(), dense_model()
     same_start(good, hit)
     for model in (good, hit):
-        inner = keras_neurms(gradient_accumulation_steps=2)
+        inner = keras_neurms(gradient_accumulation_steps=2, variant="U")
         model.compile(
             optimizer=keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0), loss="mse"
         )
@@ -205,8 +205,8 @@ def test_fit_train_on_batch_custom_steps_and_own_loops_agree() -> None:
 def test_two_models_at_once_do_not_mix() -> None:
     alone, first, second = dense_model(), dense_model(), dense_model(units=4)
     same_start(alone, first)
-    expected = weights_after(alone, keras_neurms())
-    first.compile(optimizer=keras_neurms(), loss="mse")
+    expected = weights_after(alone, keras_neurms(variant="U"))
+    first.compile(optimizer=keras_neurms(variant="U"), loss="mse")
     second.compile(optimizer=keras_neurms(variant="B"), loss="mse")
     for _ in range(3):
         first.train_on_batch(X, Y)
@@ -227,7 +227,7 @@ def test_a_model_within_a_model() -> None:
 
 def test_recompiling_keeps_or_replaces_the_optimizer() -> None:
     model = dense_model()
-    optimizer = keras_neurms()
+    optimizer = keras_neurms(variant="U")
     model.compile(optimizer=optimizer, loss="mse")
     model.fit(X, Y, verbose=0, batch_size=8)
     model.compile(optimizer=optimizer, loss="mae")
@@ -242,7 +242,7 @@ def test_recompiling_keeps_or_replaces_the_optimizer() -> None:
 
 def test_cloned_models_train_on_their_own() -> None:
     model = dense_model()
-    model.compile(optimizer=keras_neurms(), loss="mse")
+    model.compile(optimizer=keras_neurms(variant="U"), loss="mse")
     model.train_on_batch(X, Y)
     clone = keras.models.clone_model(model)
     clone.compile(
