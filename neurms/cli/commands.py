@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from neurms.cli.errors import UsageError
+from neurms.cli.words import check_words
 from neurms.core.ground.errors import NeurmsError
 
 __all__ = ["dispatch"]
@@ -37,15 +38,19 @@ def dispatch(words: Sequence[str]) -> int:
         "report": report,
         "bench": bench,
     }
-    return _explained(
-        lambda: tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="neurms",
-            description=_DESCRIPTION,
-            args=list(words) or ["--help"],
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )
+    return _explained(lambda: _parsed(words, commands))
+
+
+def _parsed(words: Sequence[str], commands: dict[str, Callable[..., int]]) -> int:
+    check_words(words, commands)
+    code: int = tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="neurms",
+        description=_DESCRIPTION,
+        args=list(words) or ["--help"],
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+    return code
 
 
 def demo(
@@ -99,10 +104,13 @@ def plan(
         optimizer: One of the library's own optimizers, by the name that neurms.create takes.
         json: Print JSON for machines, not a table: the rows, and the total of their bytes.
     """
-    from neurms.cli.planning import as_json, plan_of
+    from neurms.cli.planning import as_json, plan_of, print_plan
 
     found = plan_of(model, optimizer)
-    print(as_json(found) if json else found)
+    if json:
+        print(as_json(found))
+    else:
+        print_plan(found)
     return 0
 
 

@@ -132,10 +132,12 @@ def route_model(
     Raises:
         ValueError: A pattern of ``exclude`` matches no parameter, or a parameter is lazy.
         UnsupportedTrainingError: The model is wrapped by FSDP1, or partitioned by ZeRO-3.
+        TypeError: It is a Keras model.
     """
     if isinstance(model, RoutedModel):
         return model.routes
     model = unwrapped(model)
+    _refuse_keras(model, rule)
     _refuse_lazy(model)
     owners = owners_of(model)
     last_linear = head_of(model)
@@ -149,6 +151,16 @@ def route_model(
         layout = layout_of(module, owner.name, parameter) or default_layout(parameter)
         routes.append(Route(name, parameter, type(module).__name__, chosen, reason, layout, module))
     return excluded(routes, exclude)
+
+
+def _refuse_keras(model: nn.Module, rule: str) -> None:
+    keras = sys.modules.get("keras")
+    if keras is not None and isinstance(model, getattr(keras, "Model", ())):
+        raise TypeError(
+            f"model={type(model).__name__} is a Keras model, whose layers torch does not see; "
+            "compile it with an optimizer of Keras's kind: from neurms.integrations.keras import "
+            f"keras_optimizer, then model.compile(optimizer=keras_optimizer({rule!r}), ...)"
+        )
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -30,13 +30,6 @@ def test_without_a_command_shows_help(capsys) -> None:
         assert command in printed
 
 
-def test_unknown_option_is_a_usage_error(capsys) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["demo", "--colour"])
-    assert end.value.code == 2
-    assert "--colour" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("name", "extra"), [("lightning", "demo"), ("sklearn", "demo"), ("tyro", "report")]
 )

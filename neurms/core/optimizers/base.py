@@ -6,6 +6,7 @@ which settings it has and which :class:`~neurms.core.optimizers.recipe.Recipe` t
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -407,6 +408,18 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return sum(tensor_bytes(state) for state in self.state.values())
 
     # ---------------------------------------------------------------- tables, copies, checkpoints
+
+    def __format__(self, spec: str) -> str:
+        """Return torch's text, and where Keras is in use what it takes instead.
+
+        ``model.compile(optimizer=neurms.RACS(...))`` puts the optimizer into the error's message
+        like this, and nothing else of that error is ours.
+        """
+        text = format(repr(self), spec)
+        if "keras" not in sys.modules:
+            return text
+        cure = f"keras_optimizer({self.rule!r}, learning_rate={self.defaults['lr']!r})"
+        return f"{text}\nKeras takes neurms.integrations.keras.{cure} instead"
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: torch's part and :attr:`pickled`."""

@@ -10,7 +10,7 @@ from neurms.core.ground.errors import check_betas, check_choice, check_real, mea
 from neurms.core.ground.precision import LowPrecision
 from neurms.core.routing import Head
 
-__all__ = ["COMMON_DEFAULTS", "CommonSettings", "NonFinite", "check_common"]
+__all__ = ["COMMON_DEFAULTS", "TORCH_FORMS", "CommonSettings", "NonFinite", "check_common"]
 
 NonFinite = Literal["raise", "skip"]
 
@@ -85,7 +85,7 @@ GROUP_SETTINGS = (
 """Common settings that live in parameter groups; the others belong to the optimizer as a whole."""
 
 
-_TORCH_FORMS = {
+TORCH_FORMS = {
     "foreach": "the step takes lists of tensors by itself where that is faster",
     "fused": "the step uses native kernels by itself where they fit; backend= chooses among forms",
     "capturable": "the step reads numbers on the host; leave it out of captured CUDA graphs",
@@ -108,7 +108,7 @@ def check_common(rule: str, common: Mapping[str, Any], own: Iterable[str] = ()) 
     """
     unknown = sorted(set(common) - set(COMMON_DEFAULTS))
     if unknown:
-        shared = [name for name in COMMON_DEFAULTS if name not in _TORCH_FORMS]
+        shared = [name for name in COMMON_DEFAULTS if name not in TORCH_FORMS]
         near = meant(unknown[0], [*own, *shared])
         near = " (write lr)" if unknown[0] == "learning_rate" else near
         raise TypeError(
@@ -122,7 +122,7 @@ def check_common(rule: str, common: Mapping[str, Any], own: Iterable[str] = ()) 
     validate_backend(settings["backend"])
     check_patterns_form(settings["exclude"])
     check_group(settings)
-    for flag, reason in _TORCH_FORMS.items():
+    for flag, reason in TORCH_FORMS.items():
         if common.get(flag) is not None and common[flag] is not False:
             raise ValueError(f"{flag}={common[flag]!r} cannot be served: {reason}; pass None")
     return settings
