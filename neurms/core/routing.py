@@ -27,6 +27,7 @@ from neurms.core.ground.owners import Owner, owners_of
 from neurms.core.ground.wrappers import unwrapped
 
 __all__ = [
+    "ASKED",
     "FALLBACK",
     "Head",
     "Route",
@@ -44,7 +45,9 @@ __all__ = [
 FALLBACK = "fallback"
 Head = Literal["rule", "fallback"]
 
-_ASKED = "asked for by its group"
+ASKED = "asked for by its group"
+"""The reason of a parameter whose group names the fallback."""
+
 _EXCLUDED = "excluded by"
 _ATTENTION_MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -100,7 +103,7 @@ def route_tensors(named: Iterable[tuple[str, Tensor]], rule: str) -> list[Route]
         matrix = tensor.ndim >= 2
         reason = f"{tensor.ndim} axes" if matrix else f"{tensor.ndim}-D tensor: no matrix"
         if rule == FALLBACK:
-            reason = _ASKED
+            reason = ASKED
         routes.append(
             Route(
                 name,
@@ -246,7 +249,7 @@ def applies_to_nothing(rule: str, routes: Iterable[Route]) -> str:
     Only where a matrix other than a head or an embedding is among them.
     """
     own = [route for route in routes if route.parameter.requires_grad]
-    asked = (_ASKED, _EXCLUDED)
+    asked = (ASKED, _EXCLUDED)
     if not own or not all(r.is_fallback and not r.reason.startswith(asked) for r in own):
         return ""
     # A model of one layer has but a head, which every rule leaves to AdamW: no surprise.

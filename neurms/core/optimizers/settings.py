@@ -19,6 +19,10 @@ class CommonSettings(TypedDict, total=False):
     """Keyword arguments that every optimizer takes.
 
     weight_decay: Decoupled weight decay of the matrices under the rule (0).
+    groups: Parameter groups beside a model, as torch's are written: dictionaries with
+        ``"params"`` (parameters of the model, or a part of it) and settings of their own, such as
+        ``lr`` and ``weight_decay``, or another ``"rule"``. Parameters in none make a last group
+        (None).
     exclude: Name patterns (fnmatch; a module's name covers it whole) sent to the fallback (none).
     head: What the last linear layer gets: ``"rule"`` or ``"fallback"`` (the optimizer's own
         default).
@@ -41,6 +45,7 @@ class CommonSettings(TypedDict, total=False):
     """
 
     weight_decay: float
+    groups: Sequence[dict[str, Any]] | None
     exclude: Sequence[str]
     head: Head | None
     fallback_lr: float
@@ -59,6 +64,7 @@ class CommonSettings(TypedDict, total=False):
 
 COMMON_DEFAULTS: CommonSettings = {
     "weight_decay": 0.0,
+    "groups": None,
     "exclude": (),
     "head": None,
     "fallback_lr": 1e-3,

@@ -17,6 +17,8 @@ _KERAS_DECIDES = {
     "lr": "is called learning_rate in Keras",
     "loss_scale": "is found in the LossScaleOptimizer or loss_scale_factor by itself",
     "update": 'is always "step" in Keras, whose train step needs every gradient',
+    "groups": "are torch's parameter groups, which Keras does not have: exclude= and "
+    "exclude_from_weight_decay= name what is to differ",
     "gemm": 'belongs to update="backward", which Keras does not have',
 }
 
