@@ -35,6 +35,7 @@ def dispatch(words: Sequence[str]) -> int:
         "demo": demo,
         "doctor": doctor,
         "plan": plan,
+        "advise": advise,
         "report": report,
         "bench": bench,
     }
@@ -111,6 +112,32 @@ def plan(
         print(as_json(found))
     else:
         print_plan(found)
+    return 0
+
+
+def advise(
+    training: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODULE:FUNCTION")],
+    lr: float = 1e-3,
+    steps: int = 60,
+    json: bool = False,
+) -> int:
+    """Watch a short AdamW run of your model, and print the optimizer that suits each layer.
+
+    What is printed last is Python code: the rule of each layer, by what the profiler has seen of
+    it, at the rate at which it travels as far as AdamW does in its first steps.
+
+    Args:
+        training: A function without arguments that returns (model, loss), where loss(model)
+            computes the loss of another batch each time; or (model, batches), whose dictionaries
+            the model takes and returns an output with .loss; or (model, batches, criterion), for
+            criterion(model(inputs), targets).
+        lr: The learning rate that suits AdamW here.
+        steps: Steps of AdamW that are watched.
+        json: Print JSON for machines, not text: advice, rates, code.
+    """
+    from neurms.cli.advising import run
+
+    run(training, lr, steps, as_json=json)
     return 0
 
 

@@ -39,11 +39,12 @@ class _Word:
 
     def check(self, value: str) -> None:
         """Raise unless a value can be one of this word's."""
-        if self.kind is int:
+        if self.kind in (int, float):
             try:
-                int(value)
+                self.kind(value)
             except ValueError:
-                raise UsageError(f"{self.name} {value} must be a whole number") from None
+                number = "a whole number" if self.kind is int else "a number"
+                raise UsageError(f"{self.name} {value} must be {number}") from None
         elif get_origin(self.kind) is Literal and value not in get_args(self.kind):
             choices = get_args(self.kind)
             near = meant(value, choices)
@@ -138,7 +139,7 @@ def _words_of(function: Callable[..., int]) -> Iterator[_Word]:
 def _sample(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return str(get_args(kind)[0])
-    return {int: "NUMBER", str: "NAME"}.get(kind, "PATH")
+    return {int: "NUMBER", float: "NUMBER", str: "NAME"}.get(kind, "PATH")
 
 
 def _is_number(word: str) -> bool:
