@@ -9,7 +9,7 @@ from typing import Literal
 from neurms.core.diagnostics.dominance import Dominance
 from neurms.report.rows import LayerRow
 
-__all__ = ["Advice", "advise"]
+__all__ = ["Advice", "Rule", "advise"]
 
 Rule = Literal["F", "U", "P", "RMNP", "AdamW", "undecided"]
 
