@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from neurms.core.ground.errors import NeurmsError
 
-__all__ = ["RUN_FILE", "Run", "RunFileError", "plain", "preamble", "read_run"]
+__all__ = ["RUN_FILE", "Run", "RunFileError", "logged_before", "plain", "preamble", "read_run"]
 
 RUN_FILE = "run.jsonl"
 """Name of the run file in an output folder."""
@@ -33,16 +34,21 @@ class Run:
         samples: One entry for each step that was looked at.
         totals: Steps, step time and memory forecasts; empty for a run that was cut off.
         finished: Whether the run came to its end.
+        logged: What the training logged: name -> points of (step, value).
+        path: What it was read from, or None.
     """
 
     header: dict[str, Any]
     samples: list[dict[str, Any]]
     totals: dict[str, Any] = field(default_factory=dict)
     finished: bool = True
+    logged: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    path: Path | None = None
 
     def dumps(self) -> str:
         """Return the run as one JSON document."""
         content = preamble(self.header) | {"samples": self.samples, "totals": self.totals}
+        content["logged"] = self.logged
         return json.dumps(plain(content), indent=None, separators=(",", ":"), allow_nan=False)
 
 
@@ -74,9 +80,9 @@ def read_run(path: str | Path, *, partial: bool = False) -> Run:
     except UnicodeDecodeError as error:
         raise RunFileError(f"{str(file)!r} is not a run file: {error}") from error
     first, _, rest = text.partition("\n")
-    if not rest.strip():
-        return _from_document(first, file)
-    return _from_lines(text, file, partial)
+    run = _from_lines(text, file, partial) if rest.strip() else _from_document(first, file)
+    run.path = path
+    return run
 
 
 def _from_document(text: str, file: Path) -> Run:
@@ -94,7 +100,9 @@ def _from_document(text: str, file: Path) -> Run:
         # A run file of which there is only the first line.
         return Run(_revived(content["header"]), [], finished=False)
     parts = (_revived(content[key]) for key in ("header", "samples", "totals"))
-    return Run(*parts)
+    run = Run(*parts)
+    _log(run, content.get("logged", {}))
+    return run
 
 
 def _from_lines(text: str, file: Path, partial: bool) -> Run:
@@ -118,11 +126,27 @@ def _from_lines(text: str, file: Path, partial: bool) -> Run:
             # What the run did after its checkpoint, before it was cut off, is done again.
             run.samples = [s for s in run.samples if s["step"] < content["resumed"]]
             run.totals, run.finished = {}, False
+            run.logged = logged_before(run.logged, content["resumed"])
         if "sample" in content:
             run.samples.append(_revived(content["sample"]))
+        _log(run, content.get("logged", {}))
         if "totals" in content:
             run.totals, run.finished = _revived(content["totals"]), True
     return run
+
+
+def logged_before(
+    logged: Mapping[str, Sequence[tuple[int, float]]], step: int
+) -> dict[str, list[tuple[int, float]]]:
+    """Return what was logged before a step."""
+    return {name: [p for p in points if p[0] < step] for name, points in logged.items()}
+
+
+def _log(run: Run, logged: Mapping[str, Sequence[tuple[int, float | None]]]) -> None:
+    for name, points in logged.items():
+        # JSON has no NaN; see plain().
+        read = [(int(step), math.nan if v is None else float(v)) for step, v in points]
+        run.logged.setdefault(name, []).extend(read)
 
 
 def _check_format(content: Any, file: Path) -> None:

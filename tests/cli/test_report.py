@@ -59,7 +59,7 @@ def test_the_command_line_rebuilds_and_compares(
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     shown = capsys.readouterr().out
-    assert "A NeuRMS against B NeuRMS" in shown
+    assert "A: a (NeuRMS) against B: b (NeuRMS)" in shown
     assert "overhead B" in shown
 
 
