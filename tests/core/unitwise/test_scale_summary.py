@@ -70,7 +70,7 @@ def true_factors(
     correction = 1 - beta ** len(seen)
     total = float(q.sum() + s.sum()) / 2 / correction
     clipped, sides = 0, []
-    for moments, scale in ((q / correction, math.sqrt(total)), (s, 1.0)):
+    for moments, scale in ((q / correction, math.sqrt(total)), (s / correction, 1.0)):
         inverse = moments.rsqrt().tolist()
         # A lower median: of an even number, the smaller of the two in the middle.
         median = sorted(inverse)[(len(inverse) - 1) // 2]
