@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TypeAlias
 
 from neurms.report.formats import number
@@ -17,7 +18,11 @@ Logged: TypeAlias = Mapping[str, Sequence[tuple[float, float]]]
 TRAIN_LOSS = "train loss"
 """Name of the loss that a profiler collects by itself."""
 
-_SPLIT = re.compile(r"^(train(ing)?|val(id(ation)?)?|eval|test)[ _/.-]|[_/](step|epoch)$")
+_SPLIT = re.compile(r"^([AB]: )?(train(ing)?|val(id(ation)?)?|eval|test)[ _/.-]|[_/](step|epoch)$")
+_RUN = re.compile(r"^[AB]: ")
+"""What two runs' curves begin with in one plot."""
+_END = 0.1
+"""Share of a training's points whose mean is how it ended: single batches scatter."""
 
 
 def curve_groups(logged: Logged) -> dict[str, dict[str, Sequence[tuple[float, float]]]]:
@@ -35,13 +40,13 @@ def curve_groups(logged: Logged) -> dict[str, dict[str, Sequence[tuple[float, fl
     for name, points in logged.items():
         shown = [(step, value) for step, value in points if math.isfinite(value)]
         if shown:
-            what = _SPLIT.sub("", _SPLIT.sub("", name)) or name
+            what = _RUN.sub("", _SPLIT.sub("", name)) or name
             groups.setdefault(what, {})[name] = shown
     return dict(sorted(groups.items(), key=lambda group: not _is_loss(group[0])))
 
 
 def loss_texts(logged: Logged) -> dict[str, str]:
-    """Return how each loss went, first and last value.
+    """Return how each loss went: its first value, and its last or for batches the mean of the last.
 
     Example:
         >>> loss_texts({"val_loss": [(10, 2.3), (20, 0.5)], "acc": [(10, 0.4)]})
@@ -51,7 +56,8 @@ def loss_texts(logged: Logged) -> dict[str, str]:
     for name, points in logged.items():
         if _is_loss(name) and points:
             ends = [number(points[0][1])] if len(points) > 1 else []
-            found[name] = " → ".join([*ends, _ending(points[-1][1])])
+            last = points[-max(1, int(_END * len(points))) if name == TRAIN_LOSS else -1 :]
+            found[name] = " → ".join([*ends, _ending(fmean(value for _, value in last))])
     return found
 
 

@@ -66,7 +66,7 @@ h1{font-size:1.5rem;margin:.2em 0}h2{font-size:1.15rem;margin:1.4em 0 .5em}
 .about{color:var(--soft);margin:.2em 0 1em}
 .lead{background:var(--card);border-left:4px solid var(--mark);border-radius:4px;
 font-size:1.1rem;padding:10px 14px;margin:0 0 14px}
-.totals{display:grid;grid-template-columns:repeat(auto-fit,minmax(135px,1fr));gap:8px;margin:0}
+.totals{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:8px;margin:0}
 .totals div{background:var(--card);border-radius:8px;padding:8px 12px}
 dt{color:var(--soft);font-size:.8rem}dd{margin:0;font-size:1.1rem;font-weight:600}
 main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,380px),1fr));gap:14px}

@@ -61,17 +61,12 @@ def fitted_law(rows: Sequence[LayerRow]) -> float | None:
     return math.exp(middle) if near else None
 
 
-def curve_figures(logged: Mapping[str, Points], dashed: str = "B: ") -> list[Figure]:
-    """Return a plot of each thing that was logged, losses first.
-
-    Args:
-        logged: Name -> points.
-        dashed: Beginning of the names whose lines are dashed.
-    """
+def curve_figures(logged: Mapping[str, Points]) -> list[Figure]:
+    """Return a plot of each thing that was logged, losses first."""
     found = []
     for what, curves in curve_groups(logged).items():
         series = [
-            Line(name, points, colour(index, len(curves)), _style(name, dashed))
+            Line(name, points, colour(index, len(curves)))
             for index, (name, points) in enumerate(curves.items())
         ]
         values = [value for points in curves.values() for _, value in points]
@@ -79,10 +74,6 @@ def curve_figures(logged: Mapping[str, Points], dashed: str = "B: ") -> list[Fig
         plot = lines(series, Axis("step"), Axis(what, log=steep))
         found.append((what[:1].upper() + what[1:], plot + _legend(series), ""))
     return found
-
-
-def _style(name: str, dashed: str) -> str:
-    return "dashed" if name.startswith(dashed) else "line"
 
 
 _STEEP = 50.0

@@ -43,7 +43,7 @@ class LayerTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns = list(_WIDE)
         sizes = [_fewer(columns, count) for count in range(len(_SPARED) + 1)]
-        made = (rich_table(self.report, own, options.max_width // 3) for own in sizes)
+        made = (rich_table(self.report, own, _name_width(options)) for own in sizes)
         yield _first_that_fits(made, console, options)
 
 
@@ -64,7 +64,7 @@ class ComparisonTable:
         yield whole
         sizes = (_COMPARED[:count] for count in range(len(_COMPARED), 0, -1))
         pairs = (compared_layers(self.first, self.second, shared) for shared in sizes)
-        made = (_table(head, rows, options.max_width // 3) for head, rows in pairs)
+        made = (_table(head, rows, _name_width(options)) for head, rows in pairs)
         yield _first_that_fits(made, console, options)
 
 
@@ -92,10 +92,16 @@ def _table(
     table = Table()
     for name in head:
         left = name in _LEFT or not name
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        # A column of both runs is as narrow as its numbers: A and B stand below its name.
+        heading = f"{name[:-2]}\n{name[-1]}" if name.endswith((" A", " B")) else name
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for name, *others in rows:
         table.add_row(Text(_continued(name, name_width)), *map(Text, others))
     return table
+
+
+def _name_width(options: ConsoleOptions) -> int:
+    return 3 * options.max_width // 10
 
 
 def _fewer(columns: Sequence[str], count: int) -> list[str]:
