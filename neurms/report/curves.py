@@ -10,9 +10,9 @@ from typing import TypeAlias
 
 from neurms.report.formats import number
 
-__all__ = ["TRAIN_LOSS", "Logged", "curve_groups", "diverged_at", "loss_texts"]
+__all__ = ["TRAIN_LOSS", "Curves", "curve_groups", "diverged_at", "loss_texts"]
 
-Logged: TypeAlias = Mapping[str, Sequence[tuple[float, float]]]
+Curves: TypeAlias = Mapping[str, Sequence[tuple[float, float]]]
 """Name -> points of (step, value)."""
 
 TRAIN_LOSS = "train loss"
@@ -25,7 +25,7 @@ _END = 0.1
 """Share of a training's points whose mean is how it ended: single batches scatter."""
 
 
-def curve_groups(logged: Logged) -> dict[str, dict[str, Sequence[tuple[float, float]]]]:
+def curve_groups(logged: Curves) -> dict[str, dict[str, Sequence[tuple[float, float]]]]:
     """Return curves by what they show, losses first: a training's beside its validation's.
 
     Args:
@@ -45,7 +45,7 @@ def curve_groups(logged: Logged) -> dict[str, dict[str, Sequence[tuple[float, fl
     return dict(sorted(groups.items(), key=lambda group: not _is_loss(group[0])))
 
 
-def loss_texts(logged: Logged) -> dict[str, str]:
+def loss_texts(logged: Curves) -> dict[str, str]:
     """Return how each loss went: its first value, and its last or for batches the mean of the last.
 
     Example:
@@ -61,7 +61,7 @@ def loss_texts(logged: Logged) -> dict[str, str]:
     return found
 
 
-def diverged_at(logged: Logged) -> int | None:
+def diverged_at(logged: Curves) -> int | None:
     """Return the first step at which a loss was NaN or infinite, None if none was."""
     steps = [
         int(step)

@@ -8,14 +8,26 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from neurms.core.ground.errors import NeurmsError
 
-__all__ = ["RUN_FILE", "Run", "RunFileError", "logged_before", "plain", "preamble", "read_run"]
+__all__ = [
+    "RUN_FILE",
+    "Logged",
+    "Run",
+    "RunFileError",
+    "logged_on",
+    "plain",
+    "preamble",
+    "read_run",
+]
 
 RUN_FILE = "run.jsonl"
 """Name of the run file in an output folder."""
+
+Logged: TypeAlias = dict[str, list[tuple[int, float]]]
+"""What a training logged: name -> points of (step, value)."""
 
 _FORMAT = "neurms-profile"
 _VERSION = 1
@@ -42,7 +54,7 @@ class Run:
     samples: list[dict[str, Any]]
     totals: dict[str, Any] = field(default_factory=dict)
     finished: bool = True
-    logged: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    logged: Logged = field(default_factory=dict)
     path: Path | None = None
 
     def dumps(self) -> str:
@@ -108,6 +120,7 @@ def _from_document(text: str, file: Path) -> Run:
 def _from_lines(text: str, file: Path, partial: bool) -> Run:
     lines = text.splitlines()
     run = Run({}, [], finished=False)
+    before: tuple[Logged, int] = {}, 0
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)
@@ -126,20 +139,30 @@ def _from_lines(text: str, file: Path, partial: bool) -> Run:
             # What the run did after its checkpoint, before it was cut off, is done again.
             run.samples = [s for s in run.samples if s["step"] < content["resumed"]]
             run.totals, run.finished = {}, False
-            run.logged = logged_before(run.logged, content["resumed"])
+            run.logged = logged_on(*before, run.logged)
+            before, run.logged = (run.logged, int(content["resumed"])), {}
         if "sample" in content:
             run.samples.append(_revived(content["sample"]))
         _log(run, content.get("logged", {}))
         if "totals" in content:
             run.totals, run.finished = _revived(content["totals"]), True
+    run.logged = logged_on(*before, run.logged)
     return run
 
 
-def logged_before(
-    logged: Mapping[str, Sequence[tuple[int, float]]], step: int
-) -> dict[str, list[tuple[int, float]]]:
-    """Return what was logged before a step."""
-    return {name: [p for p in points if p[0] < step] for name, points in logged.items()}
+def logged_on(earlier: Logged, step: int, later: Logged) -> Logged:
+    """Return what a run logged before it was resumed at ``step``, and what it logged since.
+
+    What was logged after the checkpoint is logged again, and counts once. At ``step`` itself stand
+    both the metrics that the checkpoint came with and the loss that comes next: the earlier ones
+    give way to later ones of the same name.
+    """
+    found = {}
+    for name in dict.fromkeys((*earlier, *later)):
+        since = later.get(name, [])
+        again = bool(since) and since[0][0] <= step
+        found[name] = [p for p in earlier.get(name, []) if p[0] <= step - again] + since
+    return found
 
 
 def _log(run: Run, logged: Mapping[str, Sequence[tuple[int, float | None]]]) -> None:

@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from neurms.report.report import ProfilerReport
-from neurms.report.runs import (
-    RUN_FILE,
-    Run,
-    RunFileError,
-    logged_before,
-    plain,
-    preamble,
-    read_run,
-)
+from neurms.report.runs import RUN_FILE, Logged, Run, RunFileError, plain, preamble, read_run
 
 __all__ = ["PAGE", "RunWriter"]
 
@@ -43,7 +35,7 @@ class RunWriter:
     def __init__(self, path: Path, stream: TextIOBase, earlier: list[dict[str, Any]]) -> None:
         self.path = path
         self.earlier = earlier
-        self.earlier_logged: dict[str, list[tuple[int, float]]] = {}
+        self.earlier_logged: Logged = {}
         self.page: Path | None = None
         """The page beside the run file, once it is written."""
         self._stream: TextIOBase | None = stream
@@ -104,7 +96,7 @@ class RunWriter:
         stream = path.open("a", encoding="utf-8")
         stream.truncate(len(whole[0]) + len(whole[1]))
         writer = cls(path, stream, [s for s in run.samples if s["step"] < first_step])
-        writer.earlier_logged = logged_before(run.logged, first_step)
+        writer.earlier_logged = run.logged
         writer._write({"header": header, "resumed": first_step})
         writer._described = header
         return writer

