@@ -1,4 +1,4 @@
-"""What multiplies bfloat16 numbers, on a processor that cannot: its instructions written out in C++.
+"""What multiplies bfloat16 numbers, on a processor that cannot: its instructions, in plain C++.
 
 Which code the compiler makes for such a processor is not tested by it; that needs the processor.
 """
