@@ -1,7 +1,7 @@
 """A whole training step of a comparison's rows, side by side in one process.
 
-Each row has the settings that its search chose. Batch, forward, backward, update and schedule, as in
-training; the rows take turns of ten steps, so that a drift of the machine hits all alike. The
+Each row has the settings that its search chose. Batch, forward, backward, update and schedule, as
+in training; the rows take turns of ten steps, so that a drift of the machine hits all alike. The
 chart on the first page turns steps into seconds by this file.
 
     neurms bench contest_step --threads 1
