@@ -287,7 +287,7 @@ def test_a_language_model_accumulated_and_resumed(variant: str, tmp_path: Path) 
             model,
             arguments(tmp_path, max_steps=steps, **changed),
             train_dataset=sentences(),
-            optimizers=trainer_optimizers(model, "neurms", **settings),
+            optimizers=trainer_optimizers(model, "neurms", **{"variant": "U", **settings}),
             callbacks=[watcher],
         )
         trainer.train(resume_from_checkpoint=resume)

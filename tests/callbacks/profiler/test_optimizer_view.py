@@ -19,8 +19,10 @@ def test_variant_p_shows_its_clipped_units_and_its_variant(beside: bool) -> None
     model, kappa = truth.mlp(), 1.5
     settings: dict[str, Any] = {"variant": "P", "kappa": kappa}
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-    preconditioner = GradientPreconditioner(model, **settings) if beside else None
-    optimizer = sgd if beside else neurms.NeuRMS(model, lr=0.01, **settings)
+    preconditioner = (
+        GradientPreconditioner(model, **{"variant": "U", **settings}) if beside else None
+    )
+    optimizer = sgd if beside else neurms.NeuRMS(model, lr=0.01, **{"variant": "U", **settings})
     common: dict[str, Any] = {"every_n_steps": 1, "warmup_steps": 0}
     with Profiler(model, optimizer, preconditioner=preconditioner, **common) as profiler:
         for _ in range(3):

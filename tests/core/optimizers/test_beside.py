@@ -95,7 +95,9 @@ def test_decay_holds_for_all_that_a_group_names() -> None:
 def test_a_group_may_name_another_rule_or_adamw() -> None:
     model = network()
     groups = [{"params": model[4], "rule": "rmnp"}, {"params": model[0], "rule": "fallback"}]
-    rows = {r.name: (r.rule, r.reason) for r in neurms.NeuRMS(model, groups=groups).plan()}
+    rows = {
+        r.name: (r.rule, r.reason) for r in neurms.NeuRMS(model, groups=groups, variant="U").plan()
+    }
     assert rows["4.weight"][0] == "rmnp"
     assert rows["4.bias"] == ("fallback", "bias")
     assert rows["0.weight"] == rows["0.bias"] == ("fallback", "asked for by its group")
@@ -108,7 +110,7 @@ def test_a_group_may_name_another_rule_or_adamw() -> None:
 
 def _mixed(model: nn.Sequential) -> neurms.NeuRMS:
     groups = [{"params": model[4], "rule": "rmnp"}, {"params": model[0], "rule": "fallback"}]
-    return neurms.NeuRMS(model, groups=groups)
+    return neurms.NeuRMS(model, groups=groups, variant="U")
 
 
 def test_schedulers_have_one_function_for_each_group() -> None:
@@ -208,4 +210,4 @@ def test_groups_want_a_model() -> None:
     with pytest.raises(TypeError, match="groups= goes beside a model"):
         neurms.RACS(model.parameters(), groups=[{"params": model[0]}])
     with pytest.raises(TypeError, match=r"parameter groups beside it as groups=\[...\]"):
-        neurms.NeuRMS([{"params": model.parameters()}])
+        neurms.NeuRMS([{"params": model.parameters()}], variant="U")

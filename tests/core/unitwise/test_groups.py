@@ -34,7 +34,9 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def after_one_step(groups: Any = None, **settings: Any) -> dict[str, Tensor]:
     model = network()
-    with neurms.NeuRMS(model, groups=groups and groups(model), **settings) as optimizer:
+    with neurms.NeuRMS(
+        model, groups=groups and groups(model), **{"variant": "U", **settings}
+    ) as optimizer:
         train(model, optimizer, 1)
     return weights(model)
 
@@ -101,7 +103,7 @@ def test_momentum_may_be_one_group_s(update: Any) -> None:
 def test_a_schedule_moves_each_group(update: Any) -> None:
     model = network()
     groups = [{"params": model[2], "lr": 0.0}]
-    with neurms.NeuRMS(model, lr=0.1, update=update, groups=groups) as optimizer:
+    with neurms.NeuRMS(model, lr=0.1, update=update, groups=groups, variant="U") as optimizer:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda n: 1.0, lambda n: 0.0**n])
         before = weights(network())
         train(model, optimizer, 1)
@@ -116,9 +118,9 @@ def test_a_schedule_moves_each_group(update: Any) -> None:
 def test_a_bias_shares_its_weight_s_statistics() -> None:
     model = network()
     with pytest.raises(ValueError, match=r"variant='U' in the group of '2\.bias' and variant='B'"):
-        neurms.NeuRMS(model, groups=[{"params": model[2].weight, "variant": "B"}])
+        neurms.NeuRMS(model, groups=[{"params": model[2].weight, "variant": "B"}], variant="U")
     with pytest.raises(ValueError, match=r"s_max=3.0 in the group of '2\.bias'"):
-        neurms.NeuRMS(model, groups=[{"params": model[2].bias, "s_max": 3.0}])
+        neurms.NeuRMS(model, groups=[{"params": model[2].bias, "s_max": 3.0}], variant="U")
     with pytest.raises(ValueError, match=r"momentum=0.5 in the group of '0\.bias'"):
         neurms.NeuRMS(model, variant="P", groups=[{"params": model[0].bias, "momentum": 0.5}])
     assert not any(layer._forward_hooks for layer in model)
@@ -140,11 +142,13 @@ def test_p_and_the_others_do_not_mix() -> None:
 def test_a_group_asks_for_nothing_that_backward_cannot_do(setting, error, message) -> None:
     model = network()
     with pytest.raises(error, match=message):
-        neurms.NeuRMS(model, update="backward", groups=[{"params": model[2], **setting}])
+        neurms.NeuRMS(
+            model, update="backward", groups=[{"params": model[2], **setting}], variant="U"
+        )
 
 
 @pytest.mark.parametrize("name", ["heads", "loss_scale", "gemm", "loss_reduction", "head"])
 def test_what_holds_for_the_whole_is_no_group_s(name: str) -> None:
     model = network()
     with pytest.raises(TypeError, match=f"sets '{name}', which holds for the whole optimizer"):
-        neurms.NeuRMS(model, groups=[{"params": model[2], name: None}])
+        neurms.NeuRMS(model, groups=[{"params": model[2], name: None}], variant="U")

@@ -91,9 +91,9 @@ def test_variant_p_equals_float64_truth(owner: str) -> None:
     settings = {"variant": "P", "beta": 0.8, "kappa": kappa}
     sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
     made = (
-        NeuRMS(layer, lr=0.1, **settings)
+        NeuRMS(layer, lr=0.1, **{"variant": "U", **settings})
         if owner == "optimizer"
-        else GradientPreconditioner(layer, **settings)
+        else GradientPreconditioner(layer, **{"variant": "U", **settings})
     )
     assert scale_summary(made.moment_layers()) == {}
     for weight, bias in seen:
@@ -122,4 +122,4 @@ def test_dead_rows_of_variant_p_are_not_clipped() -> None:
 def test_other_variants_have_no_layers_of_moments() -> None:
     layer = nn.Linear(4, 3)
     assert list(NeuRMS(layer, variant="F").moment_layers()) == []
-    assert list(GradientPreconditioner(nn.Linear(4, 3)).moment_layers()) == []
+    assert list(GradientPreconditioner(nn.Linear(4, 3), variant="U").moment_layers()) == []
