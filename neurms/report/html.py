@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 
@@ -26,17 +27,19 @@ def page(report: Summary) -> str:
 <h1>{escape(title)}</h1>
 <p class="about">{escape(_about(report))}</p>
 </header>
+<main>
 <p class="lead">{_lead(recommendation(report))}</p>
 <dl class="totals">{_totals(found)}</dl>
 <h2>Plots</h2>
-<main>{plots(figures(report))}</main>
+{plots(figures(report))}
 <h2>Layers</h2>
 {table(DECISIVE, cells(report, DECISIVE), "layers")}
 <details><summary>All columns</summary>
 {table(tuple(COLUMNS), cells(report, tuple(COLUMNS)), "all columns of the layers")}
 </details>
 <h2>Advice, layer by layer</h2>
-{_advice(report)}""",
+{_advice(report)}
+</main>""",
     )
 
 
@@ -48,17 +51,18 @@ def title_of(report: Summary) -> str:
 
 def plots(found: Iterable[Figure]) -> str:
     """Return figures as HTML."""
-    return "".join(
+    body = "".join(
         f"<figure><figcaption>{escape(name)}</figcaption>{plot}"
         + (f"<p>{escape(note)}</p>" if note else "")
         + "</figure>"
         for name, plot, note in found
     )
+    return f'<div class="plots">{body}</div>'
 
 
 def _lead(sentence: str) -> str:
     """Return a sentence as HTML, names between backticks as code."""
-    parts = escape(sentence.replace("rho", "ρ")).split("`")
+    parts = escape(re.sub("[Rr]ho", "ρ", sentence)).split("`")
     return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
 
 
