@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from neurms.cli.data import ImageData, Split, hold_out, load
 from neurms.cli.environment import environment, flush_denormals
-from neurms.cli.errors import UsageError
+from neurms.cli.errors import UsageError, check_folder
 from neurms.cli.methods import BUDGETS, Budget, Method, methods
 from neurms.cli.tables import comparison, factorization, footnote
 from neurms.cli.timing import StepTime, step_times
@@ -140,11 +140,10 @@ def _measuring(threads: int | None) -> Iterator[bool]:
 def _check(epochs: int | None, seed: int, json_path: Path | None) -> None:
     """Refuse what would only fail after minutes of training."""
     if epochs is not None and epochs < 1:
-        raise UsageError(f"--epochs {epochs} must be at least 1")
+        raise UsageError(f"--epochs {epochs} must be at least 1; leave it out for the default")
     if seed < 0:
-        raise UsageError(f"--seed {seed} must not be negative")
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise UsageError(f"--json {json_path}: its folder does not exist; create it first")
+        raise UsageError(f"--seed {seed} must not be negative; 0 is the default")
+    check_folder("--json", json_path)
 
 
 def _introduction(images: ImageData, budget: Budget, train: int, held: int, seed: int) -> str:

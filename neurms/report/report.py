@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from neurms.core.ground.extras import require
-from neurms.report.advice import Advice, advise
+from neurms.report.advice import advise
+from neurms.report.applied import AdviceList
 from neurms.report.comparison import comparison_page
 from neurms.report.document import framed
 from neurms.report.html import page, title_of
@@ -47,9 +48,12 @@ class ProfilerReport(Summary):
         """Read a run back, see :func:`~neurms.report.runs.read_run`."""
         return cls(read_run(path, partial=partial))
 
-    def advice(self) -> list[Advice]:
-        """Return which rule suits which layer, and why; see :func:`advise`."""
-        return advise(self)
+    def advice(self) -> AdviceList:
+        """Return which rule suits which layer, and why; see :func:`advise`.
+
+        ``report.advice().apply(model)`` returns the optimizer that follows from it.
+        """
+        return AdviceList(advise(self))
 
     def recommendation(self) -> str:
         """Return what to do, in one sentence."""

@@ -15,6 +15,7 @@ from neurms.core.ground.errors import NeurmsError
 __all__ = [
     "RUN_FILE",
     "Logged",
+    "NoRunFileError",
     "Run",
     "RunFileError",
     "logged_on",
@@ -35,6 +36,10 @@ _VERSION = 1
 
 class RunFileError(NeurmsError, ValueError):
     """A run file is damaged, unfinished where that matters, or no run file at all."""
+
+
+class NoRunFileError(RunFileError):
+    """A file holds something else than a profiled run."""
 
 
 @dataclass
@@ -78,7 +83,8 @@ def read_run(path: str | Path, *, partial: bool = False) -> Run:
 
     Raises:
         FileNotFoundError: There is no such file.
-        RunFileError: The file is cut off or holds something else.
+        RunFileError: The file is cut off.
+        NoRunFileError: It holds something else.
     """
     path = Path(path)
     file = path / RUN_FILE if path.is_dir() else path
@@ -89,9 +95,11 @@ def read_run(path: str | Path, *, partial: bool = False) -> Run:
         )
     try:
         text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RunFileError(f"{str(file)!r} is not a run file: {error}") from error
+    except UnicodeDecodeError:
+        raise NoRunFileError(_no_run(file)) from None
     first, _, rest = text.partition("\n")
+    if not _begins_as_run(first):
+        raise NoRunFileError(_no_run(file))
     run = _from_lines(text, file, partial) if rest.strip() else _from_document(first, file)
     run.path = path
     return run
@@ -101,11 +109,9 @@ def _from_document(text: str, file: Path) -> Run:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        whole = f'{{"format":"{_FORMAT}"' in text.replace(" ", "")[:40]
-        what = "is cut off or damaged" if whole else "is not a run file"
         raise RunFileError(
-            f"{str(file)!r} {what} (character {error.pos:,} of {len(text):,}: {error.msg}); if the "
-            f"run had an output folder, its {RUN_FILE} may still hold it"
+            f"{str(file)!r} is cut off or damaged (character {error.pos:,} of {len(text):,}: "
+            f"{error.msg}); if the run had an output folder, its {RUN_FILE} may still hold it"
         ) from error
     _check_format(content, file)
     if "samples" not in content:
@@ -174,12 +180,26 @@ def _log(run: Run, logged: Mapping[str, Sequence[tuple[int, float | None]]]) -> 
 
 def _check_format(content: Any, file: Path) -> None:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise RunFileError(f"{str(file)!r} is not a run file of the profiler")
+        raise NoRunFileError(_no_run(file))
     if content.get("version") != _VERSION:
         raise RunFileError(
             f"{str(file)!r} has version {content.get('version')!r} of the run format, and this "
             f"neurms reads version {_VERSION}; read it with the neurms that wrote it"
         )
+
+
+def _begins_as_run(text: str) -> bool:
+    """Return whether a text may be a run, whole or cut off, for which it has to begin as one."""
+    start = "".join(text[:80].split())
+    begins = f'{{"format":"{_FORMAT}"'
+    return bool(start) and (start.startswith(begins) or begins.startswith(start))
+
+
+def _no_run(file: Path) -> str:
+    return (
+        f"{str(file)!r} is not a run file of the profiler; give the folder that it wrote to "
+        f"(output=...), its {RUN_FILE}, or a file written by report.to_json"
+    )
 
 
 def plain(value: Any) -> Any:
