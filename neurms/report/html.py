@@ -17,6 +17,13 @@ from neurms.report.summary import Summary
 __all__ = ["page", "plots", "title_of"]
 
 
+_NEXT = (
+    "In PyTorch <code>report.advice().apply(model)</code> makes the optimizer that follows. The "
+    "advice says whose premise holds; train with it, and let <code>neurms report A B</code> set "
+    "the losses side by side."
+)
+
+
 def page(report: Summary) -> str:
     """Return the page's HTML: what to do, totals, plots, layers, advice with its reasons."""
     title = title_of(report)
@@ -100,4 +107,4 @@ def _advice(report: Summary) -> str:
             f"<details{open_}><summary><b>{escape(rule)}</b> for {len(own)} "
             f"layer{'s' if len(own) > 1 else ''}</summary><ul>{body}</ul></details>"
         )
-    return f'<section class="advice">{"".join(parts)}</section>'
+    return f'<section class="advice">{"".join(parts)}<p>{_NEXT}</p></section>'
