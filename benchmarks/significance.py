@@ -85,7 +85,9 @@ def compared(
 
 
 def spread(series: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation, the latter NaN for one figure."""
+    """Return mean and standard deviation, the latter NaN for one figure, both NaN with a NaN."""
+    if any(figure != figure for figure in series):
+        return float("nan"), float("nan")
     deviation = statistics.stdev(series) if len(series) > 1 else float("nan")
     return statistics.fmean(series), deviation
 

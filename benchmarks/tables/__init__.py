@@ -7,7 +7,6 @@ One module for each theme, each with functions from the content of results files
 Markdown; ``page`` puts those of ``docs/results.md`` in order, ``pages`` names all pages.
 """
 
-from benchmarks.tables.page import PAGE, page
-from benchmarks.tables.pages import DOCS, draw, pages
+from benchmarks.tables.pages import DOCS, ROOT, draw, pages
 
-__all__ = ["DOCS", "PAGE", "draw", "page", "pages"]
+__all__ = ["DOCS", "ROOT", "draw", "pages"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.significance import compared, paired, spread
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import markdown, p_said, p_value
 from benchmarks.tables.provenance import made_by
 
 Content = dict[str, Any]
@@ -74,7 +74,7 @@ def ablations(content: Content, *, rho: bool = True) -> str:
                 f"{mean:.4f}",
                 f"{std:.4f}",
                 f"{-100 * test['difference']:+.2f}" if test else "",
-                f"{test['p_holm']:.3f}" if test else "",
+                p_value(test["p_holm"]) if test else "",
             ]
         )
     sure = [name for name, test in tests.items() if test["p_holm"] <= 0.05]
@@ -105,7 +105,7 @@ def _leads(groups: dict[str, tuple[float, list[float]]]) -> str:
             test = paired(*pair)
             lines.append(
                 f"- {what} ({changed} against {base}): {100 * test['difference']:+.2f}, "
-                f"p {test['p']:.3f} before correction."
+                f"{p_said(test['p'])} before correction."
             )
     return "\n".join(["What the papers leave open, in points:", "", *lines]) if lines else ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.significance import holm
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import markdown, p_value
 
 __all__ = ["against_baseline", "mnist"]
 
@@ -16,7 +16,7 @@ MNIST = """## MNIST, two epochs
 `neurms bench mnist`: a 784-512-512-10 ReLU network, batch 128, cosine schedule, 2 epochs. The
 learning rate of each method is the best of the same grid on held-out training images; test accuracy
 is the mean over {seeds} seeds, compared with AdamW seed by seed (difference in points, p of a
-paired t-test after Holm's correction). [On another machine](results/again.md) the same was run
+paired t-test after Holm's correction). [On another machine](again.md) the same was run
 again.
 
 {table}
@@ -38,7 +38,7 @@ def mnist(content: dict[str, Any]) -> str:
                 f"{row['mean']:.4f}",
                 f"{row['std']:.4f}",
                 f"{gap[0]:+.2f}" if gap else "",
-                f"{gap[1]:.3f}" if gap else "",
+                p_value(gap[1]) if gap else "",
                 f"{row['cpu_seconds']:.1f}",
             ]
         )

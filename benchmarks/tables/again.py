@@ -9,7 +9,7 @@ from scipy.stats import kendalltau
 
 from benchmarks.language_rows import rows
 from benchmarks.tables.accuracy import against_baseline
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import markdown, p_value
 from benchmarks.tables.provenance import made_by
 
 __all__ = ["NAMES", "page"]
@@ -194,7 +194,7 @@ def agreement(first: Mapping[str, Gap], second: Mapping[str, Gap]) -> str:
 def _gaps(name: str, gaps: Sequence[Mapping[str, Gap]], form: str) -> list[str]:
     found = [side.get(name) for side in gaps]
     differences = ["" if gap is None else format(gap[0], form) for gap in found]
-    return [*differences, *("" if gap is None else f"{gap[1]:.3f}" for gap in found)]
+    return [*differences, *("" if gap is None else p_value(gap[1]) for gap in found)]
 
 
 def _pair(found: tuple[float, float] | None) -> list[str]:

@@ -8,12 +8,15 @@ from typing import Any
 from benchmarks.perceptron_rows import Cell, cells
 from benchmarks.tables import text
 from benchmarks.tables.duels import alone, float32, matrix, outcomes, places, summary
-from benchmarks.tables.markdown import counted
+from benchmarks.tables.markdown import counted, markdown
 
 Content = Mapping[str, Any]
 
-NAMES = ("perceptrons", "step_times", "llama", "llama_step", "step", "memory", "kernels")
+NAMES = ("perceptrons", "step_times", "llama", "llama_step")
 """The results files that the answers are drawn from."""
+
+COSTS_OF = ("step", "memory", "kernels")
+"""The results files that memory and step times are drawn from."""
 
 ANSWERS = """## Which optimizer should I use on my CPU?
 
@@ -30,19 +33,24 @@ a paired t-test's after Holm's correction, is below .05:
 
 {summary} {small}{bf16}
 
-**Large layers, little memory.** {backward}
-
-**What a step costs**, against torch's fused AdamW on one matrix, two threads: {steps}.
-
 How sure: a few seeds, minutes of training. Rankings with p below .05 should hold elsewhere at these
-scales; seconds will not, their ratios roughly. [Another machine](results/again.md) ran some of it
+scales; seconds will not, their ratios roughly. [Another machine](again.md) ran some of it
 again. No run here took longer than about a quarter of an hour, most a minute or two, so nothing
 here says what happens in long ones.
 """
 
+COSTS = """## What it costs
+
+**Large layers, little memory.** {backward}
+
+**What a step costs**, against torch's fused AdamW on one matrix, two threads:
+
+{steps}
+"""
+
 
 def answers(contents: Mapping[str, Content]) -> str:
-    """Return the section.
+    """Return the section on accuracies and losses.
 
     Args:
         contents: Of the results files of :data:`NAMES`, by name.
@@ -56,6 +64,16 @@ def answers(contents: Mapping[str, Content]) -> str:
         summary=summary(outcomes(float32(found))),
         bf16=_narrow(found),
         small=_stateless(found),
+    )
+
+
+def costs(contents: Mapping[str, Content]) -> str:
+    """Return the section on memory and step times.
+
+    Args:
+        contents: Of the results files of :data:`COSTS_OF`, by name.
+    """
+    return COSTS.format(
         backward=_backward(contents["step"]["runs"], contents["memory"]["runs"]),
         steps=_steps(contents["kernels"]["runs"]),
     )
@@ -73,17 +91,17 @@ def _narrow(found: Sequence[Cell]) -> str:
 
 
 def _stateless(found: Sequence[Cell]) -> str:
-    net, parts = places(found)[0][1], []
+    net, lines = places(found)[0][1], []
     for place in places(found):
         at = {cell.method: cell for cell in found if cell.place == place}
         if place[1] == net and "NeuRMS-U" in at and "AdamW" in at:
             points = 100 * (at["NeuRMS-U"].mean - at["AdamW"].mean)
-            parts.append(f"{points:+.2f} ({place[0]}, {place[2]:g} s)")
+            lines.append([f"{place[0]}, {place[2]:g} s", f"{points:+.2f}"])
     state = {c.method: c.state_bytes for c in found if c.place[1] == net}
     return (
         f"For {net} NeuRMS-U without momentum keeps {state['NeuRMS-U'] / 1e3:.0f} kB of state "
-        f"where AdamW keeps {state['AdamW'] / 1e3:,.0f}, for these points against AdamW: "
-        f"{', '.join(parts)}."
+        f"where AdamW keeps {state['AdamW'] / 1e3:,.0f}; what that costs in points:\n\n"
+        f"{markdown(['budget', 'to AdamW'], lines)}"
     )
 
 
@@ -111,8 +129,8 @@ def _backward(steps: Content, memory: Content) -> str:
 
 def _steps(kernels: Content) -> str:
     sizes = {name: run for name, run in kernels.items() if name[0].isdigit()}
-    parts = []
-    for method in ("rmnp", "racs"):
-        ratios = ", ".join(f"{run[method]['ratio']:.2f} at {size}" for size, run in sizes.items())
-        parts.append(f"{method.upper()} {ratios}")
-    return "; ".join(parts)
+    lines = [
+        [method.upper(), *(f"{run[method]['ratio']:.2f}" for run in sizes.values())]
+        for method in ("rmnp", "racs")
+    ]
+    return markdown(["", *sizes], lines)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.autoencoder import TIMES
 from benchmarks.significance import compared
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import markdown, p_said, p_value
 from benchmarks.tables.provenance import made_by
 
 PUBLISHED = {
@@ -109,7 +109,7 @@ def _line(
     for number, methods in enumerate(runs.values()):
         own = methods.get(method, [])
         line += [own[0]["lr"] if own else "-", _shown(own)]
-        line += [f"{tests[method]['p_holm']:.3f}" if method in tests else ""] * (number == 0)
+        line += [p_value(tests[method]["p_holm"]) if method in tests else ""] * (number == 0)
     published, seconds = PUBLISHED[method], times[method]["seconds"]
     state = [own[method][0]["state_bytes"] for own in runs.values() if method in own]
     return [
@@ -144,7 +144,7 @@ def _verdict(
             ours, adam = _loss(methods["SharedBasis"]), _loss(methods["Adam"])
             relation = "below" if ours < adam else "not below"
             sure = tests.get("SharedBasis") if number == 0 else None
-            p = f", p {sure['p_holm']:.3f}" if sure else ""
+            p = f", {p_said(sure['p_holm'])}" if sure else ""
             parts.append(
                 f"After {steps} steps SharedBasis's train loss is {relation} Adam's "
                 f"({ours:.1f} against {adam:.1f}{p})."

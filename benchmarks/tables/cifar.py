@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.significance import compared, paired, spread
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import markdown, p_said, p_value
 from benchmarks.tables.provenance import made_by
 from benchmarks.vision import METHODS
 
@@ -52,7 +52,7 @@ def cifar(content: Content) -> str:
                     f"{std:.4f}" if len(scores) > 1 else "",
                     str(len(scores)),
                     f"{-100 * test['difference']:+.2f}" if test else "",
-                    f"{test['p_holm']:.3f}" if test else "",
+                    p_value(test["p_holm"]) if test else "",
                 ]
             )
         words.append(_verdict(f"{net}, {length}", {name: scores for name, (_, scores) in ordered}))
@@ -111,7 +111,7 @@ def _verdict(net: str, scores: dict[str, list[float]]) -> str:
     if ours is None or rival is None or len(scores[ours]) != len(scores[rival]):
         return ""
     test = paired(scores[ours], scores[rival])
-    p = f", p {test['p']:.3f} before correction" if len(scores[ours]) > 1 else ""
+    p = f", {p_said(test['p'])} before correction" if len(scores[ours]) > 1 else ""
     return (
         f"On {net} the best NeuRMS, {ours}, is {100 * test['difference']:+.2f} points from the "
         f"best of the others, {rival}{p}."

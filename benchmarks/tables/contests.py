@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,10 @@ from benchmarks.evidence.claims import CLAIMS, outcomes
 from benchmarks.evidence.ledger import Row, rows
 from benchmarks.evidence.verdicts import SURE, Verdict, verdicts
 from benchmarks.significance import spread
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import markdown, p_said, p_value
 from benchmarks.tables.provenance import made_by
 
-__all__ = ["BASELINE", "NAMES", "page", "section", "summary"]
+__all__ = ["BASELINE", "CONTROL", "NAMES", "judged", "page", "section", "summary"]
 
 Content = dict[str, Any]
 
@@ -37,8 +38,8 @@ every row. All in float32, torch's optimizers with their fused kernels.
 
 *p* is of no difference to AdamW (paired t-test), *p level* of a difference of the margin or more
 (two one-sided tests); both are corrected for all rows of the table by Holm's rule, for each of the
-two AdamWs by itself. "Open" means that these seeds tell neither. A dagger marks a value at the edge
-of what its search tried.
+two AdamWs by itself. "To AdamW" and "to two rates" say how a row stands to them; "open" means that
+these seeds tell neither. A dagger marks a value at the edge of what its search tried.
 """
 
 SECTION = """## {title}
@@ -73,7 +74,7 @@ def page(contents: Mapping[str, Content]) -> str:
 def section(content: Content) -> str:
     """Return one comparison: its rows, best first, against AdamW."""
     design = content["settings"]["design"]
-    found, against = _judged(content)
+    found, against = judged(content)
     scores = {row.name: row.scores for row in found}
     details = design["details"].items()
     shown = {k: v for k, v in details if k not in HIDDEN and v is not None}
@@ -84,7 +85,7 @@ def section(content: Content) -> str:
         trials=design["trials"],
         seeds=len(design["seeds"]),
         details=", ".join(f"{k} {v}" for k, v in shown.items()),
-        table=table(found, against, _judged(content, CONTROL)[1]),
+        table=table(found, against, judged(content, CONTROL)[1]),
         claims=claims(design, scores),
         made=made_by(content),
     )
@@ -93,17 +94,17 @@ def section(content: Content) -> str:
 SUMMARY = """## What holds under the rules
 
 Every method with the same search over its rates and momenta, fresh seeds and a test split;
-[Comparisons](results/contests.md) has the tables. Against AdamW with its betas tuned, best first
-(p after Holm's correction):
+[Comparisons](results/contests.md) has what was chosen, and the tests. Best first, against AdamW
+with its betas tuned (p after Holm's correction).
 
-{lines}
+{tables}
 """
 
 
 def summary(contents: Mapping[str, Content]) -> str:
-    """Return the comparisons in short, a line each; empty where there are none."""
-    lines = [f"- **{TITLES[_task(c)]}**: {_in_short(c)}" for c in contents.values()]
-    return SUMMARY.format(lines="\n".join(lines)) if lines else ""
+    """Return the comparisons in short, a table each; empty where there are none."""
+    tables = [f"### {TITLES[_task(c)]}\n\n{_in_short(c)}" for c in contents.values()]
+    return SUMMARY.format(tables="\n\n".join(tables)) if tables else ""
 
 
 def _task(content: Content) -> str:
@@ -111,22 +112,24 @@ def _task(content: Content) -> str:
 
 
 def _in_short(content: Content) -> str:
-    found, against = _judged(content)
-    said: dict[str, list[str]] = {}
+    found, against = judged(content)
+    lines = []
     for row in found:
-        if row.name in against:
-            verdict = against[row.name]
-            figure = f"{row.name} ({verdict.difference:+.4f}, p {verdict.p:.3f})"
-            said.setdefault(verdict.word, []).append(figure)
-    return "; ".join(f"{word}: {', '.join(names)}" for word, names in said.items()) + "."
+        verdict = against.get(row.name)
+        said = f"{_word(verdict)}, {p_said(verdict.p)}" if verdict else ""
+        lines.append([row.name, _figure(row), said, _state(row)])
+    figure = content["settings"]["design"]["figure"].split(",")[0]
+    return markdown(["row", f"test {figure}", "against AdamW", "state MB"], lines)
 
 
-def _judged(content: Content, baseline: str = BASELINE) -> tuple[list[Row], dict[str, Verdict]]:
+def judged(content: Content, baseline: str = BASELINE) -> tuple[list[Row], dict[str, Verdict]]:
     """Return the complete rows, best first, and their verdicts; none where the baseline is not."""
     design = content["settings"]["design"]
     found = [row for row in rows(content) if row.complete]
     lower = design["better"] == "lower"
-    found.sort(key=lambda row: spread(row.scores)[0], reverse=not lower)
+    # A row with a run that diverged has no mean, and stands last.
+    means = {row.name: (1 if lower else -1) * spread(row.scores)[0] for row in found}
+    found.sort(key=lambda row: (math.isnan(means[row.name]), means[row.name]))
     scores = {"": {row.name: row.scores for row in found}}
     if baseline not in scores[""]:
         return found, {}
@@ -141,7 +144,7 @@ def claims(design: Mapping[str, Any], scores: Mapping[str, Sequence[float]]) -> 
             outcome.row,
             str(claim),
             f"{outcome.difference:+.4f}",
-            f"{outcome.p:.3f}",
+            p_value(outcome.p),
             "yes" if outcome.holds else "**not shown**",
         ]
         for claim in CLAIMS
@@ -157,33 +160,46 @@ def claims(design: Mapping[str, Any], scores: Mapping[str, Sequence[float]]) -> 
 def table(
     found: Sequence[Row], against: Mapping[str, Verdict], control: Mapping[str, Verdict]
 ) -> str:
-    """Return the rows of a comparison as Markdown.
+    """Return the rows of a comparison as two tables: what decides, then what it rests on.
 
     Args:
         found: The rows, best first.
         against: Their verdicts against AdamW.
         control: Their verdicts against AdamW with two rates.
     """
-    header = ["row", "mean", "std", "- AdamW", "p", "p level", "so"]
-    header += ["- two rates", "p", "so", "chosen", "state MB"]
-    return markdown(
-        header, [_line(row, against.get(row.name), control.get(row.name)) for row in found]
-    )
+    first = ["row", "mean", "to AdamW", "to two rates", "state MB"]
+    short = [
+        [row.name, _figure(row), *(_word(v.get(row.name)) for v in (against, control)), _state(row)]
+        for row in found
+    ]
+    header = ["row", "std", "- AdamW", "p", "p level", "- two rates", "p", "chosen"]
+    full = [_line(row, against.get(row.name), control.get(row.name)) for row in found]
+    return f"{markdown(first, short)}\n\nIn detail:\n\n{markdown(header, full)}"
 
 
 def _line(row: Row, verdict: Verdict | None, control: Verdict | None) -> list[str]:
-    mean, std = spread(row.scores)
-    line = [row.name, f"{mean:.4f}", f"{std:.4f}", *_cells(verdict)]
-    difference, p, _, word = _cells(control)
-    state = "" if row.state_bytes is None else f"{row.state_bytes / 1e6:.3f}"
-    return [*line, difference, p, word, _chosen(row), state]
+    _, std = spread(row.scores)
+    return [row.name, f"{std:.4f}", *_cells(verdict), *_cells(control)[:2], _chosen(row)]
 
 
 def _cells(verdict: Verdict | None) -> list[str]:
     if verdict is None:
-        return ["", "", "", ""]
-    word = f"**{verdict.word}**" if verdict.p < SURE else verdict.word
-    return [f"{verdict.difference:+.4f}", f"{verdict.p:.3f}", f"{verdict.p_level:.3f}", word]
+        return ["", "", ""]
+    return [f"{verdict.difference:+.4f}", p_value(verdict.p), p_value(verdict.p_level)]
+
+
+def _word(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
+    return f"**{verdict.word}**" if verdict.p < SURE else verdict.word
+
+
+def _figure(row: Row) -> str:
+    return f"{spread(row.scores)[0]:.4f}"
+
+
+def _state(row: Row) -> str:
+    return "" if row.state_bytes is None else f"{row.state_bytes / 1e6:.3f}"
 
 
 def _chosen(row: Row) -> str:

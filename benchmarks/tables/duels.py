@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.perceptron_rows import Cell, best_of, duel, front
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import markdown, p_said, p_value
 
 __all__ = ["Outcome", "alone", "float32", "matrix", "outcomes", "places", "summary", "words"]
 
@@ -147,8 +147,8 @@ def words(found: Sequence[Outcome]) -> str:
 def alone(found: Sequence[Outcome]) -> str:
     """Return which NeuRMS are ahead of all others taken by themselves, empty for none."""
     named = [
-        f"{method} in {o.name} (largest p of {o.others} {p:.4f}, times the {o.variants} NeuRMS "
-        f"{min(1.0, p * o.variants):.3f})"
+        f"{method} in {o.name} (largest of {o.others} p: {p_value(p)}; times the {o.variants} "
+        f"NeuRMS: {p_value(min(1.0, p * o.variants))})"
         for o in found
         for method, p in o.alone_ahead
     ]
@@ -187,4 +187,4 @@ def _shown(outcome: Outcome | None) -> str:
         return ""
     points = f"{outcome.points:+.2f}"
     shown = f"**{points}**" if outcome.kind != "level" else points
-    return f"{shown} on {outcome.rival.method} (p {outcome.p:.3f})"
+    return f"{shown} on {outcome.rival.method} ({p_said(outcome.p)})"

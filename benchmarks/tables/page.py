@@ -1,44 +1,63 @@
-"""The sections of the results page, in order."""
+"""The sections of the results page, in order, and of the page on what is older than the rules."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.harness import RESULTS
-from benchmarks.tables import contests, text_page
+from benchmarks.tables import contests, headline, headline_chart, text_page
 from benchmarks.tables.accuracy import mnist
-from benchmarks.tables.answers import NAMES, answers
+from benchmarks.tables.answers import COSTS_OF, NAMES, answers, costs
 from benchmarks.tables.speed import speed
 
-PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+__all__ = ["OLDER", "SHOWN", "older", "page"]
 
-SHOWN = (*NAMES, "mnist")
+Content = dict[str, Any]
+
+SHOWN = (*headline.NAMES, *COSTS_OF)
 """The results files of the page."""
+
+OLDER = (*NAMES, "mnist")
+"""The results files of the older page."""
 
 HEAD = """# Results
 
-Every table here is written by `python -m benchmarks.tables` from a file under
+Every table and figure here is written by `python -m benchmarks.tables` from a file under
 `benchmarks/results/`, which also holds the settings, versions and machine of its runs. Seconds come
-from a small shared machine and are good for rough ratios only.
+from a small shared machine and are good for rough ratios only. What was compared before there were
+rules for it stands on [a page of its own](results/before.md).
+"""
+
+CHART = """![{described}](assets/contest.svg)
+"""
+
+BEFORE = """# Before the rules
+
+Comparisons that are older than the rules in benchmarks/README.md, with what they broke. They stand
+until they are run again.
 """
 
 
-def read(name: str) -> dict[str, Any]:
-    """Return the content of one results file."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return content
-
-
-def page() -> str:
-    """Return the page that the results files make."""
-    judged = {n: read(n) for n in contests.NAMES if (RESULTS / f"{n}.json").is_file()}
+def page(contents: Mapping[str, Content]) -> str:
+    """Return the results page, which leads with what holds under the rules."""
+    judged = {name: contents[name] for name in contests.NAMES if name in contents}
+    drawn = headline_chart.chart(contents)
     sections = [
+        CHART.format(described=headline_chart.described(contents[headline_chart.TASK]))
+        if drawn
+        else "",
         contests.summary(judged),
-        answers({name: read(name) for name in NAMES}),
-        mnist(read("mnist")),
-        text_page.summary({name: read(name) for name in ("llama", "llama_step")}),
-        speed(read("kernels"), read("step")),
+        costs(contents),
+        speed(contents["kernels"], contents["step"]),
     ]
     return "\n".join([HEAD, *filter(None, sections)])
+
+
+def older(contents: Mapping[str, Content]) -> str:
+    """Return the page on comparisons from before the rules."""
+    sections = [
+        answers(contents),
+        mnist(contents["mnist"]),
+        text_page.summary({name: contents[name] for name in ("llama", "llama_step")}),
+    ]
+    return "\n".join([BEFORE, *sections])

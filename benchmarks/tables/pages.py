@@ -13,22 +13,29 @@ from benchmarks.tables import (
     again,
     contests,
     cost,
+    headline,
+    headline_chart,
     images,
     images_figures,
     scale,
     text_figures,
     text_page,
 )
-from benchmarks.tables.page import PAGE, SHOWN, page
+from benchmarks.tables.page import OLDER, SHOWN, older, page
 
 __all__ = ["DOCS", "draw", "pages"]
 
-DOCS = PAGE.parent
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 FIGURES = DOCS / "results" / "figures"
+CHART = "assets/contest.svg"
+"""The chart of the first screen, from the folder of the site's pages."""
 
 Content = dict[str, Any]
 
 MADE: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Content]], str]]] = {
+    "results.md": (SHOWN, page),
+    "results/before.md": (OLDER, older),
     "results/contests.md": (contests.NAMES, contests.page),
     "results/images.md": (images.NAMES, images.page),
     "results/text.md": (text_page.NAMES, text_page.page),
@@ -47,11 +54,20 @@ DRAWN: tuple[tuple[tuple[str, ...], Callable[[Path, dict[str, Content]], None]],
 
 
 def pages() -> Mapping[Path, str]:
-    """Return every page by its path."""
+    """Return every page, and the chart of the first screen, by its path."""
     made = {
         DOCS / name: noticed(write(_read(files)), files) for name, (files, write) in MADE.items()
     }
-    return {PAGE: noticed(page(), SHOWN), **made}
+    return made | _first_screen(_read(headline.NAMES))
+
+
+def _first_screen(contents: dict[str, Content]) -> dict[Path, str]:
+    made = {
+        page: headline.replaced(page.read_text(), headline.block(contents, chart))
+        for page, chart in ((ROOT / "README.md", f"docs/{CHART}"), (DOCS / "index.md", CHART))
+    }
+    drawn = headline_chart.chart(contents)
+    return {**made, DOCS / CHART: drawn} if drawn else made
 
 
 def noticed(text: str, files: tuple[str, ...]) -> str:

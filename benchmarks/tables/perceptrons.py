@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.perceptron_rows import Cell, best_of, duel, front
 from benchmarks.significance import compared
 from benchmarks.tables.duels import Outcome, float32, outcomes, places, words
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import markdown, p_value
 from benchmarks.tables.provenance import made_by
 from benchmarks.tables.reasons import reasons
 
@@ -98,7 +98,7 @@ def _duels(every: Sequence[Outcome]) -> str:
             f"{o.ours.method} {o.ours.mean:.4f}",
             f"{o.rival.method} {o.rival.mean:.4f}",
             f"{o.points:+.2f}",
-            f"{o.p:.3f}",
+            p_value(o.p),
             f"{o.ahead} / {o.others - o.ahead - o.behind} / {o.behind}",
             ", ".join(o.on_front) or "no",
         ]
@@ -168,7 +168,7 @@ def _line(cell: Cell, test: dict[str, float] | None, on_front: Sequence[Cell]) -
         f"{cell.std:.4f}",
         f"{low:.4f} .. {high:.4f}",
         f"{-100 * test['difference']:+.2f}" if test else "",
-        f"{test['p_holm']:.3f}" if test else "",
+        p_value(test["p_holm"]) if test else "",
         f"{cell.state_bytes / 1e3:.0f}",
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.ablations import SENSITIVITY
 from benchmarks.significance import compared
-from benchmarks.tables.markdown import counted, markdown
+from benchmarks.tables.markdown import counted, markdown, p_said
 
 Content = Mapping[str, Any]
 
@@ -80,7 +80,7 @@ def sensitivity(contents: Sequence[Content]) -> str:
     if not found:
         return ""
     columns = list(dict.fromkeys((c.variant, c.data) for c in found))
-    cells = {(c.name, c.variant, c.data): f"{c.points:+.2f} (p {c.p:.3f})" for c in found}
+    cells = {(c.name, c.variant, c.data): f"{c.points:+.2f} ({p_said(c.p)})" for c in found}
     lines = [
         [name, *(cells.get((name, *column), "") for column in columns)]
         for name in dict.fromkeys(c.name for c in found)
@@ -112,6 +112,5 @@ def verdict(found: Sequence[Change]) -> str:
 
 
 def _named(change: Change) -> str:
-    return (
-        f"{change.points:+.2f} by {change.name} ({change.variant}, {change.data}, p {change.p:.3f})"
-    )
+    where = f"{change.variant}, {change.data}, {p_said(change.p)}"
+    return f"{change.points:+.2f} by {change.name} ({where})"

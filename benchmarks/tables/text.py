@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.language import final
 from benchmarks.language_rows import finals, paired_p, rows
 from benchmarks.significance import holm
-from benchmarks.tables.markdown import counted, markdown
+from benchmarks.tables.markdown import counted, markdown, p_said, p_value
 from benchmarks.tables.provenance import made_by
 from benchmarks.tables.text_sections import LEADS, LLAMA, SMALL
 
@@ -28,11 +28,6 @@ VARIANTS = (
 def number(value: float | None, form: str) -> str:
     """Return a figure as text, a dash for none."""
     return "-" if value is None else format(value, form)
-
-
-def p_value(p: float | None) -> str:
-    """Return a p value as text, empty for none."""
-    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< .001"
 
 
 def compared(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -104,7 +99,7 @@ def _variants(content: Content) -> str:
     for (variant, plain), p in zip(tested, holm(list(tested.values())), strict=True):
         own = pairs[variant, plain]
         gap = sum(ours - theirs for ours, theirs in own) / len(own)
-        parts.append(f"{variant} less {plain} {gap:+.3f} (p {p_value(p)})")
+        parts.append(f"{variant} less {plain} {gap:+.3f} ({p_said(p)})")
     return f"Variants against what they vary, by seed: {', '.join(parts)}.\n\n"
 
 

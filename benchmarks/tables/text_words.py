@@ -59,6 +59,6 @@ SUMMARY = """## A small LLaMA on English prose
 
 {made}
 
-[Results on text](results/text.md) explains the columns, and has more methods, a GPT-2, tags, and
+[Results on text](text.md) explains the columns, and has more methods, a GPT-2, tags, and
 what was tried where a method does not hold up.
 """

@@ -157,7 +157,8 @@ def report(
     Args:
         run: The run.
         other: A second run to compare it with, layer by layer.
-        html: Write the first run's report to this file, as a page that needs nothing else.
+        html: Write the report, or both side by side, to this file, as a page that needs nothing
+            else.
         csv: Write the first run's rows to this file.
         partial: Take what can be read of a run file that is cut off.
         json: Print JSON for machines, not tables: each run's rows and advice.

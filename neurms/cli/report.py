@@ -14,7 +14,7 @@ from rich.console import Console
 from neurms.cli.errors import UsageError, check_folder
 from neurms.report.report import ProfilerReport
 from neurms.report.runs import RUN_FILE, NoRunFileError
-from neurms.report.tables import comparison_table
+from neurms.report.tables import ComparisonTable
 
 __all__ = ["show"]
 
@@ -33,7 +33,7 @@ def show(
     Args:
         run: The run.
         other: A second run, or None.
-        html: Where the first run's page goes, or None.
+        html: Where the page goes, of the run or of both, or None.
         csv: Where the first run's rows go, or None.
         partial: Take what can be read of a run file that is cut off.
         as_json: Print JSON for machines and nothing else.
@@ -70,7 +70,10 @@ def _show(
         _print(reports)
     for kind, path in files.items():
         if path is not None:
-            getattr(reports[0], f"to_{kind}")(path)
+            if kind == "html" and len(reports) > 1:
+                reports[0].compare_to_html(reports[1], path)
+            else:
+                getattr(reports[0], f"to_{kind}")(path)
             # On the side, so that what is printed stays JSON.
             print(f"written: {path}", file=sys.stderr if as_json else sys.stdout)
 
@@ -91,9 +94,10 @@ def _print(reports: Sequence[ProfilerReport]) -> None:
     console = Console()
     report = reports[0]
     if len(reports) > 1:
-        console.print(comparison_table(*reports))
+        console.print(ComparisonTable(*reports))
         return
     console.print(report.table())
+    console.print(report.recommendation(), markup=False, highlight=False)
     for advice in report.advice():
         console.print(str(advice), markup=False, highlight=False)
     if not report.run.finished:
@@ -104,5 +108,6 @@ def _record(report: ProfilerReport) -> dict[str, Any]:
     return {
         "finished": report.run.finished,
         "layers": [asdict(row) for row in report],
+        "recommendation": report.recommendation(),
         "advice": [asdict(advice) for advice in report.advice()],
     }

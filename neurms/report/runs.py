@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from neurms.core.ground.errors import NeurmsError
 
-__all__ = ["RUN_FILE", "NoRunFileError", "Run", "RunFileError", "plain", "preamble", "read_run"]
+__all__ = [
+    "RUN_FILE",
+    "Logged",
+    "NoRunFileError",
+    "Run",
+    "RunFileError",
+    "logged_on",
+    "plain",
+    "preamble",
+    "read_run",
+]
 
 RUN_FILE = "run.jsonl"
 """Name of the run file in an output folder."""
+
+Logged: TypeAlias = dict[str, list[tuple[int, float]]]
+"""What a training logged: name -> points of (step, value)."""
 
 _FORMAT = "neurms-profile"
 _VERSION = 1
@@ -37,16 +51,21 @@ class Run:
         samples: One entry for each step that was looked at.
         totals: Steps, step time and memory forecasts; empty for a run that was cut off.
         finished: Whether the run came to its end.
+        logged: What the training logged: name -> points of (step, value).
+        path: What it was read from, or None.
     """
 
     header: dict[str, Any]
     samples: list[dict[str, Any]]
     totals: dict[str, Any] = field(default_factory=dict)
     finished: bool = True
+    logged: Logged = field(default_factory=dict)
+    path: Path | None = None
 
     def dumps(self) -> str:
         """Return the run as one JSON document."""
         content = preamble(self.header) | {"samples": self.samples, "totals": self.totals}
+        content["logged"] = self.logged
         return json.dumps(plain(content), indent=None, separators=(",", ":"), allow_nan=False)
 
 
@@ -81,9 +100,9 @@ def read_run(path: str | Path, *, partial: bool = False) -> Run:
     first, _, rest = text.partition("\n")
     if not _begins_as_run(first):
         raise NoRunFileError(_no_run(file))
-    if not rest.strip():
-        return _from_document(first, file)
-    return _from_lines(text, file, partial)
+    run = _from_lines(text, file, partial) if rest.strip() else _from_document(first, file)
+    run.path = path
+    return run
 
 
 def _from_document(text: str, file: Path) -> Run:
@@ -99,12 +118,15 @@ def _from_document(text: str, file: Path) -> Run:
         # A run file of which there is only the first line.
         return Run(_revived(content["header"]), [], finished=False)
     parts = (_revived(content[key]) for key in ("header", "samples", "totals"))
-    return Run(*parts)
+    run = Run(*parts)
+    _log(run, content.get("logged", {}))
+    return run
 
 
 def _from_lines(text: str, file: Path, partial: bool) -> Run:
     lines = text.splitlines()
     run = Run({}, [], finished=False)
+    before: tuple[Logged, int] = {}, 0
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)
@@ -123,11 +145,37 @@ def _from_lines(text: str, file: Path, partial: bool) -> Run:
             # What the run did after its checkpoint, before it was cut off, is done again.
             run.samples = [s for s in run.samples if s["step"] < content["resumed"]]
             run.totals, run.finished = {}, False
+            run.logged = logged_on(*before, run.logged)
+            before, run.logged = (run.logged, int(content["resumed"])), {}
         if "sample" in content:
             run.samples.append(_revived(content["sample"]))
+        _log(run, content.get("logged", {}))
         if "totals" in content:
             run.totals, run.finished = _revived(content["totals"]), True
+    run.logged = logged_on(*before, run.logged)
     return run
+
+
+def logged_on(earlier: Logged, step: int, later: Logged) -> Logged:
+    """Return what a run logged before it was resumed at ``step``, and what it logged since.
+
+    What was logged after the checkpoint is logged again, and counts once. At ``step`` itself stand
+    both the metrics that the checkpoint came with and the loss that comes next: the earlier ones
+    give way to later ones of the same name.
+    """
+    found = {}
+    for name in dict.fromkeys((*earlier, *later)):
+        since = later.get(name, [])
+        again = bool(since) and since[0][0] <= step
+        found[name] = [p for p in earlier.get(name, []) if p[0] <= step - again] + since
+    return found
+
+
+def _log(run: Run, logged: Mapping[str, Sequence[tuple[int, float | None]]]) -> None:
+    for name, points in logged.items():
+        # JSON has no NaN; see plain().
+        read = [(int(step), math.nan if v is None else float(v)) for step, v in points]
+        run.logged.setdefault(name, []).extend(read)
 
 
 def _check_format(content: Any, file: Path) -> None:

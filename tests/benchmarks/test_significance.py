@@ -33,3 +33,7 @@ def test_one_seed_has_no_deviation() -> None:
     assert spread([0.5])[0] == 0.5
     assert math.isnan(spread([0.5])[1])
     assert all(map(math.isnan, band([0.5])))
+
+
+def test_a_series_with_a_diverged_run_has_no_mean() -> None:
+    assert all(math.isnan(value) for value in spread([1.0, math.nan, 2.0]))

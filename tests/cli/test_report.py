@@ -59,8 +59,9 @@ def test_the_command_line_rebuilds_and_compares(
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     shown = capsys.readouterr().out
-    assert "A NeuRMS against B NeuRMS" in shown
-    assert "overhead B" in shown
+    assert "A: a (NeuRMS) against B: b (NeuRMS)" in shown
+    assert shown.count("overhead") == 3
+    assert "time B/A" in shown
 
 
 def test_the_command_line_explains_bad_files(

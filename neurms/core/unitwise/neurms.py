@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, Unpack
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from neurms.core.optimizers.view import View
 from neurms.core.routing import Head, Route
 from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.engine import Engine
-from neurms.core.unitwise.gradient_mover import GradientMover
+from neurms.core.unitwise.gradient_mover import GradientMover, structure_of
 from neurms.core.unitwise.gradient_rule import check_probed, gradient_recipe, gradient_routes
 from neurms.core.unitwise.groups import NO_ASCENT, check_shared, check_written
 from neurms.core.unitwise.layers import neurms_routes
@@ -41,6 +41,7 @@ from neurms.core.unitwise.rule import (
     Variant,
     check_modes,
 )
+from neurms.core.unitwise.scale_summary import MomentLayer, moment_layers
 from neurms.core.unitwise.statistics import Factors
 from neurms.core.unitwise.tapped import TappedLayer
 
@@ -269,6 +270,16 @@ class NeuRMS(PreconditionedOptimizer):
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+    def moment_layers(self) -> Iterator[MomentLayer]:
+        """Yield the matrices of variant P that have taken a step; of the others, none."""
+        if not self.probed:
+            return
+        for group in self.param_groups:
+            own = [p for p in group["params"] if self.routes[p].rule == self.rule]
+            structure = structure_of(self.recipe_of(group)) if own else None
+            if structure is not None:
+                yield from moment_layers((p, structure, self.state_of(p)) for p in own)
 
     def attach(self) -> None:
         """Put the taps back after :meth:`detach`; again does nothing."""
