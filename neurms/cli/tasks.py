@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from neurms.cli.data import DatasetError, Split, hold_out, load
+from neurms.cli.data import DatasetError, hold_out, load
 from neurms.cli.network import Decoder, perceptron
 
 __all__ = ["TASKS", "Images", "Manual", "Task", "manual", "task"]
@@ -85,8 +85,9 @@ def manual() -> Mapping[str, Tensor]:
     for topic in topics.values():
         text = topic.encode()
         first, second = len(text) * 18 // 20, len(text) * 19 // 20
-        for part, piece in zip(parts, (text[:first], text[first:second], text[second:])):
-            parts[part].append(piece)
+        parts["train"].append(text[:first])
+        parts["validation"].append(text[first:second])
+        parts["test"].append(text[second:])
     return {
         part: torch.frombuffer(bytearray(b"\n".join(pieces)), dtype=torch.uint8)
         for part, pieces in parts.items()
