@@ -17,6 +17,7 @@ from benchmarks.tables import (
     headline_chart,
     images,
     images_figures,
+    planner,
     scale,
     text_figures,
     text_page,
@@ -58,7 +59,8 @@ def pages() -> Mapping[Path, str]:
     made = {
         DOCS / name: noticed(write(_read(files)), files) for name, (files, write) in MADE.items()
     }
-    return made | _first_screen(_read(headline.NAMES))
+    chosen = {DOCS / "assets" / "planner-data.js": planner.script(_read(planner.NAMES))}
+    return made | chosen | _first_screen(_read(headline.NAMES))
 
 
 def _first_screen(contents: dict[str, Content]) -> dict[Path, str]:
