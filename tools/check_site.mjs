@@ -4,7 +4,7 @@
 //   npm install --prefix FOLDER playwright-core axe-core
 //   MODULES=FOLDER/node_modules node tools/check_site.mjs site [SCREENSHOTS]
 //
-// CHROMIUM names the browser, /usr/bin/chromium where it is not set.
+// CHROMIUM names the browser, /usr/bin/chromium where it is not set; PAGES other pages, by comma.
 import { createServer } from "node:http";
 import { mkdirSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -14,7 +14,9 @@ const modules = createRequire(`${process.env.MODULES ?? "node_modules"}/`);
 const { chromium } = modules("playwright-core");
 const axe = readFileSync(modules.resolve("axe-core/axe.min.js"), "utf8");
 
-const PAGES = ["", "results/", "results/contests/", "recipes/plain-pytorch/", "recipes/llama/", "planner/"];
+const PAGES = process.env.PAGES?.split(",") ?? [
+  "", "results/", "results/contests/", "recipes/plain-pytorch/", "recipes/llama/", "planner/",
+];
 const KINDS = {
   ".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".json": "application/json",
   ".svg": "image/svg+xml", ".png": "image/png",

@@ -1,6 +1,6 @@
 // The planner: shows what the choices mean, from the numbers in planner-data.js.
 (() => {
-  const form = document.getElementById("planner");
+  const form = document.getElementById("planner-form");
   const data = window.neurmsPlanner;
   if (!form || !data) return;
 
