@@ -1,14 +1,12 @@
 """Let the profiler choose the rule: watch a short AdamW run, then train by its advice."""
 
 import argparse
-from collections import Counter
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import neurms
-from neurms.report import Advice
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,18 +33,6 @@ def step(
     optimizer.step()
 
 
-def chosen(model: nn.Module, advice: list[Advice]) -> torch.optim.Optimizer:
-    """Return the rule that most layers are advised, without those that had better keep AdamW."""
-    votes = Counter(one.rule for one in advice if one.rule not in ("AdamW", "undecided"))
-    if not votes:
-        return torch.optim.AdamW(model.parameters())
-    rule = votes.most_common(1)[0][0]
-    kept = [f"{one.layer}.*" for one in advice if one.rule == "AdamW"]
-    if rule in ("F", "U"):
-        return neurms.NeuRMS(model, lr=1e-2, variant=rule, exclude=kept)
-    return neurms.create(rule.lower(), model, exclude=kept)
-
-
 def main() -> None:
     arguments = parse_arguments()
     inputs, targets = load_digits(return_X_y=True)
@@ -62,7 +48,9 @@ def main() -> None:
         print(one)
 
     model = network()
-    optimizer = chosen(model, advice)
+    rates = {"F": 1e-2, "U": 1e-2}
+    print(advice.choice(model, rates).code())
+    optimizer = advice.apply(model, rates)
     for _ in range(60 if arguments.quick else arguments.steps):
         step(model, optimizer, images, labels)
     with torch.no_grad():

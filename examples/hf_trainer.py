@@ -17,6 +17,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--optimizer", default="racs", help="a name from neurms.available()")
     parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--quick", action="store_true", help="a few seconds instead of the whole")
     return parser.parse_args()
@@ -42,25 +43,28 @@ def main() -> None:
         )
     )
     with tempfile.TemporaryDirectory() as folder:
+        training = TrainingArguments(
+            folder,
+            max_steps=20 if arguments.quick else arguments.steps,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            learning_rate=arguments.lr,
+            weight_decay=arguments.weight_decay,
+            lr_scheduler_type="cosine",
+            warmup_steps=5,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=20,
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
         trainer = Trainer(
             model,
-            TrainingArguments(
-                folder,
-                max_steps=20 if arguments.quick else arguments.steps,
-                per_device_train_batch_size=8,
-                gradient_accumulation_steps=2,
-                # The Trainer's schedule moves our learning rate; its own learning_rate is not read.
-                lr_scheduler_type="cosine",
-                warmup_steps=5,
-                save_strategy="no",
-                report_to="none",
-                logging_steps=20,
-                use_cpu=True,
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
+            training,
             train_dataset=help_texts(),
-            optimizers=trainer_optimizers(model, arguments.optimizer, lr=arguments.lr),
+            # With args=training its learning_rate and weight_decay are the optimizer's.
+            optimizers=trainer_optimizers(model, arguments.optimizer, args=training),
         )
         result = trainer.train()
     print(f"mean loss {result.training_loss:.3f} over {result.global_step} steps")

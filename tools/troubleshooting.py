@@ -17,8 +17,6 @@ MARKER = "<!-- from here on: python -m tools.troubleshooting -->"
 CURES = {
     "module … has no attribute …": "see `neurms.__all__` for the public names",
     "NeuRMSCallback has no plan before": "call it in or after `trainer.fit`",
-    "… is not a run file": "name the folder that the profiler's `output=` wrote to",
-    "… has no function …": "name a function, or a model, that the module has",
     "the native CPU kernels are not available": "`neurms doctor` shows why; g++ cures it",
     "is recomputed by a checkpoint": 'use `update="step"` with activation checkpointing',
     "is used a second time before": 'as it says, or `update="step"`',

@@ -23,10 +23,10 @@ class NeuRMSCallback(keras.callbacks.Callback):  # type: ignore[name-defined]
     """Log what NeuRMS's scale factors do, for a model compiled with ``keras_neurms``.
 
     ``neurms/scale_median`` is the median unit factor s over all layers,
-    ``neurms/feature_scale_median`` that of c (variant F), ``neurms/clipped_fraction`` the share of
-    factors at a bound. They come at the end of each epoch, and with ``every_n_steps`` in the logs
-    of every n-th batch too. The optimizer attaches its taps step by step itself; the callback sees
-    to it that none is left when training ends.
+    ``neurms/feature_scale_median`` that of c (variants F and P), ``neurms/clipped_fraction`` the
+    share of factors at a bound. They come at the end of each epoch, and with ``every_n_steps`` in
+    the logs of every n-th batch too. The optimizer attaches its taps step by step itself; the
+    callback sees to it that none is left when training ends.
 
     Args:
         every_n_steps: Batches between entries in the batch logs; None for none. Reading factors
@@ -75,7 +75,10 @@ class NeuRMSCallback(keras.callbacks.Callback):  # type: ignore[name-defined]
         self._optimizer().detach()
 
     def _summary(self) -> dict[str, float]:
-        found = scale_summary(self._optimizer().layers)
+        own = self._optimizer()
+        # The engine is there from the first batch on.
+        matrices = own.engine.optimizer.moment_layers() if own.built else ()
+        found = scale_summary([*own.layers, *matrices])
         return {f"neurms/{name}": float(value) for name, value in found.items()}
 
     def _optimizer(self) -> Any:

@@ -271,7 +271,9 @@ class NeuRMSCallback(Callback):
             self._log_scalars(pl_module)
 
     def _log_scalars(self, pl_module: LightningModule) -> None:
-        layers = [*(self.preconditioner or ()), *self._own_layers()]
+        owners = [o for o in (*self._own, self.preconditioner) if o is not None]
+        matrices = (layer for owner in owners for layer in owner.moment_layers())
+        layers = [*(self.preconditioner or ()), *self._own_layers(), *matrices]
         for name, value in scale_summary(layers).items():
             pl_module.log(f"neurms/{name}", value, on_step=True, on_epoch=False)
         if self.preconditioner is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,23 @@ from torch.optim import Optimizer
 from neurms.callbacks.profiler.callback import ProfilesTraining
 from neurms.core.ground.extras import require
 from neurms.core.unitwise.rule import LossReduction
+from neurms.report.curves import TRAIN_LOSS
 from neurms.report.scalars import MEANS
 
 require("transformers", extra="transformers")
 require("accelerate", extra="transformers")
 
 from transformers import (  # noqa: E402
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
-__all__ = ["PreconditionerProfiler"]
+__all__ = ["PreconditionerProfiler", "to_loggers"]
 
 
 class PreconditionerProfiler(ProfilesTraining, TrainerCallback):
@@ -33,9 +37,10 @@ class PreconditionerProfiler(ProfilesTraining, TrainerCallback):
     Every ``every_n_steps`` optimizer steps one is looked at (see
     :class:`~neurms.callbacks.profiler.engine.Profiler`); weights come out bit for bit as without
     it. The mean rho and the share of overhead enter the Trainer's next log entry as ``neurms/rho``
-    and ``neurms/overhead``, and a table is printed when training ends. It works with every
-    optimizer, from :func:`~neurms.integrations.transformers.trainer_optimizers` or the Trainer's
-    own.
+    and ``neurms/overhead``. When training ends a table is printed and, with ``output``,
+    ``report.html`` written: a recommendation, curves, plots, layers. The losses and metrics that
+    the Trainer logs are in its curves. It works with every optimizer, from
+    :func:`~neurms.integrations.transformers.trainer_optimizers` or the Trainer's own.
 
     Args:
         every_n_steps: Distance between two optimizer steps that are looked at.
@@ -48,9 +53,9 @@ class PreconditionerProfiler(ProfilesTraining, TrainerCallback):
             folder of its own, ``output-2``, ...
         overwrite: Whether a new run replaces the one in ``output`` instead.
         max_elements: Entries of a weight beyond which a part of its units is looked at.
-        log: Called with all numbers of a step that was looked at, ``neurms/<layer>/<what>``, such
-            as ``trainer.log``, which brings them to TensorBoard and its like; None leaves it at the
-            two means.
+        log: Called with all numbers of a step that was looked at, ``neurms/<layer>/<what>``;
+            :func:`to_loggers` makes what brings them to TensorBoard and its like. None leaves it at
+            the two means. It may be set later, as ``profiler.log``, when the Trainer exists.
         print_table: Whether a table is printed when training ends.
 
     Raises:
@@ -112,6 +117,8 @@ class PreconditionerProfiler(ProfilesTraining, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the means into the entry, for the callbacks after this one and for the history."""
+        found: Mapping[str, Any] = kwargs.get("logs") or {}
+        self._keep({_NAMES.get(name, name): v for name, v in found.items() if _is_metric(name)})
         for entry in (kwargs.get("logs"), state.log_history[-1] if state.log_history else None):
             if entry is not None:
                 entry.update({name: v for name, v in self._means.items() if name not in entry})
@@ -122,6 +129,41 @@ class PreconditionerProfiler(ProfilesTraining, TrainerCallback):
     ) -> None:
         """Close the run and print the table."""
         self._finish(speaks=state.is_world_process_zero)
+
+
+def to_loggers(trainer: Trainer) -> Callable[[dict[str, float]], None]:
+    """Return what hands numbers to a Trainer's loggers, and to no progress bar and no console.
+
+    Args:
+        trainer: The Trainer whose loggers (``report_to=...``) are meant.
+
+    Returns:
+        A function for :class:`PreconditionerProfiler`'s ``log``.
+
+    Example:
+        >>> profiler = PreconditionerProfiler(every_n_steps=50)
+        >>> # trainer = Trainer(model, arguments, callbacks=[profiler], ...)
+        >>> # profiler.log = to_loggers(trainer)
+    """
+
+    def log(numbers: dict[str, float]) -> None:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, (PrinterCallback, ProgressCallback, PreconditionerProfiler)):
+                continue
+            callback.on_log(
+                trainer.args, trainer.state, trainer.control, model=trainer.model, logs=numbers
+            )
+
+    return log
+
+
+_NAMES = {"loss": TRAIN_LOSS}
+"""What the Trainer calls things -> what a report does."""
+
+
+def _is_metric(name: str) -> bool:
+    measured = name.endswith(("_runtime", "_per_second", "_time"))
+    return name == "loss" or (name.startswith("eval_") and not measured)
 
 
 def _innermost(optimizer: Any) -> Optimizer:

@@ -1,4 +1,7 @@
-"""The command line: ``neurms demo | doctor | plan | report | bench``, also ``python -m neurms``."""
+"""The command line: ``neurms demo | doctor | plan | advise | report | bench``.
+
+Also ``python -m neurms``.
+"""
 
 from __future__ import annotations
 

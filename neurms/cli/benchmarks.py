@@ -51,7 +51,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     found = scripts()
     if name not in found:
         near = meant(name, found)
-        raise UsageError(f"there is no benchmark {name!r}{near}; choose one of {list(found)}")
+        raise UsageError(f"there is no benchmark {name!r}{near}; choose one of {', '.join(found)}")
     root = str(found[name].parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)

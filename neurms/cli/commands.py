@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from neurms.cli.errors import UsageError
+from neurms.cli.words import check_words
 from neurms.core.ground.errors import NeurmsError
 
 __all__ = ["dispatch"]
@@ -34,18 +35,23 @@ def dispatch(words: Sequence[str]) -> int:
         "demo": demo,
         "doctor": doctor,
         "plan": plan,
+        "advise": advise,
         "report": report,
         "bench": bench,
     }
-    return _explained(
-        lambda: tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="neurms",
-            description=_DESCRIPTION,
-            args=list(words) or ["--help"],
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )
+    return _explained(lambda: _parsed(words, commands))
+
+
+def _parsed(words: Sequence[str], commands: dict[str, Callable[..., int]]) -> int:
+    check_words(words, commands)
+    code: int = tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="neurms",
+        description=_DESCRIPTION,
+        args=list(words) or ["--help"],
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+    return code
 
 
 def demo(
@@ -103,10 +109,39 @@ def plan(
         optimizer: One of the library's own optimizers, by the name that neurms.create takes.
         json: Print JSON for machines, not a table: the rows, and the total of their bytes.
     """
-    from neurms.cli.planning import as_json, plan_of
+    from neurms.cli.planning import as_json, plan_of, print_plan
 
     found = plan_of(model, optimizer)
-    print(as_json(found) if json else found)
+    if json:
+        print(as_json(found))
+    else:
+        print_plan(found)
+    return 0
+
+
+def advise(
+    training: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODULE:FUNCTION")],
+    lr: float = 1e-3,
+    steps: int = 60,
+    json: bool = False,
+) -> int:
+    """Watch a short AdamW run of your model, and print the optimizer that suits each layer.
+
+    What is printed last is Python code: the rule of each layer, by what the profiler has seen of
+    it, at the rate at which it travels as far as AdamW does in its first steps.
+
+    Args:
+        training: A function without arguments that returns (model, loss), where loss(model)
+            computes the loss of another batch each time; or (model, batches), whose dictionaries
+            the model takes and returns an output with .loss; or (model, batches, criterion), for
+            criterion(model(inputs), targets).
+        lr: The learning rate that suits AdamW here.
+        steps: Steps of AdamW that are watched.
+        json: Print JSON for machines, not text: advice, rates, code.
+    """
+    from neurms.cli.advising import run
+
+    run(training, lr, steps, as_json=json)
     return 0
 
 
@@ -126,7 +161,8 @@ def report(
     Args:
         run: The run.
         other: A second run to compare it with, layer by layer.
-        html: Write the first run's report to this file, as a page that needs nothing else.
+        html: Write the report, or both side by side, to this file, as a page that needs nothing
+            else.
         csv: Write the first run's rows to this file.
         partial: Take what can be read of a run file that is cut off.
         json: Print JSON for machines, not tables: each run's rows and advice.

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from neurms.cli.environment import environment, flush_denormals
-from neurms.cli.errors import UsageError
+from neurms.cli.errors import UsageError, check_folder
 from neurms.cli.methods import Method, methods
 from neurms.cli.page import page
 from neurms.cli.picture import Curve, picture
@@ -158,12 +158,11 @@ def _measuring() -> Iterator[bool]:
 def _check(epochs: int | None, seed: int, paths: dict[str, Path | None]) -> None:
     """Refuse what would only fail after a minute of training."""
     if epochs is not None and epochs < 1:
-        raise UsageError(f"--epochs {epochs} must be at least 1")
+        raise UsageError(f"--epochs {epochs} must be at least 1; leave it out for the default")
     if seed < 0:
-        raise UsageError(f"--seed {seed} must not be negative")
+        raise UsageError(f"--seed {seed} must not be negative; 0 is the default")
     for option, path in paths.items():
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{option} {path}: its folder does not exist; create it first")
+        check_folder(option, path)
         if path is not None and path.is_dir():
             raise UsageError(f"{option} {path} is a folder; name a file in it")
 

@@ -27,6 +27,7 @@ from neurms.core.ground.owners import Owner, owners_of
 from neurms.core.ground.wrappers import unwrapped
 
 __all__ = [
+    "ASKED",
     "FALLBACK",
     "Head",
     "Route",
@@ -44,7 +45,9 @@ __all__ = [
 FALLBACK = "fallback"
 Head = Literal["rule", "fallback"]
 
-_ASKED = "asked for by its group"
+ASKED = "asked for by its group"
+"""The reason of a parameter whose group names the fallback."""
+
 _EXCLUDED = "excluded by"
 _ATTENTION_MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -100,7 +103,7 @@ def route_tensors(named: Iterable[tuple[str, Tensor]], rule: str) -> list[Route]
         matrix = tensor.ndim >= 2
         reason = f"{tensor.ndim} axes" if matrix else f"{tensor.ndim}-D tensor: no matrix"
         if rule == FALLBACK:
-            reason = _ASKED
+            reason = ASKED
         routes.append(
             Route(
                 name,
@@ -132,10 +135,12 @@ def route_model(
     Raises:
         ValueError: A pattern of ``exclude`` matches no parameter, or a parameter is lazy.
         UnsupportedTrainingError: The model is wrapped by FSDP1, or partitioned by ZeRO-3.
+        TypeError: It is a Keras model.
     """
     if isinstance(model, RoutedModel):
         return model.routes
     model = unwrapped(model)
+    _refuse_keras(model, rule)
     _refuse_lazy(model)
     owners = owners_of(model)
     last_linear = head_of(model)
@@ -149,6 +154,16 @@ def route_model(
         layout = layout_of(module, owner.name, parameter) or default_layout(parameter)
         routes.append(Route(name, parameter, type(module).__name__, chosen, reason, layout, module))
     return excluded(routes, exclude)
+
+
+def _refuse_keras(model: nn.Module, rule: str) -> None:
+    keras = sys.modules.get("keras")
+    if keras is not None and isinstance(model, getattr(keras, "Model", ())):
+        raise TypeError(
+            f"model={type(model).__name__} is a Keras model, whose layers torch does not see; "
+            "compile it with an optimizer of Keras's kind: from neurms.integrations.keras import "
+            f"keras_optimizer, then model.compile(optimizer=keras_optimizer({rule!r}), ...)"
+        )
 
 
 def _refuse_lazy(model: nn.Module) -> None:
@@ -234,7 +249,7 @@ def applies_to_nothing(rule: str, routes: Iterable[Route]) -> str:
     Only where a matrix other than a head or an embedding is among them.
     """
     own = [route for route in routes if route.parameter.requires_grad]
-    asked = (_ASKED, _EXCLUDED)
+    asked = (ASKED, _EXCLUDED)
     if not own or not all(r.is_fallback and not r.reason.startswith(asked) for r in own):
         return ""
     # A model of one layer has but a head, which every rule leaves to AdamW: no surprise.

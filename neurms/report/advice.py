@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neurms.core.diagnostics.dominance import Dominance
+from neurms.report.formats import number
 from neurms.report.rows import LayerRow
 
-__all__ = ["Advice", "advise"]
+__all__ = ["Advice", "Rule", "advise"]
 
 Rule = Literal["F", "U", "P", "RMNP", "AdamW", "undecided"]
 
@@ -131,4 +132,4 @@ def _flat(expected: float | None) -> bool:
 def _number(value: float | None) -> str:
     if value is None:
         return "unknown"
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
+    return f"{value:.2f}" if abs(value) < 10 else number(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from neurms.report.advice import advise
 from neurms.report.formats import bytes_text, number, percent, time_text
 from neurms.report.rows import LayerRow
 from neurms.report.summary import Summary
 
-__all__ = ["COLUMNS", "profiled", "totals"]
+__all__ = ["COLUMNS", "DECISIVE", "cells", "profiled", "totals"]
 
 COLUMNS: dict[str, Callable[[LayerRow], str]] = {
     "layer": lambda row: row.layer,
@@ -16,6 +17,7 @@ COLUMNS: dict[str, Callable[[LayerRow], str]] = {
     "shape": lambda row: "x".join(map(str, row.shape)),
     "rule": lambda row: row.rule,
     "rows": lambda row: f"{row.rows:,}",
+    "time": lambda row: time_text(row.total_us),
     "forward": lambda row: time_text(row.forward_us),
     "backward": lambda row: time_text(row.backward_us),
     "D^T H": lambda row: time_text(row.gemm_us),
@@ -41,6 +43,24 @@ COLUMNS: dict[str, Callable[[LayerRow], str]] = {
     "predicted": lambda row: bytes_text(row.predicted_state_bytes),
 }
 """Heading -> text; ``exact`` is the rho that exact factors would typically show."""
+
+DECISIVE = (
+    "layer", "shape", "rule", "time", "reduce", "scale", "overhead", "law", "rho", "exact",
+    "r_avg", "clipped", "state", "advice",
+)  # fmt: skip
+"""What a page shows before all the others are asked for."""
+
+
+def cells(report: Summary, names: Sequence[str]) -> list[list[str]]:
+    """Return the text of each layer in some columns, ``"advice"`` among them.
+
+    Args:
+        report: The report.
+        names: The columns.
+    """
+    rules: dict[str, str] = {advice.layer: advice.rule for advice in advise(report)}
+    found = COLUMNS | {"advice": lambda row: rules[row.layer]}
+    return [[found[name](row) for name in names] for row in report]
 
 
 def profiled(report: Summary) -> str:

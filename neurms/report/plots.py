@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TypeAlias
 
 from neurms.report.advice import HOLDS
+from neurms.report.curves import curve_groups
 from neurms.report.formats import bytes_text, number
 from neurms.report.rows import LayerRow
 from neurms.report.summary import Summary
 from neurms.report.svg import Axis, Line, boxes, colour, lines, stacked
 
-__all__ = ["figures", "fitted_law"]
+__all__ = ["Figure", "curve_figures", "figures", "fitted_law"]
 
 Points: TypeAlias = Sequence[tuple[float, float]]
 Figure: TypeAlias = tuple[str, str, str]
@@ -23,6 +24,9 @@ Figure: TypeAlias = tuple[str, str, str]
 SHOWN = 40
 """Layers in one plot of bars; more are left to the table."""
 
+NEAR = 1.5
+"""Factor within which layers follow a law for its line to be drawn."""
+
 _PARTS = ("forward", "backward", "reduce", "scale", "update", "bookkeeping")
 _PART_COLOURS = ("#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#999999", "#f0e442")
 
@@ -30,6 +34,7 @@ _PART_COLOURS = ("#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#999999", "#f0e442
 def figures(report: Summary) -> list[Figure]:
     """Return every plot that the report has numbers for."""
     found = [
+        *curve_figures(report.run.logged),
         _over_time(report, "rho", "ρ", "Faithfulness ρ during training", _RHO),
         _share_of_expected(report),
         _over_time(report, "factorization_error", "error", "Error of the factorisation", _ERROR),
@@ -44,9 +49,35 @@ def figures(report: Summary) -> list[Figure]:
 
 
 def fitted_law(rows: Sequence[LayerRow]) -> float | None:
-    """Return a of the law overhead = a / min(m, n), fitted in logarithms; None without overhead."""
+    """Return a of the law overhead = a / min(m, n), fitted in logarithms.
+
+    None where it is no law: fewer than two widths, or a layer further from it than ``NEAR`` times.
+    """
     logs = [math.log(row.overhead * row.width) for row in rows if row.overhead > 0]
-    return math.exp(statistics.fmean(logs)) if logs else None
+    if len({row.width for row in rows if row.overhead > 0}) < 2:
+        return None
+    middle = statistics.fmean(logs)
+    near = all(abs(value - middle) <= math.log(NEAR) for value in logs)
+    return math.exp(middle) if near else None
+
+
+def curve_figures(logged: Mapping[str, Points]) -> list[Figure]:
+    """Return a plot of each thing that was logged, losses first."""
+    found = []
+    for what, curves in curve_groups(logged).items():
+        series = [
+            Line(name, points, colour(index, len(curves)))
+            for index, (name, points) in enumerate(curves.items())
+        ]
+        values = [value for points in curves.values() for _, value in points]
+        steep = min(values) > 0 and max(values) > _STEEP * min(values)
+        plot = lines(series, Axis("step"), Axis(what, log=steep))
+        found.append((what[:1].upper() + what[1:], plot + _legend(series), ""))
+    return found
+
+
+_STEEP = 50.0
+"""Quotient of a curve's ends from which on its axis is logarithmic."""
 
 
 _RHO = (
@@ -72,7 +103,10 @@ def _over_time(report: Summary, key: str, label: str, title: str, note: str) -> 
     series = _per_layer(report, lambda layer: report.history(layer, key))
     if not series:
         return None
-    plot = lines(series, Axis("step"), Axis(label, bounds=(0.0,)))
+    most = max(value for line in series for _, value in line.points)
+    # A quotient whose divisor is next to nothing would flatten all the others.
+    axis = Axis(label, log=True) if most > _STEEP else Axis(label, bounds=(0.0,))
+    plot = lines(series, Axis("step"), axis)
     return title, plot + _legend(series), note
 
 
@@ -98,20 +132,23 @@ def _share_of_expected(report: Summary) -> Figure | None:
 
 def _overhead(report: Summary) -> Figure | None:
     rows = [row for row in report if row.overhead > 0]
-    law = fitted_law(rows)
-    if law is None:
+    if not rows:
         return None
     series = [
-        Line(row.layer, [(row.width, row.overhead)], colour(index, len(report)), "points")
+        Line(row.layer, [(row.width, 100 * row.overhead)], colour(index, len(report)), "points")
         for index, row in enumerate(report)
         if row.overhead > 0
     ]
-    widths = sorted({row.width for row in rows})
-    ends = (widths[0], widths[-1]) if len(widths) > 1 else (widths[0] / 2, widths[0] * 2)
-    fit = Line(f"{number(law)} / min(m, n)", [(w, law / w) for w in ends], "#888888", "dashed")
-    plot = lines([*series, fit], Axis("min(m, n)", log=True), Axis("overhead", log=True))
-    note = "(reduce + scale) / the layer's time. The cost law says ∝ 1/min(m, n); dashed: its fit."
-    return "Overhead against width", plot + _legend([*series, fit]), note
+    law, widths = fitted_law(rows), sorted({row.width for row in rows})
+    note = "(reduce + scale) / the layer's time. "
+    if law is None:
+        note += "The cost law, ∝ 1/min(m, n), is not seen in these layers: no line is drawn."
+    else:
+        ends = [(w, 100 * law / w) for w in (widths[0], widths[-1])]
+        series.append(Line(f"{number(law)} / min(m, n)", ends, "#888888", "dashed"))
+        note += "The cost law says ∝ 1/min(m, n); dashed: its fit."
+    plot = lines(series, Axis("min(m, n)", log=True), Axis("overhead in %", log=True))
+    return "Overhead against width", plot + _legend(series), note
 
 
 def _time_split(report: Summary) -> Figure:

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from neurms.core.ground.extras import require
-from neurms.report.advice import Advice, advise
-from neurms.report.html import page
+from neurms.report.advice import advise
+from neurms.report.applied import AdviceList
+from neurms.report.comparison import comparison_page
+from neurms.report.document import framed
+from neurms.report.html import page, title_of
+from neurms.report.recommendation import recommendation
 from neurms.report.rows import LayerRow
 from neurms.report.runs import read_run
 from neurms.report.summary import Summary
@@ -44,9 +48,23 @@ class ProfilerReport(Summary):
         """Read a run back, see :func:`~neurms.report.runs.read_run`."""
         return cls(read_run(path, partial=partial))
 
-    def advice(self) -> list[Advice]:
-        """Return which rule suits which layer, and why; see :func:`advise`."""
-        return advise(self)
+    def advice(self) -> AdviceList:
+        """Return which rule suits which layer, and why; see :func:`advise`.
+
+        ``report.advice().apply(model)`` returns the optimizer that follows from it.
+        """
+        return AdviceList(advise(self))
+
+    def recommendation(self) -> str:
+        """Return what to do, in one sentence."""
+        return recommendation(self)
+
+    def __repr__(self) -> str:
+        return f"<{title_of(self)}, {len(self)} layers: {self.recommendation()}>"
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+        return framed(page(self), title_of(self))
 
     def table(self) -> Any:
         """Return a table of the rows that ``rich.print`` shows, fewer columns in narrow terminals.
@@ -81,12 +99,20 @@ class ProfilerReport(Summary):
         Path(path).write_text(self.run.dumps() + "\n", encoding="utf-8")
 
     def to_html(self, path: str | Path) -> None:
-        """Write a page that needs nothing beside itself: plots, table, advice.
+        """Write a page that needs nothing beside itself: what to do, plots, table, advice.
 
         Raises:
             OSError: The file cannot be written.
         """
         Path(path).write_text(page(self), encoding="utf-8")
+
+    def compare_to_html(self, other: ProfilerReport, path: str | Path) -> None:
+        """Write a page with this run as A and another as B: losses, totals, layers.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        Path(path).write_text(comparison_page(self, other), encoding="utf-8")
 
 
 def _flat(row: LayerRow) -> dict[str, Any]:

@@ -17,6 +17,8 @@ Values = Mapping[str, Any]
 TIMES = ("forward_us", "backward_us", "reduce_us", "scale_us", "update_us", "bookkeeping_us")
 """The times that make up a layer's step; they do not overlap."""
 
+_LAW = ("U", "B", "F")
+"""The variants that the cost law is of."""
 
 _MEANS = (
     "rho", "rho_batch", "rho_expected", "rho_gradient", "rho_gradient_expected",
@@ -47,7 +49,8 @@ class LayerRow:
             For another library's optimizer: its step, shared out by number of elements.
         bookkeeping_us: What calls those kernels, checks and adds up, without them.
         overhead: (reduce + scale) / (all of these times but ``gemm_us``).
-        predicted_overhead: The share of operations, by NeuRMS's cost law; None for other rules.
+        predicted_overhead: The share of operations, by NeuRMS's cost law; None for other rules and
+            for variant P, whose sums are the gradient's.
         rho: corr(G_ij^2, v_i u_j) with averaged v and u.
         clipped_units: Units whose factor stands at a bound.
         dominance: r_avg, r_min, r_max of the momentum's rows (of the gradient's without one).
@@ -190,7 +193,7 @@ def _row(name: str, static: Values, own: Sequence[Values], steps: tuple[int, int
         **means,
         gemm_us=_averaged(own, "gemm_us", statistics.median),
         overhead=(times["reduce_us"] + times["scale_us"]) / total if total else 0.0,
-        predicted_overhead=law_share(m, n, variant) if variant else None,
+        predicted_overhead=law_share(m, n, variant) if variant in _LAW else None,
         clipped_units=last("clipped_units"),
         dominance=_dominance(dominance),
         state_bytes=int(last("state_bytes") or 0),

@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from neurms.core.ground.errors import NeurmsError
 
-__all__ = ["RUN_FILE", "Run", "RunFileError", "plain", "preamble", "read_run"]
+__all__ = [
+    "RUN_FILE",
+    "Logged",
+    "NoRunFileError",
+    "Run",
+    "RunFileError",
+    "logged_on",
+    "plain",
+    "preamble",
+    "read_run",
+]
 
 RUN_FILE = "run.jsonl"
 """Name of the run file in an output folder."""
+
+Logged: TypeAlias = dict[str, list[tuple[int, float]]]
+"""What a training logged: name -> points of (step, value)."""
 
 _FORMAT = "neurms-profile"
 _VERSION = 1
@@ -22,6 +36,10 @@ _VERSION = 1
 
 class RunFileError(NeurmsError, ValueError):
     """A run file is damaged, unfinished where that matters, or no run file at all."""
+
+
+class NoRunFileError(RunFileError):
+    """A file holds something else than a profiled run."""
 
 
 @dataclass
@@ -33,16 +51,21 @@ class Run:
         samples: One entry for each step that was looked at.
         totals: Steps, step time and memory forecasts; empty for a run that was cut off.
         finished: Whether the run came to its end.
+        logged: What the training logged: name -> points of (step, value).
+        path: What it was read from, or None.
     """
 
     header: dict[str, Any]
     samples: list[dict[str, Any]]
     totals: dict[str, Any] = field(default_factory=dict)
     finished: bool = True
+    logged: Logged = field(default_factory=dict)
+    path: Path | None = None
 
     def dumps(self) -> str:
         """Return the run as one JSON document."""
         content = preamble(self.header) | {"samples": self.samples, "totals": self.totals}
+        content["logged"] = self.logged
         return json.dumps(plain(content), indent=None, separators=(",", ":"), allow_nan=False)
 
 
@@ -60,7 +83,8 @@ def read_run(path: str | Path, *, partial: bool = False) -> Run:
 
     Raises:
         FileNotFoundError: There is no such file.
-        RunFileError: The file is cut off or holds something else.
+        RunFileError: The file is cut off.
+        NoRunFileError: It holds something else.
     """
     path = Path(path)
     file = path / RUN_FILE if path.is_dir() else path
@@ -71,35 +95,38 @@ def read_run(path: str | Path, *, partial: bool = False) -> Run:
         )
     try:
         text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RunFileError(f"{str(file)!r} is not a run file: {error}") from error
+    except UnicodeDecodeError:
+        raise NoRunFileError(_no_run(file)) from None
     first, _, rest = text.partition("\n")
-    if not rest.strip():
-        return _from_document(first, file)
-    return _from_lines(text, file, partial)
+    if not _begins_as_run(first):
+        raise NoRunFileError(_no_run(file))
+    run = _from_lines(text, file, partial) if rest.strip() else _from_document(first, file)
+    run.path = path
+    return run
 
 
 def _from_document(text: str, file: Path) -> Run:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        whole = f'{{"format":"{_FORMAT}"' in text.replace(" ", "")[:40]
-        what = "is cut off or damaged" if whole else "is not a run file"
         raise RunFileError(
-            f"{str(file)!r} {what} (character {error.pos:,} of {len(text):,}: {error.msg}); if the "
-            f"run had an output folder, its {RUN_FILE} may still hold it"
+            f"{str(file)!r} is cut off or damaged (character {error.pos:,} of {len(text):,}: "
+            f"{error.msg}); if the run had an output folder, its {RUN_FILE} may still hold it"
         ) from error
     _check_format(content, file)
     if "samples" not in content:
         # A run file of which there is only the first line.
         return Run(_revived(content["header"]), [], finished=False)
     parts = (_revived(content[key]) for key in ("header", "samples", "totals"))
-    return Run(*parts)
+    run = Run(*parts)
+    _log(run, content.get("logged", {}))
+    return run
 
 
 def _from_lines(text: str, file: Path, partial: bool) -> Run:
     lines = text.splitlines()
     run = Run({}, [], finished=False)
+    before: tuple[Logged, int] = {}, 0
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)
@@ -118,21 +145,61 @@ def _from_lines(text: str, file: Path, partial: bool) -> Run:
             # What the run did after its checkpoint, before it was cut off, is done again.
             run.samples = [s for s in run.samples if s["step"] < content["resumed"]]
             run.totals, run.finished = {}, False
+            run.logged = logged_on(*before, run.logged)
+            before, run.logged = (run.logged, int(content["resumed"])), {}
         if "sample" in content:
             run.samples.append(_revived(content["sample"]))
+        _log(run, content.get("logged", {}))
         if "totals" in content:
             run.totals, run.finished = _revived(content["totals"]), True
+    run.logged = logged_on(*before, run.logged)
     return run
+
+
+def logged_on(earlier: Logged, step: int, later: Logged) -> Logged:
+    """Return what a run logged before it was resumed at ``step``, and what it logged since.
+
+    What was logged after the checkpoint is logged again, and counts once. At ``step`` itself stand
+    both the metrics that the checkpoint came with and the loss that comes next: the earlier ones
+    give way to later ones of the same name.
+    """
+    found = {}
+    for name in dict.fromkeys((*earlier, *later)):
+        since = later.get(name, [])
+        again = bool(since) and since[0][0] <= step
+        found[name] = [p for p in earlier.get(name, []) if p[0] <= step - again] + since
+    return found
+
+
+def _log(run: Run, logged: Mapping[str, Sequence[tuple[int, float | None]]]) -> None:
+    for name, points in logged.items():
+        # JSON has no NaN; see plain().
+        read = [(int(step), math.nan if v is None else float(v)) for step, v in points]
+        run.logged.setdefault(name, []).extend(read)
 
 
 def _check_format(content: Any, file: Path) -> None:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise RunFileError(f"{str(file)!r} is not a run file of the profiler")
+        raise NoRunFileError(_no_run(file))
     if content.get("version") != _VERSION:
         raise RunFileError(
             f"{str(file)!r} has version {content.get('version')!r} of the run format, and this "
             f"neurms reads version {_VERSION}; read it with the neurms that wrote it"
         )
+
+
+def _begins_as_run(text: str) -> bool:
+    """Return whether a text may be a run, whole or cut off, for which it has to begin as one."""
+    start = "".join(text[:80].split())
+    begins = f'{{"format":"{_FORMAT}"'
+    return bool(start) and (start.startswith(begins) or begins.startswith(start))
+
+
+def _no_run(file: Path) -> str:
+    return (
+        f"{str(file)!r} is not a run file of the profiler; give the folder that it wrote to "
+        f"(output=...), its {RUN_FILE}, or a file written by report.to_json"
+    )
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import overload
 
 from neurms.report.rows import LayerRow, rows_of
-from neurms.report.runs import Run
+from neurms.report.runs import RUN_FILE, Run
 
 __all__ = ["Summary"]
 
@@ -36,6 +36,14 @@ class Summary(Sequence[LayerRow]):
 
     def __iter__(self) -> Iterator[LayerRow]:
         return iter(self._rows)
+
+    @property
+    def name(self) -> str:
+        """Name of the folder or file that the run was read from, else of its optimizer."""
+        path = self.run.path
+        if path is None:
+            return str(self.run.header.get("optimizer", "run"))
+        return path.resolve().parent.name if path.name == RUN_FILE else path.resolve().name
 
     # ---------------------------------------------------------------- totals
 

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from neurms.report.formats import number
+from neurms.report.formats import number, raised
 
-__all__ = ["Axis", "Line", "boxes", "colour", "lines", "shortened", "stacked"]
+__all__ = ["Axis", "Line", "boxes", "colour", "lines", "stacked"]
 
 WIDTH = 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 38
-_GUTTER, _ROW = 132, 24
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 10, 38
+_ROW, _BAR = 36, 13
+_LETTER = 6.6
+"""Width of a letter of the labels, about."""
 # Okabe and Ito's palette, readable with every kind of colour vision.
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8b5a2b")
 
@@ -71,7 +73,7 @@ def colour(index: int, count: int) -> str:
 
 def lines(series: Sequence[Line], x: Axis, y: Axis, height: int = 230) -> str:
     """Return a plot of lines or points over two axes."""
-    points = [p for line in series for p in line.points]
+    points = [p for line in series for p in line.points if _shown(p[1], y)]
     x.fit([p[0] for p in points])
     y.fit([p[1] for p in points])
     parts = [_frame(x, y, height)]
@@ -95,65 +97,54 @@ def lines(series: Sequence[Line], x: Axis, y: Axis, height: int = 230) -> str:
 
 
 def stacked(rows: Sequence[tuple[str, Sequence[float], str]], colours: Sequence[str]) -> str:
-    """Return horizontal bars of (name, parts, what stands behind the bar)."""
+    """Return horizontal bars of (name, parts, what stands at the end of the bar's title)."""
     most = max((sum(parts) for _, parts, _ in rows), default=0.0) or 1.0
-    room = WIDTH - _GUTTER - 62
     body = []
     for position, (name, parts, text) in enumerate(rows):
-        top = position * _ROW + 5
-        body.append(_row_label(name, top))
-        left = float(_GUTTER)
+        top = position * _ROW
+        body.append(_row_label(name, top, WIDTH - _LETTER * len(text) - 12))
+        body.append(f'<text x="{WIDTH}" y="{top + 13}" class="tick-y">{escape(text)}</text>')
+        left = 0.0
         for part, fill in zip(parts, colours, strict=True):
-            wide = max(part / most * room, 0.0)
+            wide = max(part / most * WIDTH, 0.0)
             body.append(
-                f'<rect x="{left:.1f}" y="{top}" width="{wide:.1f}" height="15" fill="{fill}"/>'
+                f'<rect x="{left:.1f}" y="{top + 18}" width="{wide:.1f}" height="{_BAR}" '
+                f'fill="{fill}"/>'
             )
             left += wide
-        body.append(f'<text x="{left + 4:.1f}" y="{top + 12}">{escape(text)}</text>')
-    return _svg(len(rows) * _ROW + 10, body, "bars")
+    return _svg(len(rows) * _ROW + 4, body, "bars")
 
 
 def boxes(rows: Sequence[tuple[str, Sequence[float], str]], label: str) -> str:
     """Return boxes of (name, the quantiles 0, .05, .25, .5, .75, .95, 1, colour), logarithmic."""
     x = Axis(label, log=True)
     x.fit([q for _, levels, _ in rows for q in levels if q > 0])
-    room, height = WIDTH - _GUTTER - _RIGHT, len(rows) * _ROW + _BOTTOM + 4
+    room, height = WIDTH - 2 * _RIGHT, len(rows) * _ROW + _BOTTOM + 4
 
     def at(value: float) -> float:
         # Zeros (dead units) have no logarithm; they stand at the left edge.
-        return _GUTTER + (x.place(value) if value > 0 else 0.0) * room
+        return _RIGHT + (x.place(value) if value > 0 else 0.0) * room
 
     body = []
     for tick in x.ticks():
-        body.append(_grid_x(at(tick), 0, height - _BOTTOM + 4, number(tick)))
+        body.append(_grid_x(at(tick), 0, height - _BOTTOM + 4, _tick(tick)))
     for position, (name, levels, fill) in enumerate(rows):
-        top = position * _ROW + 5
-        places = [at(level) for level in levels]
-        body.append(_row_label(name, top))
-        body.append(
-            f'<line x1="{places[0]:.1f}" x2="{places[6]:.1f}" y1="{top + 8}" y2="{top + 8}" '
-            f'stroke="{fill}"/><rect x="{places[1]:.1f}" y="{top + 5}" height="6" '
-            f'width="{max(places[5] - places[1], 1):.1f}" fill="{fill}" opacity=".45"/>'
-            f'<rect x="{places[2]:.1f}" y="{top + 1}" width="{max(places[4] - places[2], 1):.1f}" '
-            f'height="14" fill="{fill}"/><line x1="{places[3]:.1f}" x2="{places[3]:.1f}" '
-            f'y1="{top - 1}" y2="{top + 17}" class="median"/>'
-        )
-    middle = _GUTTER + room / 2
-    body.append(f'<text x="{middle}" y="{height - 4}" class="label">{escape(label)}</text>')
+        body.append(_row_label(name, position * _ROW, WIDTH))
+        body.append(_box([at(level) for level in levels], position * _ROW + 18, fill))
+    body.append(f'<text x="{WIDTH / 2}" y="{height - 4}" class="label">{escape(label)}</text>')
     return _svg(height, body, label)
 
 
-def shortened(name: str, letters: int = 20) -> str:
-    """Return a name with its middle left out if it is long.
-
-    Example:
-        >>> shortened("encoder.layers.11.attention.q_proj")
-        'encoder.l…ion.q_proj'
-    """
-    if len(name) <= letters:
-        return name
-    head = (letters - 1) // 2
-    return f"{name[:head]}…{name[head + 1 - letters :]}"
+def _box(places: Sequence[float], top: int, fill: str) -> str:
+    middle = top + _BAR / 2
+    return (
+        f'<line x1="{places[0]:.1f}" x2="{places[6]:.1f}" y1="{middle}" y2="{middle}" '
+        f'stroke="{fill}"/><rect x="{places[1]:.1f}" y="{middle - 3}" height="6" '
+        f'width="{max(places[5] - places[1], 1):.1f}" fill="{fill}" opacity=".45"/>'
+        f'<rect x="{places[2]:.1f}" y="{top}" width="{max(places[4] - places[2], 1):.1f}" '
+        f'height="{_BAR}" fill="{fill}"/><line x1="{places[3]:.1f}" x2="{places[3]:.1f}" '
+        f'y1="{top - 2}" y2="{top + _BAR + 2}" class="median"/>'
+    )
 
 
 def _svg(height: int, parts: Sequence[str], label: str) -> str:
@@ -176,15 +167,13 @@ def _shown(value: float, axis: Axis) -> bool:
 def _frame(x: Axis, y: Axis, height: int) -> str:
     parts = []
     for tick in x.ticks():
-        parts.append(
-            _grid_x(_at(x.place(tick), 0, height)[0], _TOP, height - _BOTTOM, number(tick))
-        )
+        parts.append(_grid_x(_at(x.place(tick), 0, height)[0], _TOP, height - _BOTTOM, _tick(tick)))
     for tick in y.ticks():
         level = _at(0, y.place(tick), height)[1]
         parts.append(
             f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" '
             f'class="grid"/>'
-            f'<text x="{_LEFT - 5}" y="{level + 4:.1f}" class="tick-y">{number(tick)}</text>'
+            f'<text x="{_LEFT - 5}" y="{level + 4:.1f}" class="tick-y">{_tick(tick)}</text>'
         )
     middle = _TOP + (height - _TOP - _BOTTOM) / 2
     parts.append(
@@ -195,6 +184,15 @@ def _frame(x: Axis, y: Axis, height: int) -> str:
     return "".join(parts)
 
 
+def _tick(value: float) -> str:
+    """Return a tick's number, short: a power of ten beyond five digits, without its 1."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        digits, power = f"{value:.1e}".split("e")
+        lead = "" if digits == "1.0" else f"{digits.removesuffix('.0')}·"
+        return f"{lead}10{raised(int(power))}"
+    return number(value)
+
+
 def _grid_x(place: float, top: float, bottom: float, text: str) -> str:
     return (
         f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{top}" y2="{bottom}" class="grid"/>'
@@ -202,12 +200,12 @@ def _grid_x(place: float, top: float, bottom: float, text: str) -> str:
     )
 
 
-def _row_label(name: str, top: int) -> str:
-    shown = escape(shortened(name))
-    return (
-        f'<text x="{_GUTTER - 6}" y="{top + 12}" class="tick-y">{shown}'
-        f"<title>{escape(name)}</title></text>"
-    )
+def _row_label(name: str, top: int, room: float) -> str:
+    # A whole name, on a line of its own: narrower letters rather than a cut.
+    fitted = ""
+    if len(name) * _LETTER > room:
+        fitted = f' textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs"'
+    return f'<text x="0" y="{top + 13}"{fitted}>{escape(name)}</text>'
 
 
 def _round_step(raw: float) -> float:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
 from neurms.report.report import ProfilerReport
-from neurms.report.runs import RUN_FILE, Run, RunFileError, plain, preamble, read_run
+from neurms.report.runs import RUN_FILE, Logged, Run, RunFileError, plain, preamble, read_run
 
 __all__ = ["PAGE", "RunWriter"]
 
@@ -35,6 +35,9 @@ class RunWriter:
     def __init__(self, path: Path, stream: TextIOBase, earlier: list[dict[str, Any]]) -> None:
         self.path = path
         self.earlier = earlier
+        self.earlier_logged: Logged = {}
+        self.page: Path | None = None
+        """The page beside the run file, once it is written."""
         self._stream: TextIOBase | None = stream
         self._described: Any = None
 
@@ -93,6 +96,7 @@ class RunWriter:
         stream = path.open("a", encoding="utf-8")
         stream.truncate(len(whole[0]) + len(whole[1]))
         writer = cls(path, stream, [s for s in run.samples if s["step"] < first_step])
+        writer.earlier_logged = run.logged
         writer._write({"header": header, "resumed": first_step})
         writer._described = header
         return writer
@@ -103,11 +107,17 @@ class RunWriter:
         self._described = json.loads(json.dumps(plain(header)))
         self._write({"header": header, "sample": sample} if changed else {"sample": sample})
 
+    def log(self, points: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+        """Append points of what the training logged."""
+        self._write({"logged": points})
+
     def close(self, report: ProfilerReport) -> None:
         """Write the end of the run, close the file and put the page beside it."""
         self._write({"totals": report.run.totals})
-        self._tried(lambda stream: report.to_html(self.path.with_name(PAGE)))
+        page = self.path.with_name(PAGE)
+        self._tried(lambda stream: report.to_html(page))
         if self._stream is not None:
+            self.page = page
             self._stream.close()
             self._stream = None
 

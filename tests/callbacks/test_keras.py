@@ -14,6 +14,7 @@ import pytest
 from keras import layers
 
 from neurms.callbacks.keras import NeuRMSCallback
+from neurms.core.unitwise.scale_summary import scale_summary
 from neurms.integrations.keras import keras_neurms
 
 X, Y = np.ones((8, 4), "float32"), np.ones((8, 2), "float32")
@@ -72,3 +73,12 @@ def test_another_optimizer_is_refused() -> None:
 def test_steps_are_counted_from_one() -> None:
     with pytest.raises(ValueError, match="every_n_steps=0 must be at least 1"):
         NeuRMSCallback(every_n_steps=0)
+
+
+def test_variant_p_has_factors_of_units_and_features() -> None:
+    model = model_with(keras_neurms(variant="P"))
+    history = model.fit(X, Y, epochs=2, verbose=0, callbacks=[NeuRMSCallback()]).history
+    found = scale_summary(model.optimizer.engine.optimizer.moment_layers())
+    for name, value in found.items():
+        assert history[f"neurms/{name}"][-1] == pytest.approx(float(value))
+    assert "feature_scale_median" in found

@@ -14,9 +14,15 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from neurms.callbacks.transformers import PreconditionerProfiler
+from neurms.callbacks.transformers import PreconditionerProfiler, to_loggers
 from neurms.integrations.transformers import trainer_optimizers
 from neurms.report import ProfilerReport
 from neurms.report.writer import PAGE
@@ -73,6 +79,7 @@ def trained(
     *callbacks: TrainerCallback,
     name: str | None = "neurms",
     resume: Path | None = None,
+    eval_dataset: Any = None,
     **changed: Any,
 ) -> Trainer:
     torch.manual_seed(3)
@@ -82,6 +89,7 @@ def trained(
         model,
         arguments(folder, **changed),
         train_dataset=rows(),
+        eval_dataset=eval_dataset,
         optimizers=optimizers,
         callbacks=list(callbacks),
     )
@@ -193,6 +201,108 @@ def test_short_trainings_and_bad_settings_are_told(tmp_path: Path) -> None:
         profiler(every_n_steps=0)
     with pytest.raises(RuntimeError, match=r"call trainer\.train"):
         profiler().report()
+
+
+def test_the_page_has_the_losses_that_the_trainer_logs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "profile"
+    trainer = trained(
+        tmp_path,
+        profiler(output=output),
+        eval_dataset=rows()[:8],
+        eval_strategy="steps",
+        eval_steps=3,
+    )
+    logged = ProfilerReport.read(output).run.logged
+    history = trainer.state.log_history
+    assert logged.keys() == {"train loss", "eval_loss"}
+    for ours, theirs in (("train loss", "loss"), ("eval_loss", "eval_loss")):
+        expected = [(e["step"], e[theirs]) for e in history if theirs in e]
+        assert [step for step, _ in logged[ours]] == [step for step, _ in expected]
+        values = [value for _, value in expected]
+        assert [value for _, value in logged[ours]] == pytest.approx(values, rel=1e-6)
+    said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("report:")]
+    assert len(said) == 1
+    assert str(output / PAGE) in said[0]
+
+
+def test_loggers_get_all_numbers_and_the_console_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read: list[dict[str, float]] = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, *positional: Any, logs: Any = None, **named: Any) -> None:
+            read.append(dict(logs))
+
+    watcher = profiler()
+    trainer = Trainer(
+        Classifier(), arguments(tmp_path), train_dataset=rows(), callbacks=[watcher, Logger()]
+    )
+    watcher.log = to_loggers(trainer)
+    trainer.train()
+    full = [entry for entry in read if "neurms/net.0/rho" in entry]
+    assert len(full) == 6
+    assert full[0]["neurms/net.2/rho"] == watcher.report().history("net.2", "rho")[0][1]
+    entries = trainer.state.log_history
+    own = {name for entry in entries for name in entry if name.startswith("neurms/")}
+    assert own == {"neurms/rho", "neurms/overhead"}
+    assert "neurms/net.0" not in capsys.readouterr().out
+
+
+def tiny_language_model() -> Any:
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def sentences() -> list[dict[str, Tensor]]:
+    tokens = torch.randint(40, (36, 8), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["F", "P"])
+def test_a_language_model_accumulated_and_resumed(variant: str, tmp_path: Path) -> None:
+    output = tmp_path / "profile"
+    changed = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+
+    def train(steps: int, resume: str | None = None) -> PreconditionerProfiler:
+        model, watcher = tiny_language_model(), profiler(output=output)
+        settings = {"variant": variant, "lr": 1e-3, "momentum": 0.0}
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, max_steps=steps, **changed),
+            train_dataset=sentences(),
+            optimizers=trainer_optimizers(model, "neurms", **settings),
+            callbacks=[watcher],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return watcher
+
+    train(4)
+    watcher = train(6, str(tmp_path / "checkpoint-4"))
+    report = ProfilerReport.read(output)
+    assert report.steps == watcher.report().steps == list(range(6))
+    # Two sentences of eight tokens, three times.
+    projection = next(row for row in report if row.layer.endswith("0.self_attn.q_proj"))
+    assert projection.rows == 48
+    assert projection.clipped_units is not None
+    assert (projection.predicted_overhead is None) == (variant == "P")
+    assert [step for step, _ in report.run.logged["train loss"]] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("missing", ["transformers", "accelerate"])

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from neurms.integrations.transformers import trainer_optimizers
+from neurms.integrations.transformers import optimizer_cls_and_kwargs, trainer_optimizers
 
 VOCABULARY, LENGTH, SEQUENCES = 24, 6, 16
 RULES = {
@@ -159,9 +159,9 @@ def test_the_trainer_s_schedule_drives_the_optimizer(tmp_path) -> None:
 
 
 def test_our_schedule_drives_the_optimizer(tmp_path) -> None:
-    model, args = llama(), arguments(tmp_path, max_steps=3)
+    model, args = llama(), arguments(tmp_path, max_steps=3, learning_rate=0.1)
     optimizer, scheduler = trainer_optimizers(
-        model, "rmnp", args=args, lr=0.1, schedule="linear", warmup_steps=1
+        model, "rmnp", args=args, schedule="linear", warmup_steps=1
     )
     rates = []
     optimizer.register_step_post_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
@@ -199,7 +199,7 @@ def test_backward_update_is_refused_before_any_tap() -> None:
 
 
 def test_float16_wants_the_scale(tmp_path) -> None:
-    args = arguments(tmp_path)
+    args = arguments(tmp_path, learning_rate=0.1)
     args.fp16 = True  # the constructor would refuse it on a CPU
     with pytest.raises(UnsupportedTrainingError, match="loss_scale=lambda"):
         trainer_optimizers(llama(), args=args)
@@ -220,6 +220,96 @@ def test_float16_wants_the_scale(tmp_path) -> None:
 def test_bad_arguments(settings, error, message) -> None:
     with pytest.raises(error, match=message):
         trainer_optimizers(llama(), **settings)
+
+
+def test_rate_and_decay_of_the_arguments_are_honoured(tmp_path) -> None:
+    """As the Trainer's own AdamW has them: all is decayed but biases and norms."""
+    args = arguments(tmp_path, learning_rate=0.01, weight_decay=0.3, adam_beta2=0.99)
+    ours, theirs = llama(), llama()
+    optimizer, _ = trainer_optimizers(ours, "adamw", args=args)
+    trainer = Trainer(theirs, args, train_dataset=sequences())
+    trainer.create_optimizer()
+    _step(ours, optimizer)
+    _step(theirs, trainer.optimizer)
+    assert_equal(ours, theirs, 1e-12)
+    for name in RULES:
+        model = llama()
+        made, _ = trainer_optimizers(model, name, args=args)
+        decays = {n: g["weight_decay"] for g in made.param_groups for n in g["param_names"]}
+        spared = {name for name, decay in decays.items() if not decay}
+        assert spared == {name for name in decays if "norm" in name}
+        assert {g["lr"] for g in made.param_groups} == {0.01}
+        assert {tuple(g["fallback_betas"]) for g in made.param_groups} == {(0.9, 0.99)}
+        for group in made.param_groups:
+            assert group["fallback_weight_decay"] == group["weight_decay"]
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    batch = torch.stack([row["input_ids"] for row in sequences()[:4]])
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+
+
+def test_optim_args_are_settings(tmp_path) -> None:
+    text = "variant=F, momentum=0.9,s_max=50"
+    args = arguments(tmp_path, learning_rate=0.01, optim_args=text)
+    optimizer, _ = trainer_optimizers(llama(), "neurms", args=args)
+    group = optimizer.param_groups[0]
+    assert (group["variant"], group["momentum"], group["s_max"]) == ("F", 0.9, 50)
+
+
+def test_the_trainer_s_default_rate_is_warned_of(tmp_path) -> None:
+    default = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.warns(UserWarning, match=r"5e-05, .* racs trains at its own default, lr=0\.02"):
+        optimizer, _ = trainer_optimizers(llama(), "racs", args=default)
+    assert optimizer.param_groups[0]["lr"] == 0.02
+    assert trainer_optimizers(llama(), "adamw", args=default)[0].param_groups[0]["lr"] == 5e-5
+    trainer_optimizers(llama(), "racs", args=default, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "settings", "message"),
+    [
+        ({"learning_rate": 0.2}, {"lr": 0.1}, r"lr=0\.1 was passed and args.learning_rate is 0\.2"),
+        ({"weight_decay": 0.2}, {"weight_decay": 0.1}, r"args.weight_decay is 0\.2; leave one"),
+        ({"weight_decay": 0.2}, {"groups": []}, "write weight_decay in the groups"),
+        ({"optim": "sgd"}, {}, "args.optim='sgd' chooses another optimizer"),
+        ({"optim_args": "beta"}, {}, "must be settings with commas"),
+        ({"optim_args": "beta=0.8"}, {"beta": 0.9}, r"args.optim_args has beta=0\.8"),
+        ({"adam_epsilon": 1e-6}, {}, "args.adam_epsilon=1e-06 has no part in 'racs'"),
+        ({"adam_beta1": 0.8}, {"fallback_betas": (0.9, 0.99)}, "fallback_betas=.* leave one"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(tmp_path, changed, settings, message) -> None:
+    args = arguments(tmp_path, **{"learning_rate": 0.1, **changed})
+    with pytest.raises(ValueError, match=message):
+        trainer_optimizers(llama(), "racs", args=args, **settings)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_trainer_makes_the_optimizer_of_its_own_model(tmp_path, name) -> None:
+    args = arguments(tmp_path, learning_rate=RULES[name]["lr"])
+    trainer = InOrder(
+        args=args,
+        model_init=llama,
+        train_dataset=sequences(),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(name, args=args, **RULES[name]),
+    )
+    trainer.train()
+    assert isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), _kind(name))
+    assert_equal(trainer.model, trained(tmp_path, name, kind=InOrder))
+
+
+def _kind(name: str) -> type:
+    return type(neurms.create(name, nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))))
+
+
+def test_older_releases_take_classes_only(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedTrainingError, match="use optimizers=trainer_optimizers"):
+        optimizer_cls_and_kwargs("racs")
 
 
 def gpt2() -> nn.Module:

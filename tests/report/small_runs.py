@@ -14,7 +14,11 @@ from tests.callbacks.profiler import truth
 
 
 def run(
-    output: Path | None = None, steps: int = 6, variant: str = "F", **settings: Any
+    output: Path | None = None,
+    steps: int = 6,
+    variant: str = "F",
+    loss: bool = False,
+    **settings: Any,
 ) -> Profiler:
     model = truth.mlp()
     optimizer = neurms.NeuRMS(model, variant=variant)  # type: ignore[arg-type]
@@ -22,9 +26,10 @@ def run(
     profiler = Profiler(model, optimizer, **(common | settings))
     with profiler:
         for _ in range(steps):
-            nn.functional.cross_entropy(
-                model(torch.randn(8, 12)), torch.randint(4, (8,))
-            ).backward()
+            error = nn.functional.cross_entropy(model(torch.randn(8, 12)), torch.randint(4, (8,)))
+            error.backward()
+            if loss:
+                profiler.log(train_loss=error)
             optimizer.step()
             optimizer.zero_grad()
     return profiler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from neurms.callbacks.profiler import Profiler
 from neurms.report import ProfilerReport
 from neurms.report.rows import law_share
+from neurms.report.tables import ComparisonTable
 from tests.callbacks.profiler import truth
 
 
@@ -115,3 +117,35 @@ def test_a_narrow_terminal_gets_fewer_columns_whole(report: ProfilerReport) -> N
     for name in ("reduce", "scale", "overhead", "rho", "advice"):
         assert name in header
     assert "shape" not in header
+
+
+def named(report: ProfilerReport, names: list[str]) -> ProfilerReport:
+    """The same run with other names for its layers."""
+    run = copy.deepcopy(report.run)
+    new = dict(zip(run.header["layers"], names, strict=True))
+    run.header["layers"] = {new[k]: v for k, v in run.header["layers"].items()}
+    for sample in run.samples:
+        sample["layers"] = {new[k]: v for k, v in sample["layers"].items()}
+    return ProfilerReport(run)
+
+
+LONG = [f"encoder.layers.{i}.attention.output_projection" for i in range(3)]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_no_terminal_breaks_a_word(report: ProfilerReport, width: int) -> None:
+    shown = named(report, LONG)
+    for table in (shown.table(), ComparisonTable(shown, shown)):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(table)
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        for word in ("output_projection", "attention.", "overhead"):
+            assert word in text
+        assert "layers" in text
+
+
+def test_a_report_says_what_it_is(report: ProfilerReport) -> None:
+    assert repr(report).startswith("<Sequential with NeuRMS, 3 layers: ")
+    assert report.recommendation() in repr(report)

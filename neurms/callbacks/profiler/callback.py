@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -74,14 +73,36 @@ class ProfilesTraining:
         if self.profiler is None:
             return
         self.profiler.detach()
-        if self.print_table and speaks and self.profiler.samples:
+        if speaks:
+            if self.print_table and self.profiler.samples:
+                self._print_table()
+            self._say_where()
+
+    def _print_table(self) -> None:
+        report = self.report()
+        try:
             rich: Any = require("rich", extra="report")
-            rich.print(self.report().table())
-            if self.profiler.folder is not None:
-                folder: Path = self.profiler.folder
-                print(f"neurms report {folder} shows this again")
+        except ImportError as error:
+            # A training that has ended well must not fail for want of a table.
+            print(f"no table: {error}")
+        else:
+            rich.print(report.table())
+        print(report.recommendation())
+
+    def _say_where(self) -> None:
+        page = None if self.profiler is None else self.profiler.page
+        if page is not None:
+            print(f"report: {page} (neurms report {page.parent} shows it in a terminal)")
 
     def _stop(self) -> None:
         """End a training that failed, or that nobody ended: take every hook off."""
-        if self.profiler is not None:
+        if self.profiler is not None and self.profiler.page is None:
             self.profiler.detach(failed=True)
+            self._say_where()
+
+    def _keep(self, values: Mapping[str, Any]) -> None:
+        """Keep what the framework has logged, but for what comes from this library."""
+        if self.profiler is not None:
+            for name, value in values.items():
+                if not name.startswith("neurms/"):
+                    self.profiler.keep(name, value)

@@ -67,7 +67,6 @@ class Profiler(Sampler):
     Raises:
         ValueError: A setting is out of its range, or a pattern matches no layer.
         TypeError: ``model`` or ``optimizer`` is of another type.
-        ImportError: psutil is not installed.
         OSError: ``output`` cannot be written.
 
     Reference:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from neurms.integrations.keras.owners import innermost
 from neurms.integrations.keras.routing import parameter_of
 from neurms.integrations.keras.taps import ActivationTap
 from neurms.integrations.keras.training import loss_scale_of
+from neurms.report.curves import TRAIN_LOSS
 from neurms.report.scalars import MEANS, layer_scalars
 
 __all__ = ["PreconditionerProfiler"]
@@ -40,10 +41,12 @@ class PreconditionerProfiler(ProfilesTraining, keras.callbacks.Callback):
 
     Every ``every_n_steps`` batches of ``fit`` one is looked at; see
     :class:`~neurms.callbacks.profiler.engine.Profiler` for what is measured. The mean rho and the
-    share of overhead enter the logs of those batches, and each layer's, as ``neurms/<layer>/rho``
-    and ``neurms/<layer>/overhead``, those of the epochs, where History, CSVLogger and TensorBoard
-    find them; a table is printed when training ends. It works with every optimizer, this library's
-    or Keras's own.
+    share of overhead enter the logs of those batches and of the epochs, where the progress bar,
+    CSVLogger and TensorBoard find them, and each layer's, as ``neurms/<layer>/rho`` and
+    ``neurms/<layer>/overhead``, the History that ``fit`` returns. When training ends a table is
+    printed and, with ``output``, ``report.html`` written: a recommendation, curves, plots, layers.
+    The losses and metrics of ``fit`` are in its curves. It works with every optimizer, this
+    library's or Keras's own.
 
     A layer's forward and backward hold its activation, which is part of a Keras layer's call. For
     convolutions the factorisation's error is not measured, everything else is. With gradient
@@ -59,6 +62,8 @@ class PreconditionerProfiler(ProfilesTraining, keras.callbacks.Callback):
             before, appends to the run there; another one gets a folder of its own, ``output-2``.
         overwrite: Whether a new run replaces the one in ``output`` instead.
         max_elements: Entries of a kernel beyond which a part of its units is looked at.
+        log: Called with all numbers of a batch that was looked at, ``neurms/<layer>/<what>``; None
+            leaves it at the logs and the History.
         print_table: Whether a table is printed when training ends.
 
     Raises:
@@ -86,46 +91,100 @@ class PreconditionerProfiler(ProfilesTraining, keras.callbacks.Callback):
         output: str | Path | None = None,
         overwrite: bool = False,
         max_elements: int = 2**22,
+        log: Callable[[dict[str, float]], object] | None = None,
         print_table: bool = True,
     ) -> None:
         given = dict(locals())
         keras.callbacks.Callback.__init__(self)
         super().__init__("call model.fit", given)
+        self.log = log
+        self._loss = _BatchLoss()
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Take the hooks of a fit that ended badly off; Keras has no callback for errors."""
         self._stop()
         self.profiler, self._logged = None, 0
+        self._loss = _BatchLoss()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Begin with the first batch, when layers and optimizer are built; look when it is due."""
         if self.profiler is None:
-            self.profiler = _KerasProfiler(self.model, **self.settings)
+            rest = {} if _is_first_rank() else {"output": None}
+            self.profiler = _KerasProfiler(self.model, **self.settings | rest)
+        self._loss.begin(self.model)
         self.profiler.begin_batch()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """End the batch and log it if it was looked at."""
+        """End the batch, keep its loss, and log it if it was looked at."""
         if self.profiler is None:
             return
         before = len(self.profiler.samples)
+        self.profiler.keep(TRAIN_LOSS, self._loss.end(self.model))
         self.profiler.end_step()
-        if logs is not None and len(self.profiler.samples) > before:
+        if len(self.profiler.samples) > before:
             found = layer_scalars(self.profiler.samples[-1])
-            logs.update({k: found[k] for k in sorted(MEANS & found.keys())})
+            if logs is not None:
+                logs.update({k: found[k] for k in sorted(MEANS & found.keys())})
+            if self.log is not None:
+                self.log(found)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Log each layer's means over the epoch's batches that were looked at."""
+        """Keep the epoch's metrics, and log the means over its batches that were looked at."""
         if logs is None:
             return
+        # A training's own loss is kept batch by batch, if Keras shows it.
+        own = {} if self._loss.seen else {TRAIN_LOSS: logs.get("loss")}
+        self._keep(own | {name: value for name, value in logs.items() if name != "loss"})
         found = self._new_scalars()
         names = {k for scalars in found for k in scalars if k.endswith(("/rho", "/overhead"))}
-        for name in sorted(names):
-            values = [scalars[name] for scalars in found if name in scalars]
-            logs[name] = statistics.fmean(values)
+        means = {k: statistics.fmean(s[k] for s in found if k in s) for k in sorted(names)}
+        logs.update({k: v for k, v in means.items() if k in MEANS})
+        # Not into the logs, all of which a progress bar shows.
+        history: dict[str, list[float]] = getattr(self.model.history, "history", {})
+        for name in sorted(means.keys() - MEANS):
+            history.setdefault(name, []).append(means[name])
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Close the run and print the table."""
-        self._finish()
+        """Close the run, print the table and say where the report is."""
+        self._finish(speaks=_is_first_rank())
+
+
+class _BatchLoss:
+    """The loss of single batches, out of Keras's running mean of an epoch's."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._before: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, model: Any) -> None:
+        self._before = _loss_sums(model)
+
+    def end(self, model: Any) -> Tensor | None:
+        """Return the loss of the batch, or None for a model that keeps none."""
+        after, before = _loss_sums(model), self._before
+        if after is None or before is None:
+            return None
+        rows = after[1] - before[1]
+        if not rows:
+            # A train_step of the user's own that does not tell.
+            return None
+        self.seen = True
+        return (after[0] - before[0]) / rows
+
+
+def _loss_sums(model: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the sum of an epoch's losses so far, and the number of its rows."""
+    tracker = next((m for m in model.metrics if m.name == "loss"), None)
+    if not isinstance(tracker, keras.metrics.Mean):
+        return None
+    with torch.no_grad():
+        total, count = (parameter_of(v).double() for v in (tracker.total, tracker.count))
+    return total.clone(), count.clone()
+
+
+def _is_first_rank() -> bool:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not ready or torch.distributed.get_rank() == 0
 
 
 class _KerasProfiler(Sampler):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from neurms.callbacks.profiler.callback import ProfilesTraining
 from neurms.core.ground.extras import require
 from neurms.core.unitwise.rule import LossReduction
+from neurms.report.curves import TRAIN_LOSS
 from neurms.report.scalars import MEANS
 
 require("lightning", extra="lightning")
@@ -25,9 +27,11 @@ class PreconditionerProfiler(ProfilesTraining, Callback):
 
     Every ``every_n_steps`` optimizer steps one is looked at (see
     :class:`~neurms.callbacks.profiler.engine.Profiler`); weights come out bit for bit as without
-    it. Its numbers go to the Trainer's loggers as ``neurms/<layer>/<what>``, the mean rho and the
-    share of overhead to the progress bar as well, and a table is printed when training ends. It
-    works with every optimizer, with :class:`~neurms.callbacks.NeuRMSCallback` beside it or without.
+    it. Its numbers go to the Trainer's loggers as ``neurms/<layer>/<what>``, and two of them, the
+    mean rho and the share of overhead, to the progress bar. When training ends a table is printed
+    and, with ``output``, ``report.html`` written: a recommendation, curves, plots, layers. The loss
+    of every batch and all metrics that the module logs are in its curves. It works with every
+    optimizer, with :class:`~neurms.callbacks.NeuRMSCallback` beside it or without.
 
     Args:
         every_n_steps: Distance between two optimizer steps that are looked at.
@@ -44,7 +48,7 @@ class PreconditionerProfiler(ProfilesTraining, Callback):
         print_table: Whether a table is printed when training ends.
 
     Raises:
-        ImportError: Lightning or psutil is not installed.
+        ImportError: Lightning is not installed.
 
     Example:
         >>> profiler = PreconditionerProfiler(every_n_steps=50)
@@ -68,6 +72,8 @@ class PreconditionerProfiler(ProfilesTraining, Callback):
         given = dict(locals())
         super().__init__("call trainer.fit", given)
         self.log = log
+        self._begun_at = 0
+        self._before: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin: optimizers are as they will stay, and their state has been restored."""
@@ -81,10 +87,21 @@ class PreconditionerProfiler(ProfilesTraining, Callback):
             preconditioner=_preconditioner(_callbacks(trainer)),
         )
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember which step the batch belongs to."""
+        self._begun_at = 0 if self.profiler is None else self.profiler.step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a step that was looked at."""
+        """Keep the batch's loss, and log a step that was looked at."""
+        loss = _loss_of(outputs)
+        if loss is not None and self.profiler is not None:
+            # Lightning hands out the loss as a part of the accumulated one.
+            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self.profiler.keep(TRAIN_LOSS, loss * parts, self._begun_at)
         for scalars in self._new_scalars():
             if not self.log or trainer.barebones:
                 continue
@@ -94,6 +111,28 @@ class PreconditionerProfiler(ProfilesTraining, Callback):
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the metrics of before, which are still there afterwards."""
+        self._before = dict(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of this validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._keep_new(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the metrics of before, which are still there afterwards."""
+        self._before = dict(trainer.callback_metrics)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of the epoch."""
+        self._keep_new(trainer)
+
+    def _keep_new(self, trainer: Trainer) -> None:
+        now = dict(trainer.callback_metrics)
+        self._keep({k: v for k, v in now.items() if v is not self._before.get(k)})
+        self._before = now
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the run and print the table."""
@@ -108,6 +147,11 @@ class PreconditionerProfiler(ProfilesTraining, Callback):
     ) -> None:
         """Take every hook off, since Lightning may end without a teardown; keep what was found."""
         self._stop()
+
+
+def _loss_of(outputs: Any) -> Tensor | None:
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

@@ -17,7 +17,7 @@ from neurms.core.optimizers.base import PreconditionedOptimizer
 from neurms.core.optimizers.plan import meta_like, tensor_bytes
 from neurms.core.structures.base import Context
 from neurms.core.structures.shared_basis import SharedBasisBlocks
-from neurms.core.unitwise.scale_summary import at_bounds
+from neurms.core.unitwise.scale_summary import MomentLayer, at_bounds
 from neurms.core.unitwise.statistics import PendingSums
 from neurms.core.unitwise.tapped import TappedLayer
 
@@ -91,7 +91,20 @@ class OptimizerView:
     def variant_of(self, weight: Tensor) -> str | None:
         """Return NeuRMS's variant for a weight, None if it is not under NeuRMS."""
         layer = self.tapped(weight)
-        return None if layer is None else layer.rule.variant
+        if layer is not None:
+            return layer.rule.variant
+        return "P" if self._of_moments(weight) is not None else None
+
+    def _of_moments(self, weight: Tensor) -> MomentLayer | None:
+        """Return the variant-P matrix of a weight that has taken a step, whoever owns it."""
+        sources = [*self.optimizers, self._preconditioner]
+        found = (
+            layer
+            for source in sources
+            for layer in getattr(source, "moment_layers", tuple)()
+            if layer.weight is weight
+        )
+        return next(found, None)
 
     # ---------------------------------------------------------------- statistics
 
@@ -133,6 +146,9 @@ class OptimizerView:
     @torch.no_grad()
     def clipped_units(self, weight: Tensor) -> int | None:
         """Return how many unit factors stand at a bound, None where there are no factors."""
+        matrix = self._of_moments(weight)
+        if matrix is not None:
+            return int(matrix.sides()[0].clipped.sum())
         layer = self.tapped(weight)
         if layer is None or not layer.state.get("step"):
             return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
-
-from neurms.core.ground.extras import require
 
 __all__ = ["process_memory"]
 
@@ -20,26 +22,36 @@ def process_memory(device: torch.device) -> dict[str, int | None]:
 
     Returns:
         ``rss_bytes``, ``peak_rss_bytes`` and ``device_peak_bytes`` (None without an accelerator).
-
-    Raises:
-        ImportError: psutil is not installed.
+        Outside of Linux the first two need psutil, and are None without it.
     """
-    psutil: Any = require("psutil", extra="report")
-    info = psutil.Process().memory_info()
-    # Windows alone tells the peak through psutil.
-    peak = getattr(info, "peak_wset", None) or _peak()
+    resident, peak = _resident(), _peak()
+    if resident is not None:
+        peak = max(resident, peak or 0)
     on_device = None
     if device.type == "cuda":
         on_device = torch.cuda.max_memory_allocated(device)
-    return {
-        "rss_bytes": int(info.rss),
-        "peak_rss_bytes": max(int(info.rss), int(peak)),
-        "device_peak_bytes": on_device,
-    }
+    return {"rss_bytes": resident, "peak_rss_bytes": peak, "device_peak_bytes": on_device}
 
 
-def _peak() -> int:
+def _resident() -> int | None:
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    info = _psutil_info()
+    return None if info is None else int(info.rss)
+
+
+def _peak() -> int | None:
+    if sys.platform == "win32":
+        # Windows alone tells the peak through psutil.
+        return getattr(_psutil_info(), "peak_wset", None)
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _psutil_info() -> Any:
+    with suppress(ImportError):
+        return import_module("psutil").Process().memory_info()
+    return None

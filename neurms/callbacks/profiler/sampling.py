@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from neurms.callbacks.profiler.clock import OWN, span_cost
+from neurms.callbacks.profiler.logged import LoggedValues
 from neurms.callbacks.profiler.optimizer_view import OptimizerView
 from neurms.callbacks.profiler.probe import LayerProbe, Values
 from neurms.callbacks.profiler.process import process_memory
@@ -29,7 +30,7 @@ from neurms.callbacks.profiler.subjects import Subject
 from neurms.callbacks.profiler.window import OPTIMIZER, Window
 from neurms.core.ground.spans import observed_by
 from neurms.report.report import ProfilerReport
-from neurms.report.runs import Run
+from neurms.report.runs import Run, logged_on
 from neurms.report.writer import RunWriter
 
 __all__ = ["Sampler"]
@@ -49,7 +50,6 @@ class Sampler:
         **settings: Those of :class:`~neurms.callbacks.profiler.probe.LayerProbe`.
 
     Raises:
-        ImportError: psutil is not installed.
         OSError: ``output`` cannot be written.
     """
 
@@ -74,6 +74,7 @@ class Sampler:
         span_cost(self.device.type)
         self.probes = [LayerProbe(subject, **settings) for subject in subjects]
         self.samples: list[Values] = []
+        self.logged = LoggedValues()
         self.step = self.first_step = first_step
         self._owners = {
             p: probe.subject.name for probe in self.probes for p in probe.subject.parameters
@@ -98,6 +99,11 @@ class Sampler:
             )
 
     @property
+    def page(self) -> Path | None:
+        """The page beside the run file, once it is written."""
+        return None if self._writer is None else self._writer.page
+
+    @property
     def folder(self) -> Path | None:
         """Where the run file is: ``output``, or its numbered neighbour."""
         return None if self._writer is None else self._writer.path.parent
@@ -114,6 +120,7 @@ class Sampler:
         if self._finished:
             return
         self._finished = True
+        self._write_logged(all_=True)
         if self._writer is not None:
             self._writer.close(self.report())
         if not self.samples and not failed:
@@ -121,8 +128,35 @@ class Sampler:
 
     def report(self) -> ProfilerReport:
         """Return what was found so far, before a resumption too: rows, tables, files, advice."""
-        earlier = [] if self._writer is None else self._writer.earlier
-        return ProfilerReport(Run(self._header(), earlier + self.samples, self._totals()))
+        self._write_logged()
+        run = Run(self._header(), list(self.samples), self._totals())
+        run.logged = {name: list(points) for name, points in self.logged.points.items()}
+        if self._writer is not None:
+            run.path = self._writer.path
+            run.samples[:0] = self._writer.earlier
+            run.logged = logged_on(self._writer.earlier_logged, self.first_step, run.logged)
+        return ProfilerReport(run)
+
+    def log(self, **values: Any) -> None:
+        """Keep values of the step under way for the report's curves.
+
+        Args:
+            **values: Name -> number or tensor of one number, such as ``loss=loss``; the loss of
+                the training is best called ``train_loss``. Names that begin alike but for
+                ``train_``, ``val_`` or ``eval_`` share a plot. After the end nothing is kept.
+        """
+        for name, value in values.items():
+            self.keep(name, value)
+
+    def keep(self, name: str, value: Any, step: int | None = None) -> None:
+        """Keep one value, of the step under way or of another."""
+        if not self._finished:
+            self.logged.add(name, self.step if step is None else step, value)
+
+    def _write_logged(self, *, all_: bool = False) -> None:
+        new = self.logged.take(all_=all_)
+        if new and self._writer is not None:
+            self._writer.log(new)
 
     def _say_that_it_is_empty(self) -> None:
         trained, schedule = self.step - self.first_step, self.schedule
@@ -241,6 +275,7 @@ class Sampler:
         self.samples.append(sample)
         if self._writer is not None:
             self._writer.add(sample, self._header())
+        self._write_logged()
 
     def _layer(self, probe: LayerProbe, totals: dict[tuple[str, Any], float]) -> Values:
         name = probe.subject.name

@@ -105,15 +105,20 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     return value
 
 
-def meant(value: Any, choices: Iterable[Any]) -> str:
+def meant(value: Any, choices: Iterable[Any], likeness: float = 0.6) -> str:
     """Return words that ask for the choice that looks most like ``value``; empty if none does.
+
+    Args:
+        value: What was given.
+        choices: What is known; what is no text among it is passed over.
+        likeness: Least likeness, from 0 to 1 for equal texts.
 
     Example:
         >>> meant("rcas", ["racs", "rmnp"])
         " (did you mean 'racs'?)"
     """
     names = {str(choice).lower(): choice for choice in choices if isinstance(choice, str)}
-    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=likeness)
     return f" (did you mean {names[near[0]]!r}?)" if near and isinstance(value, str) else ""
 
 

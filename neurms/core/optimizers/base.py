@@ -6,6 +6,7 @@ which settings it has and which :class:`~neurms.core.optimizers.recipe.Recipe` t
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from neurms.core.ground.interrupts import WholeStep
 from neurms.core.ground.precision import compute_dtype, without_autocast
 from neurms.core.ground.spans import gradients_ready
 from neurms.core.ground.warn import warn_user
+from neurms.core.optimizers.beside import ModelGroups
 from neurms.core.optimizers.by_recipe import RecipeMover
 from neurms.core.optimizers.checkpoint import restore, verified
 from neurms.core.optimizers.fallback import FallbackMover, fallback_rate
@@ -31,7 +33,7 @@ from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tensor_bytes
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.recipes import Recipes, default_settings
-from neurms.core.optimizers.settings import GROUP_SETTINGS, check_common
+from neurms.core.optimizers.settings import GROUP_SETTINGS, CommonSettings, check_common
 from neurms.core.optimizers.view import View, seed_of
 from neurms.core.optimizers.work import Work, hand_over, meet
 from neurms.core.routing import (
@@ -100,13 +102,29 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any] = {"rule": self.rule, **settings}
         defaults |= {key: value for key, value in chosen.items() if key in GROUP_SETTINGS}
         if isinstance(params, nn.Module):
-            for route in self.route(params, chosen["head"] or self.default_head):
-                self.routes[route.parameter] = route
-            params = [(route.name, p) for p, route in self.routes.items()]
+            params = self._routed(params, chosen, defaults)
+        elif chosen["groups"] is not None:
+            raise TypeError(
+                f"groups= goes beside a model, and params={type(params).__name__} is none; pass "
+                "the model, or the groups themselves as params"
+            )
         super().__init__(params, defaults)
         check_patterns(self.routes.values(), self.exclude)
         if idle := applies_to_nothing(self.rule, self.routes.values()):
             warn_user(idle)
+
+    def _routed(
+        self, model: nn.Module, chosen: CommonSettings, defaults: Mapping[str, Any]
+    ) -> list[Any]:
+        """Route a model and the groups beside it; return parameters or groups of them, named."""
+        beside = ModelGroups.of(model, chosen["groups"], defaults, type(self))
+        own, head = self.exclude, chosen["head"] or self.default_head
+        # A rule that taps layers must not tap what a group gives to another one.
+        self.exclude = (*own, *beside.apart(self.rule))
+        routes = beside.routed(self.route(model, head), self.rule)
+        self.exclude = own
+        self.routes.update({route.parameter: route for route in routes})
+        return beside.filled(routes)
 
     def _begin(self) -> None:
         """Make what neither copies nor pickles hold."""
@@ -408,6 +426,18 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- tables, copies, checkpoints
 
+    def __format__(self, spec: str) -> str:
+        """Return torch's text, and where Keras is in use what it takes instead.
+
+        ``model.compile(optimizer=neurms.RACS(...))`` puts the optimizer into the error's message
+        like this, and nothing else of that error is ours.
+        """
+        text = format(repr(self), spec)
+        if "keras" not in sys.modules:
+            return text
+        cure = f"keras_optimizer({self.rule!r}, learning_rate={self.defaults['lr']!r})"
+        return f"{text}\nKeras takes neurms.integrations.keras.{cure} instead"
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: torch's part and :attr:`pickled`."""
         own = {name: getattr(self, name) for name in self.pickled}
@@ -449,9 +479,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             One row for each distinct parameter.
         """
         make: Callable[..., PreconditionedOptimizer] = cls
+        if not cls.needs_modules:
+            return make(model, **settings).plan()
         # Constructing a rule that reads modules would put its taps on them.
-        seen = skeleton(model) if cls.needs_modules else model
-        return make(seen, **settings).plan()
+        seen, groups = skeleton(model), settings.pop("groups", None)
+        beside = None if groups is None else ModelGroups.of(model, groups).on(seen)
+        return make(seen, **settings, groups=beside).plan()
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings and state, and under ``"made_by"`` a note that nothing reads back.

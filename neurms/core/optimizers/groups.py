@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -93,7 +94,11 @@ def parameters_of(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
     named = [p if isinstance(p, tuple) else (None, p) for p in group["params"]]
     for _, tensor in named:
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"params holds {tensor!r}, a {type(tensor).__name__}; pass tensors")
+            kind = type(tensor)
+            cure = "pass tensors"
+            if kind.__module__.startswith("keras."):
+                cure += ", or compile the Keras model with neurms.integrations.keras"
+            raise TypeError(f"params holds {reprlib.repr(tensor)}, a {kind.__name__}; {cure}")
     if len({id(tensor) for _, tensor in named}) < len(named):
         raise ValueError("params holds a parameter twice; pass each parameter once")
     if "param_names" in group and all(name is None for name, _ in named):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neurms.core.optimizers.beside import ModelGroups
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
 from neurms.core.optimizers.registry import create, is_torch, optimizer_class
 from neurms.core.routing import route_model
@@ -51,10 +52,13 @@ def memory_report(model: nn.Module, name: str, **settings: Any) -> Plan:
 
 def _torch_plan(model: nn.Module, name: str, settings: dict[str, Any]) -> Plan:
     """Step one of torch's own optimizers on stand-ins without storage."""
+    beside = ModelGroups.of(model, settings.pop("groups", None))
+    own = {id(p): group for group in beside.groups for _, p in group["params"]}
     rows = []
     for route in route_model(model, name):
         stand_in = nn.Parameter(meta_like(route.parameter))
-        optimizer = create(name, [stand_in], **settings)
+        group = {**own.get(id(route.parameter), {}), "params": [stand_in]}
+        optimizer = create(name, [group], **settings)
         trained = route.parameter.requires_grad
         rows.append(
             PlanRow(

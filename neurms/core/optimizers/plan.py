@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, overload
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from neurms.core.ground.shards import is_sharded, local
 
 __all__ = ["Plan", "PlanRow", "meta_like", "skeleton", "tensor_bytes"]
+
+
+_HEADER = ("parameter", "module", "rule", "reason", "shape", "state bytes")
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,13 @@ class Plan(Sequence[PlanRow]):
         return iter(self._rows)
 
     def __str__(self) -> str:
-        header = ("parameter", "module", "rule", "reason", "shape", "state bytes")
-        body = [
+        lines = [_HEADER, *self._cells()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+        lines.insert(1, tuple("-" * width for width in widths))
+        return "\n".join(_line(line, widths) for line in lines)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        body: list[tuple[str, ...]] = [
             (
                 r.name,
                 r.kind,
@@ -76,11 +85,18 @@ class Plan(Sequence[PlanRow]):
             for r in self._rows
         ]
         body.append(("total", "", "", "", "", f"{self.state_bytes:,}"))
-        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-        lines = [_line(header, widths), "  ".join("-" * width for width in widths)]
-        return "\n".join(lines + [_line(line, widths) for line in body])
+        return body
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+        head = "".join(f"<th>{name}</th>" for name in _HEADER)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+            for cells in self._cells()
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def tensor_bytes(state: object) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from neurms.core.ground.errors import meant
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
+from neurms.core.optimizers.beside import ModelGroups
 from neurms.core.optimizers.rules import announce, rule_class, rule_names
 from neurms.core.routing import FALLBACK
 
@@ -118,7 +119,7 @@ def create(name: str, params: Params, **settings: Any) -> torch.optim.Optimizer:
         'RACS'
     """
     if name in _TORCH:
-        parameters = params.parameters() if isinstance(params, nn.Module) else params
+        parameters = _parameters(params, settings) if isinstance(params, nn.Module) else params
         torch_class: Callable[..., torch.optim.Optimizer] = _TORCH[name]
         return torch_class(parameters, **settings)
     if name not in rule_names():
@@ -126,3 +127,18 @@ def create(name: str, params: Params, **settings: Any) -> torch.optim.Optimizer:
         raise ValueError(f"name={name!r} is not known{near}; choose one of {available()}")
     our_class: Callable[..., PreconditionedOptimizer] = optimizer_class(name)
     return our_class(params, **settings)
+
+
+def _parameters(model: nn.Module, settings: dict[str, Any]) -> Any:
+    """Return a model's parameters for one of torch's own optimizers, in its groups if it has some.
+
+    Groups are taken out of ``settings``: torch knows them as parameters only.
+    """
+    groups = settings.pop("groups", None)
+    if groups is None:
+        return model.parameters()
+    beside = ModelGroups.of(model, groups)
+    own = [{**group, "params": [p for _, p in group["params"]]} for group in beside.groups]
+    taken = {id(p) for group in own for p in group["params"]}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    return [*own, {"params": rest}] if rest else own

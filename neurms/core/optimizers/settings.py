@@ -10,7 +10,7 @@ from neurms.core.ground.errors import check_betas, check_choice, check_real, mea
 from neurms.core.ground.precision import LowPrecision
 from neurms.core.routing import Head
 
-__all__ = ["COMMON_DEFAULTS", "CommonSettings", "NonFinite", "check_common"]
+__all__ = ["COMMON_DEFAULTS", "TORCH_FORMS", "CommonSettings", "NonFinite", "check_common"]
 
 NonFinite = Literal["raise", "skip"]
 
@@ -19,6 +19,10 @@ class CommonSettings(TypedDict, total=False):
     """Keyword arguments that every optimizer takes.
 
     weight_decay: Decoupled weight decay of the matrices under the rule (0).
+    groups: Parameter groups beside a model, as torch's are written: dictionaries with
+        ``"params"`` (parameters of the model, or a part of it) and settings of their own, such as
+        ``lr`` and ``weight_decay``, or another ``"rule"``. Parameters in none make a last group
+        (None).
     exclude: Name patterns (fnmatch; a module's name covers it whole) sent to the fallback (none).
     head: What the last linear layer gets: ``"rule"`` or ``"fallback"`` (the optimizer's own
         default).
@@ -41,6 +45,7 @@ class CommonSettings(TypedDict, total=False):
     """
 
     weight_decay: float
+    groups: Sequence[dict[str, Any]] | None
     exclude: Sequence[str]
     head: Head | None
     fallback_lr: float
@@ -59,6 +64,7 @@ class CommonSettings(TypedDict, total=False):
 
 COMMON_DEFAULTS: CommonSettings = {
     "weight_decay": 0.0,
+    "groups": None,
     "exclude": (),
     "head": None,
     "fallback_lr": 1e-3,
@@ -85,7 +91,7 @@ GROUP_SETTINGS = (
 """Common settings that live in parameter groups; the others belong to the optimizer as a whole."""
 
 
-_TORCH_FORMS = {
+TORCH_FORMS = {
     "foreach": "the step takes lists of tensors by itself where that is faster",
     "fused": "the step uses native kernels by itself where they fit; backend= chooses among forms",
     "capturable": "the step reads numbers on the host; leave it out of captured CUDA graphs",
@@ -108,7 +114,7 @@ def check_common(rule: str, common: Mapping[str, Any], own: Iterable[str] = ()) 
     """
     unknown = sorted(set(common) - set(COMMON_DEFAULTS))
     if unknown:
-        shared = [name for name in COMMON_DEFAULTS if name not in _TORCH_FORMS]
+        shared = [name for name in COMMON_DEFAULTS if name not in TORCH_FORMS]
         near = meant(unknown[0], [*own, *shared])
         near = " (write lr)" if unknown[0] == "learning_rate" else near
         raise TypeError(
@@ -122,7 +128,7 @@ def check_common(rule: str, common: Mapping[str, Any], own: Iterable[str] = ()) 
     validate_backend(settings["backend"])
     check_patterns_form(settings["exclude"])
     check_group(settings)
-    for flag, reason in _TORCH_FORMS.items():
+    for flag, reason in TORCH_FORMS.items():
         if common.get(flag) is not None and common[flag] is not False:
             raise ValueError(f"{flag}={common[flag]!r} cannot be served: {reason}; pass None")
     return settings

@@ -11,7 +11,8 @@ from neurms.core.ground.shards import local
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.view import View
 from neurms.core.routing import FALLBACK, Route
-from neurms.core.unitwise.gradient_mover import GradientMover, Target
+from neurms.core.structures.gradient_moments import GradientMoments
+from neurms.core.unitwise.gradient_mover import GradientMover, Target, structure_of
 from neurms.core.unitwise.gradient_rule import gradient_recipe
 from neurms.core.unitwise.mover import velocity_like
 
@@ -69,6 +70,11 @@ class GradientScaler:
         """Return fresh state for a parameter, on the device of ``like``."""
         route = self.routes[parameter]
         return {} if route.rule == FALLBACK else self._mover.state_for(like, route, self._group)
+
+    @property
+    def structure(self) -> GradientMoments:
+        """The settings of all matrices."""
+        return structure_of(self._recipe)
 
     # ---------------------------------------------------------------- what the mover asks for
 

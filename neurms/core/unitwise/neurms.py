@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, Unpack
 
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from neurms.core.optimizers.view import View
 from neurms.core.routing import Head, Route
 from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.engine import Engine
-from neurms.core.unitwise.gradient_mover import GradientMover
+from neurms.core.unitwise.gradient_mover import GradientMover, structure_of
 from neurms.core.unitwise.gradient_rule import check_probed, gradient_recipe, gradient_routes
+from neurms.core.unitwise.groups import NO_ASCENT, check_shared, check_written
 from neurms.core.unitwise.layers import neurms_routes
 from neurms.core.unitwise.lengths import length_like
 from neurms.core.unitwise.mover import (
@@ -40,15 +41,11 @@ from neurms.core.unitwise.rule import (
     Variant,
     check_modes,
 )
+from neurms.core.unitwise.scale_summary import MomentLayer, moment_layers
 from neurms.core.unitwise.statistics import Factors
 from neurms.core.unitwise.tapped import TappedLayer
 
 __all__ = ["NeuRMS"]
-
-_NO_ASCENT = (
-    'maximize=True cannot go with update="backward", which writes descent steps; negate the loss, '
-    'or use update="step"'
-)
 
 
 class NeuRMS(PreconditionedOptimizer):
@@ -200,7 +197,8 @@ class NeuRMS(PreconditionedOptimizer):
             raise TypeError(
                 f"model={type(model).__name__} must be an nn.Module: NeuRMS reads the error "
                 "signals and inputs of layers, which parameters alone do not show; pass the model "
-                'itself, or, where nobody has it (ZeroRedundancyOptimizer), variant="P"'
+                "itself, with parameter groups beside it as groups=[...], or, where nobody has it "
+                '(ZeroRedundancyOptimizer), variant="P"'
             )
         settings = {
             "lr": lr,
@@ -223,8 +221,6 @@ class NeuRMS(PreconditionedOptimizer):
             "normalize": normalize,
         }
         check_modes(loss_reduction, update, gemm, loss_scale, agc)
-        if update == "backward" and common.get("maximize"):
-            raise UnsupportedTrainingError(_NO_ASCENT)
         self.probed = variant == "P"
         if self.probed:
             own = {"loss_scale": loss_scale, "heads": heads}
@@ -243,11 +239,12 @@ class NeuRMS(PreconditionedOptimizer):
         )
         self._rules = Rules()
         super().__init__(model, settings, common)
+        check_shared(self.routes, self.param_groups, self.rule)
         if self.probed and self.probed_layers is None:
             return
         assert isinstance(model, nn.Module)
         if self.probed_layers is not None:
-            self.probed_layers.attach(model, self.routes.values(), waits=momentum > 0)
+            self.probed_layers.attach(model, self.routes.values())
             return
         self.layers.attach(
             [route for route in self.routes.values() if route.rule == self.rule],
@@ -268,6 +265,16 @@ class NeuRMS(PreconditionedOptimizer):
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+    def moment_layers(self) -> Iterator[MomentLayer]:
+        """Yield the matrices of variant P that have taken a step; of the others, none."""
+        if not self.probed:
+            return
+        for group in self.param_groups:
+            own = [p for p in group["params"] if self.routes[p].rule == self.rule]
+            structure = structure_of(self.recipe_of(group)) if own else None
+            if structure is not None:
+                yield from moment_layers((p, structure, self.state_of(p)) for p in own)
 
     def attach(self) -> None:
         """Put the taps back after :meth:`detach`; again does nothing."""
@@ -324,6 +331,8 @@ class NeuRMS(PreconditionedOptimizer):
                 f"variant={group['variant']!r} of a parameter group cannot go with the "
                 f"optimizer's variant={own!r}: P needs no taps, the others do; use two optimizers"
             )
+        if group["rule"] == self.rule and self.update_mode == "backward":
+            check_written(group)
         return group
 
     def route(self, model: nn.Module, head: Head) -> Iterable[Route]:
@@ -408,7 +417,7 @@ class NeuRMS(PreconditionedOptimizer):
         """Write W -= lr (D S)^T H C into the weight, or into its velocity first."""
         view = self.view_of(layer.weight)
         if view.group["maximize"]:
-            raise UnsupportedTrainingError(_NO_ASCENT)
+            raise UnsupportedTrainingError(NO_ASCENT)
         view.state = self.state[layer.weight]
         velocity = view.state["momentum"] if rule.momentum else None
         target, rate = view.target(), float(view.group["lr"])

@@ -40,6 +40,7 @@ from neurms.core.unitwise.moves import Scaled, move_
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.core.unitwise.products import Product, length_of, write_product_
 from neurms.core.unitwise.rule import UnitwiseRule
+from neurms.core.unitwise.scale_summary import MomentLayer, moment_layers
 from neurms.core.unitwise.statistics import Factors
 from neurms.core.unitwise.tapped import TappedLayer
 
@@ -160,6 +161,12 @@ class GradientPreconditioner:
     def __iter__(self) -> Iterator[TappedLayer]:
         """Iterate over the tapped layers."""
         return iter(self.layers)
+
+    def moment_layers(self) -> Iterator[MomentLayer]:
+        """Yield the matrices of variant P whose gradients have been scaled; of others, none."""
+        if self._moments is not None:
+            structure = self._moments.structure
+            yield from moment_layers((p, structure, self.state_of(p)) for p in self.taken)
 
     @property
     def taken(self) -> list[Tensor]:

@@ -201,15 +201,20 @@ class ProbedLayers(TapSet[ProbedLayer, Owner]):
         super().__init__(owner)
         self.gemm: Gemm = gemm
 
-    def attach(self, model: nn.Module, routes: Iterable[Route], waits: bool) -> None:
+    def attach(self, model: nn.Module, routes: Iterable[Route]) -> None:
         """Tap the linear layers among ``routes``, all or none.
+
+        A layer waits for the step if its group has momentum.
 
         Raises:
             UnsupportedTrainingError: Several ranks train.
             ValueError: A weight is tapped by another optimizer.
         """
         known = list(routes)
-        layers = [ProbedLayer(route, self, waits) for route in known if _is_tapped(route)]
+        tapped = [
+            (route, self.owner.view_of(route.parameter)) for route in known if _is_tapped(route)
+        ]
+        layers = [ProbedLayer(route, self, bool(view.group["momentum"])) for route, view in tapped]
         for layer in layers:
             layer.tap = _tap_of(layer)
         self.hold(layers, model, [route.parameter for route in known])

@@ -23,6 +23,7 @@ __all__ = [
     "UnitwiseRule",
     "Variant",
     "beta_of",
+    "check_agc",
     "check_gemm",
     "check_modes",
 ]
@@ -174,6 +175,11 @@ def check_modes(
             'loss_scale cannot go with update="backward": a GradScaler unscales gradients, and in '
             'that mode there are none; use update="step", or bfloat16 without a scaler'
         )
+    check_agc(agc, update)
+
+
+def check_agc(agc: float | None, update: Any) -> None:
+    """Raise if updates are to be clipped that are never formed."""
     if update == "backward" and agc is not None:
         raise ValueError(
             f'agc={agc!r} cannot go with update="backward", which never forms the update that it '

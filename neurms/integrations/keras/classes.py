@@ -3,7 +3,8 @@
 They are made from the registry, so that a new rule is a Keras optimizer without a line here. Each
 is an attribute of this module: a rule of the library under its torch name, ``neurms>NAME`` to
 Keras's serialization; a rule of somebody else's, whose class may be called the same, under its own
-snake_case name, ``neurms>rule:NAME``.
+snake_case name, ``neurms>rule:NAME``. ``model.compile(optimizer="racs")`` finds the short names,
+save those of Keras's own optimizers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,18 @@ def _make(rule: str) -> type[NeurmsOptimizer]:
     register = keras.saving.register_keras_serializable("neurms", name)
     registered: type[NeurmsOptimizer] = register(made)
     globals()[name] = CLASSES[rule] = registered
+    if not _is_keras_own(rule):
+        # What model.compile(optimizer="racs") looks names up in.
+        keras.saving.get_custom_objects()[rule] = registered
     return registered
+
+
+def _is_keras_own(name: str) -> bool:
+    """Return whether Keras gives a short name, such as ``muon``, to an optimizer of its own."""
+    try:
+        return type(keras.optimizers.get(name)).__module__.startswith("keras.")
+    except ValueError:
+        return False
 
 
 follow(_make)

@@ -8,7 +8,7 @@ import keras
 
 from neurms.core.optimizers.registry import is_torch
 from neurms.integrations.keras.classes import keras_class
-from neurms.integrations.keras.settings import check_backend
+from neurms.integrations.keras.settings import check_backend, refuse_rate
 
 __all__ = [
     "keras_alice",
@@ -54,6 +54,7 @@ def keras_optimizer(name: str, /, learning_rate: Any = None, **settings: Any) ->
     """
     check_backend(f"keras_optimizer({name!r})")
     if is_torch(name):
+        refuse_rate(settings)
         rate = {} if learning_rate is None else {"learning_rate": learning_rate}
         return _BUILT_IN[name](**rate, **settings)
     return keras_class(name)(learning_rate, **settings)

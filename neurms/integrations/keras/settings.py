@@ -9,16 +9,25 @@ import keras
 
 from neurms.core.ground.errors import check_real, meant
 from neurms.core.optimizers.registry import optimizer_class
-from neurms.core.optimizers.settings import COMMON_DEFAULTS, check_common
+from neurms.core.optimizers.settings import COMMON_DEFAULTS, TORCH_FORMS, check_common
 
-__all__ = ["check_backend", "check_settings", "default_rate", "setting_defaults"]
+__all__ = ["check_backend", "check_settings", "default_rate", "refuse_rate", "setting_defaults"]
 
 _KERAS_DECIDES = {
     "lr": "is called learning_rate in Keras",
     "loss_scale": "is found in the LossScaleOptimizer or loss_scale_factor by itself",
     "update": 'is always "step" in Keras, whose train step needs every gradient',
+    "groups": "are torch's parameter groups, which Keras does not have: exclude= and "
+    "exclude_from_weight_decay= name what is to differ",
     "gemm": 'belongs to update="backward", which Keras does not have',
 }
+
+_KERAS_NAMES = [
+    *("learning_rate", "weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "use_ema"),
+    *("ema_momentum", "ema_overwrite_frequency", "loss_scale_factor"),
+    *("gradient_accumulation_steps", "name", "exclude_from_weight_decay", "base_learning_rate"),
+]
+"""Arguments of :class:`~neurms.integrations.keras.optimizer.NeurmsOptimizer` beside settings."""
 
 
 def check_backend(name: str) -> None:
@@ -60,20 +69,37 @@ def check_settings(
     defaults = setting_defaults(rule)
     for name in given:
         if name in _KERAS_DECIDES:
-            cure = f"pass learning_rate={given[name]!r}" if name == "lr" else "leave it out"
-            raise TypeError(f"{name}={given[name]!r} {_KERAS_DECIDES[name]}; {cure}")
+            refuse_rate(given)
+            raise TypeError(f"{name}={given[name]!r} {_KERAS_DECIDES[name]}; leave it out")
         if name not in defaults:
-            raise TypeError(
-                f"{rule} has no setting {name!r}{meant(name, defaults)}; its settings are "
-                f"{sorted(defaults)}, beside "
-                "Keras's own (learning_rate, weight_decay, clipnorm, use_ema, ...)"
-            )
+            raise TypeError(_unknown(rule, name, defaults))
     settings = {**defaults, **{k: _tupled(v) for k, v in given.items()}}
     decay = 0.0 if weight_decay is None else check_real("weight_decay", weight_decay)
     check_common(rule, {k: v for k, v in settings.items() if k in COMMON_DEFAULTS})
     _check_patterns(settings["exclude"])
     optimizer_class(rule).recipe({**settings, "lr": default_rate(rule), "weight_decay": decay})
     return settings
+
+
+def refuse_rate(given: Mapping[str, Any]) -> None:
+    """Raise for a learning rate under torch's name.
+
+    Raises:
+        TypeError: ``lr`` is among the settings.
+    """
+    if "lr" in given:
+        cure = f"pass learning_rate={given['lr']!r}"
+        raise TypeError(f"lr={given['lr']!r} {_KERAS_DECIDES['lr']}; {cure}")
+
+
+def _unknown(rule: str, name: str, defaults: Mapping[str, Any]) -> str:
+    own = [known for known in defaults if known not in COMMON_DEFAULTS]
+    shared = [known for known in defaults if known in COMMON_DEFAULTS and known not in TORCH_FORMS]
+    near = meant(name, [*own, *shared, *_KERAS_NAMES])
+    return (
+        f"{rule} has no setting {name!r}{near}; its own settings are "
+        f"{own}, those that every rule takes are {shared}, and Keras's are {_KERAS_NAMES}"
+    )
 
 
 def needs_taps(rule: str, settings: Mapping[str, Any] | None = None) -> bool:

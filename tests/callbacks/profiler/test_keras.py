@@ -203,3 +203,85 @@ def test_a_loaded_model_goes_on_with_its_run_and_another_is_numbered(tmp_path: P
 def test_a_fit_shorter_than_the_warmup_says_so() -> None:
     with pytest.warns(UserWarning, match=r"is empty: 3 steps were trained.*warmup_steps=10"):
         fit(network("adam"), profiler(warmup_steps=10), epochs=1)
+
+
+# -------------------------------------------------------------------- curves and the page
+
+
+class Batches(keras.callbacks.Callback):
+    """The loss of each batch before its step, computed anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        at = slice(8 * batch, min(8 * batch + 8, 20))
+        with torch.no_grad():
+            logits = self.model(X[at].astype("float32"))
+        target = torch.tensor(Y[at])
+        self.losses.append(float(torch.nn.functional.cross_entropy(logits, target)))
+
+
+def test_curves_are_the_losses_of_batches_and_the_metrics_of_epochs(tmp_path: Path) -> None:
+    model, watcher, batches = network(keras_racs()), profiler(output=tmp_path / "run"), Batches()
+    # The last batch of an epoch is a small one.
+    history = model.fit(
+        *(X[:20], Y[:20]),
+        validation_data=(X[20:], Y[20:]),
+        batch_size=8,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        callbacks=[batches, watcher],
+    ).history
+    logged = ProfilerReport.read(tmp_path / "run").run.logged
+    assert logged.keys() == {"train loss", "val_loss"}
+    assert [step for step, _ in logged["train loss"]] == list(range(6))
+    assert [v for _, v in logged["train loss"]] == pytest.approx(batches.losses, rel=1e-5)
+    assert [step for step, _ in logged["val_loss"]] == [3, 6]
+    assert [v for _, v in logged["val_loss"]] == pytest.approx(history["val_loss"], rel=1e-6)
+
+
+def test_progress_bars_get_two_values_and_history_the_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handed: list[dict[str, float]] = []
+    model, watcher = network("adam"), profiler(output=tmp_path / "run", log=handed.append)
+    history = model.fit(X, Y, batch_size=8, epochs=2, verbose=2, callbacks=[watcher]).history
+    assert len(history["neurms/first/rho"]) == len(history["neurms/rho"]) == 2
+    shown = capsys.readouterr().out
+    assert "neurms/rho" in shown
+    assert "neurms/first" not in shown
+    assert [x for x in shown.splitlines() if x.startswith("report:")] == [
+        f"report: {tmp_path / 'run' / PAGE} (neurms report {tmp_path / 'run'} shows it in a "
+        "terminal)"
+    ]
+    assert len(handed) == 6
+    assert handed[0]["neurms/first/rho"] == watcher.report().history("first", "rho")[0][1]
+
+
+def test_a_train_step_that_keeps_no_loss_has_the_curves_of_its_epochs() -> None:
+    class Own(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = keras.layers.Dense(4)
+
+        def call(self, inputs: Any) -> Any:
+            return self.first(inputs)
+
+        def train_step(self, data: Any) -> dict[str, Any]:
+            loss = self.compute_loss(y=data[1], y_pred=self(data[0], training=True))
+            self.zero_grad()
+            loss.backward()
+            variables = self.trainable_variables
+            self.optimizer.apply([v.value.grad for v in variables], variables)
+            return {"loss": loss.detach()}
+
+    model, watcher = Own(), profiler()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model(X[:1].astype("float32"))
+    history = fit(model, watcher).history
+    found = watcher.report().run.logged["train loss"]
+    assert [step for step, _ in found] == [3, 6]
+    assert [value for _, value in found] == pytest.approx(history["loss"])

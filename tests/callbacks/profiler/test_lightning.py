@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,101 @@ def test_a_fit_shorter_than_the_warmup_says_so(tmp_path: Path) -> None:
 def test_settings_are_checked_when_the_callback_is_made() -> None:
     with pytest.raises(ValueError, match="warmup_steps=-1"):
         profiler(warmup_steps=-1)
+
+
+# -------------------------------------------------------------------- curves and the page
+
+
+class Logging(Module):
+    """Logs an accuracy of its own for each epoch, and its loss in every batch."""
+
+    def __init__(self) -> None:
+        super().__init__("adamw")
+        self.losses: list[float] = []
+        self.validated: list[float] = []
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        self.losses.append(float(loss.detach()))
+        self.log("train_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+        self.log("train_size", float(len(batch[0])), on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.validated.append(float(loss))
+        self.log("val_loss", loss)
+
+
+def test_curves_are_the_losses_of_batches_and_the_metrics_of_epochs(tmp_path: Path) -> None:
+    module, watcher = Logging(), profiler(output=tmp_path / "run")
+    fit(module, watcher, folder=tmp_path, epochs=2)
+    for report in (watcher.report(), ProfilerReport.read(tmp_path / "run")):
+        logged = report.run.logged
+        assert [step for step, _ in logged["train loss"]] == list(range(12))
+        assert [v for _, v in logged["train loss"]] == pytest.approx(module.losses, rel=1e-6)
+        # One batch was a sanity check.
+        means = [sum(module.validated[a : a + 6]) / 6 for a in (1, 7)]
+        assert [step for step, _ in logged["val_loss"]] == [6, 12]
+        assert [value for _, value in logged["val_loss"]] == pytest.approx(means, rel=1e-6)
+        assert logged["train_size"] == [(6, 8.0), (12, 8.0)]
+        assert not any(name.startswith("neurms/") for name in logged)
+
+
+def test_the_loss_of_a_step_is_the_mean_of_its_micro_batches(tmp_path: Path) -> None:
+    module, watcher = Logging(), profiler()
+    fit(module, watcher, folder=tmp_path, accumulate_grad_batches=3)
+    found = watcher.report().run.logged["train loss"]
+    assert [step for step, _ in found] == [0, 0, 0, 1, 1, 1]
+    assert [value for _, value in found] == pytest.approx(module.losses, rel=1e-6)
+
+
+def test_validation_within_an_epoch_and_afterwards(tmp_path: Path) -> None:
+    module, watcher = Logging(), profiler(output=tmp_path / "run")
+    trainer = fit(module, watcher, folder=tmp_path, val_check_interval=3)
+    assert [step for step, _ in watcher.report().run.logged["val_loss"]] == [3, 6]
+    before = (tmp_path / "run" / PAGE).read_text()
+    trainer.validate(module, loader(), verbose=False)
+    assert len(watcher.report().run.logged["val_loss"]) == 2
+    assert (tmp_path / "run" / PAGE).read_text() == before
+
+
+def test_the_page_is_written_and_one_line_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(Module("adamw"), profiler(output=tmp_path / "run"), folder=tmp_path)
+    said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("report:")]
+    assert len(said) == 1
+    assert str(tmp_path / "run" / PAGE) in said[0]
+    assert "Loss" in (tmp_path / "run" / PAGE).read_text()
+
+
+def test_a_missing_rich_costs_the_table_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    watcher = profiler(output=tmp_path / "run", print_table=True, every_n_steps=1)
+    fit(Module("adamw"), watcher, folder=tmp_path)
+    shown = capsys.readouterr().out
+    assert 'pip install "neurms[report]"' in shown
+    assert watcher.report().recommendation() in shown
+    assert (tmp_path / "run" / PAGE).is_file()
+
+
+def test_a_missing_psutil_costs_nothing_on_linux(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    watcher = profiler()
+    fit(Module("adamw"), watcher, folder=tmp_path)
+    if sys.platform == "linux":
+        assert (watcher.report().rss_bytes or 0) > 10**7
+
+
+def test_the_progress_bar_gets_two_values_and_loggers_the_rest(tmp_path: Path) -> None:
+    callbacks = [profiler(), NeuRMSCallback(variant="F")]
+    logger = CSVLogger(tmp_path)
+    trainer = fit(Module("sgd"), *callbacks, folder=tmp_path, logger=logger)
+    own = {name for name in trainer.progress_bar_metrics if name.startswith("neurms/")}
+    assert own == {"neurms/rho", "neurms/overhead"}
+    assert len([k for k in logger.experiment.metrics_keys if k.startswith("neurms/")]) > 20

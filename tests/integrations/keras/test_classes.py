@@ -58,3 +58,24 @@ def test_a_registered_rule_is_saved_and_loaded(tmp_path: Path) -> None:
         keras.optimizers.serialize(keras_optimizer("racs", learning_rate=0.1))
     )
     assert type(ours) is CLASSES["racs"]
+
+
+@pytest.mark.parametrize("name", neurms.available())
+def test_compile_finds_a_rule_by_its_short_name(name: str) -> None:
+    made = keras.optimizers.get(name)
+    if name in ("sgd", "rmsprop", "adam", "adamw", "adafactor", "muon"):
+        # Keras's own names keep their meaning.
+        assert type(made).__module__.startswith("keras.")
+        return
+    assert type(made) is CLASSES[name]
+    assert made.get_config() == {**keras_optimizer(name).get_config(), "name": made.name}
+
+
+def test_a_model_compiled_by_name_trains_and_is_loaded(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(4)])
+    model.compile(optimizer="neurms", loss="mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 4)), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is CLASSES["neurms"]
+    assert [row.rule for row in model.optimizer.plan()] == ["neurms", "neurms"]

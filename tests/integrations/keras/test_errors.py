@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import neurms
 from neurms.integrations.keras import keras_neurms, keras_optimizer, keras_racs
 
 
@@ -59,9 +60,11 @@ def test_learning_rates_of_another_type(rate: Any) -> None:
         (
             {"betta": 0.9},
             TypeError,
-            r"no setting 'betta' .*'beta'\?\); its settings are",
+            r"no setting 'betta' .*'beta'\?\); its own settings are \['beta'",
         ),
-        ({"lr": 0.1}, TypeError, "lr=0.1 is called learning_rate in Keras"),
+        ({"lr": 0.1}, TypeError, "lr=0.1 is called learning_rate in Keras; pass learning_rate=0.1"),
+        ({"learning_rte": 0.1}, TypeError, r"'learning_rte' \(did you mean 'learning_rate'\?\)"),
+        ({"clip_norm": 1.0}, TypeError, r"'clip_norm' \(did you mean 'clipnorm'\?\)"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay=-1.0"),
         ({"exclude": "head"}, TypeError, r"write \('head',\)"),
         ({"backend": "cuda"}, ValueError, "cuda"),
@@ -86,6 +89,33 @@ def test_neurms_says_what_keras_decides(name: str) -> None:
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"name='rax' is not known; choose one of"):
         keras_optimizer("rax")
+
+
+def test_keras_s_own_optimizers_say_how_a_rate_is_called() -> None:
+    with pytest.raises(TypeError, match=r"pass learning_rate=0\.1"):
+        keras_optimizer("adamw", lr=0.1)
+
+
+def _small_model() -> keras.Model:
+    return keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)])
+
+
+@pytest.mark.parametrize("rule", [neurms.RACS, neurms.NeuRMS])
+def test_a_torch_optimizer_of_a_keras_model_names_keras_s(rule: Any) -> None:
+    model = _small_model()
+    with pytest.raises(TypeError, match=rf"keras_optimizer\('{rule.rule}'\)"):
+        model.compile(optimizer=rule(model))
+    with pytest.raises(TypeError, match="compile the Keras model with neurms"):
+        neurms.RACS(model.trainable_variables)
+
+
+def test_compile_with_a_torch_optimizer_ends_in_the_cure() -> None:
+    model = _small_model()
+    cure = r"keras_optimizer\('racs', learning_rate=0\.1\) instead"
+    optimizer = neurms.RACS(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=cure):
+        model.compile(optimizer=optimizer)
+    assert "keras" not in str(optimizer)
 
 
 def test_an_optimizer_built_for_another_model() -> None:
