@@ -37,7 +37,7 @@ Content = dict[str, Any]
 MADE: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Content]], str]]] = {
     "results.md": (SHOWN, page),
     "results/before.md": (OLDER, older),
-    "results/contests.md": (contests.NAMES, contests.page),
+    "results/contests.md": (contests.SHOWN, contests.page),
     "results/images.md": (images.NAMES, images.page),
     "results/text.md": (text_page.NAMES, text_page.page),
     "results/scale.md": (("scale",), scale.page),

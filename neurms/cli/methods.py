@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from neurms.core.optimizers.registry import create
+from neurms.core.optimizers.rmnp import RMNP
 
 __all__ = ["Method", "methods"]
 
@@ -44,7 +45,7 @@ class Method:
 
 def _divided(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return the parameters that a rule takes, and those that it leaves to its fallback."""
-    outside = {row.name for row in create("rmnp", model).plan() if row.rule == "fallback"}
+    outside = {row.name for row in RMNP(model).plan() if row.rule == "fallback"}
     named = list(model.named_parameters())
     return [p for n, p in named if n not in outside], [p for n, p in named if n in outside]
 
@@ -87,44 +88,33 @@ def _with_fallback(lr: float, momentum: float) -> dict[str, Any]:
 # The same search for every row: `neurms bench contest --task demo`, whose chosen settings are in
 # benchmarks/results/contests/demo.json.
 _TORCH = {"fused": True, "weight_decay": 0.0}
+_NORMALIZED = {"variant": "U", "normalize": "rms", "clip": "relative", "kappa": 10.0}
+_MOMENTS = {"variant": "P", "head": "fallback", "momentum": 0.5}
 _MANUAL = (
-    Method("AdamW", "adamw", 8e-3, {**_TORCH, "betas": (0.6, 0.95)}),
+    Method("AdamW", "adamw", 8e-3, {**_TORCH, "betas": (0.6, 0.8)}),
     Method(
         "AdamW, two rates",
         "adamw",
         8e-3,
-        {**_TORCH, "betas": (0.5, 0.99)},
+        {**_TORCH, "betas": (0.5, 0.999)},
         outside={"lr": 0.032, "betas": (0.7, 0.95)},
     ),
-    Method("SGD momentum", "sgd", 0.3, {"momentum": 0.9, "fused": True}),
+    Method("SGD momentum", "sgd", 0.424, {"momentum": 0.9, "fused": True}),
     Method(
-        "Muon", "muon", 0.04, {"momentum": 0.8, "weight_decay": 0.0, **_with_fallback(8e-3, 0.7)}
+        "Muon", "muon", 0.08, {"momentum": 0.7, "weight_decay": 0.0, **_with_fallback(0.016, 0.7)}
     ),
-    Method("RMNP", "rmnp", 0.02, {"momentum": 0.8, **_with_fallback(8e-3, 0.7)}),
-    Method("RACS", "racs", 0.16, {"beta": 0.9, **_with_fallback(0.064, 0.95)}),
+    Method("RMNP", "rmnp", 0.02, {"momentum": 0.8, **_with_fallback(0.032, 0.7)}),
+    Method("RACS", "racs", 0.16, {"beta": 0.8, **_with_fallback(0.064, 0.95)}),
     Method(
         "NeuRMS-P momentum",
         "neurms",
-        4e-3,
-        {
-            "variant": "P",
-            "head": "fallback",
-            "momentum": 0.5,
-            "beta": 0.999,
-            **_with_fallback(0.032, 0.8),
-        },
+        8e-3,
+        {**_MOMENTS, "beta": 0.99, **_with_fallback(0.032, 0.8)},
     ),
     Method(
         "NeuRMS-U normalized",
         "neurms",
         8e-3,
-        {
-            "variant": "U",
-            "normalize": "rms",
-            "clip": "relative",
-            "kappa": 10.0,
-            "beta": 0.99,
-            **_with_fallback(8e-3, 0.7),
-        },
+        {**_NORMALIZED, "beta": 0.95, **_with_fallback(0.032, 0.7)},
     ),
 )

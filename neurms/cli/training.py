@@ -78,7 +78,7 @@ def step(
     """Go forward, backward and one step; False where a loss or gradient is not finite."""
     optimizer.zero_grad()
     loss = task.loss(model, generator)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     if not math.isfinite(loss.item()):
         return False
     try:
