@@ -31,7 +31,7 @@ help:  ## list the targets
 
 install: $(INSTALLED)  ## create .venv and install neurms with its tools (the others do it too)
 
-demo: $(INSTALLED)  ## train a few optimizers on handwritten digits and compare them
+demo: $(INSTALLED)  ## train eight optimizers on a tiny language model and compare them
 	@$(BIN)/neurms demo
 
 test: $(INSTALLED)  ## the fast tests, doctests and documentation examples

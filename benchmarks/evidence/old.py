@@ -37,6 +37,7 @@ MEASUREMENTS = (
     "llama_step",
     "memory",
     "overhead",
+    "planner",
     "profiler/*",
     "profiler_cost",
     "scale",

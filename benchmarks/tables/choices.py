@@ -11,6 +11,7 @@ from benchmarks.evidence.ledger import Row
 from benchmarks.evidence.verdicts import Verdict
 from benchmarks.significance import spread
 from benchmarks.tables.contests import BASELINE, CONTROL, judged
+from benchmarks.tables.curves import curve, reached
 from benchmarks.tables.markdown import p_said
 from benchmarks.tables.naming import called
 
@@ -139,13 +140,17 @@ def figure(row: Row) -> str:
 
 
 def _cost(best: Choice, steps: Content | None) -> str:
-    parts = []
-    if best.share is not None:
-        parts.append(f"{_percent(best.share)} of its state")
+    state = "" if best.share is None else f", for {_percent(best.share)} of its state"
+    share = reached(curve(best.row), curve(best.base))
+    if share is None:
+        return state
     timed = {} if steps is None else steps["runs"].get(best.task, {})
-    if best.row.name in timed:
-        parts.append(f"{timed[best.row.name]['ratio']:.2f} times its step time")
-    return f", for {' and '.join(parts)}" if parts else ""
+    seconds = (
+        f" and {_percent(share * timed[best.row.name]['ratio'])} of the time"
+        if best.row.name in timed
+        else ""
+    )
+    return f"{state}; AdamW's last validation loss after {_percent(share)} of the steps{seconds}"
 
 
 def _control(best: Choice) -> str:
@@ -153,8 +158,8 @@ def _control(best: Choice) -> str:
     if best.control is None or best.control[1].word.startswith("ahead"):
         return ""
     control, verdict = best.control
-    words = {"open": "not told apart from it", "level": "level with it"}
-    how = words.get(verdict.word, "ahead of it")
+    words = {"open": "not told apart", "level": "level"}
+    how = words.get(verdict.word, "ahead of this")
     return f" AdamW with a second rate outside of the rule has {figure(control)}, {how}."
 
 
@@ -167,12 +172,19 @@ def _beside_control(best: Choice) -> str:
 
 
 def _memory(contents: Mapping[str, Content]) -> str:
-    parts = [_least(contents, tasks) for tasks in (LANGUAGE, IMAGES)]
+    parts = [
+        _least(contents, tasks, same)
+        for tasks, same in ((LANGUAGE, "on the same text"), (IMAGES, "on the same images"))
+    ]
     return " ".join(filter(None, parts)) or NOTHING
 
 
-def _least(contents: Mapping[str, Content], tasks: Sequence[str]) -> str:
-    """Return which row keeps little state: not behind AdamW if there is one, else the least."""
+def _least(contents: Mapping[str, Content], tasks: Sequence[str], same: str) -> str:
+    """Return which row keeps little state: not behind AdamW if there is one, else the least.
+
+    What the line for these comparisons has said of AdamW already, ``same`` stands for.
+    """
+    said_of = choice(contents, tasks)
     for task in tasks:
         content = contents.get(f"contests/{task}")
         found = [c for c in choices(content) if (c.share or 1) < 1] if content else []
@@ -181,10 +193,12 @@ def _least(contents: Mapping[str, Content], tasks: Sequence[str]) -> str:
         kept = [c for c in found if not c.verdict.word.startswith("behind")] or found
         # To the percent: two rows that differ by some bytes are ordered by how well they train.
         best = min(kept, key=lambda c: round(c.share or 1, 2))
+        where = f"where AdamW has {figure(best.base)} ({PLACES.get(best.task, best.task)})"
+        if said_of is not None and said_of.task == best.task:
+            where = same
         return (
             f"{called(best.row)} keeps {_percent(best.share or 1)} of AdamW's state: "
-            f"{figure(best.row)} where AdamW has {figure(best.base)}, {_word(best.verdict)} "
-            f"({PLACES.get(best.task, best.task)}){_beside_control(best)}."
+            f"{figure(best.row)} {where}, {_word(best.verdict)}{_beside_control(best)}."
         )
     return ""
 

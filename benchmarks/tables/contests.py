@@ -13,7 +13,7 @@ from benchmarks.significance import spread
 from benchmarks.tables.markdown import markdown, p_said, p_value
 from benchmarks.tables.provenance import made_by
 
-__all__ = ["BASELINE", "CONTROL", "NAMES", "judged", "page", "section", "summary"]
+__all__ = ["BASELINE", "CONTROL", "NAMES", "SHOWN", "judged", "page", "section", "summary"]
 
 Content = dict[str, Any]
 
@@ -25,6 +25,9 @@ CONTROL = "AdamW, two rates"
 NAMES = tuple(
     f"contests/{task}" for task in ("text-64", "text-128", "mnist", "fashion-conv", "resnet20")
 )
+"""The results files of what is compared; the first results page shows them in short."""
+
+SHOWN = (*NAMES, "contests/demo")
 """The results files of the page."""
 
 HEAD = """# Comparisons
@@ -57,6 +60,7 @@ TITLES = {
     "mnist": "MNIST, a perceptron, two epochs",
     "fashion-conv": "Fashion-MNIST, a small convolutional network",
     "resnet20": "CIFAR-10 (JPEG), ResNet-20",
+    "demo": "What `neurms demo` trains: a tiny decoder on Python's manual",
 }
 
 HIDDEN = ("kind",)
@@ -66,9 +70,9 @@ def page(contents: Mapping[str, Content]) -> str:
     """Return the page.
 
     Args:
-        contents: Of the results files of :data:`NAMES` that exist, by name.
+        contents: Of the results files of :data:`SHOWN` that exist, by name.
     """
-    return "\n".join([HEAD, *(section(contents[name]) for name in NAMES if name in contents)])
+    return "\n".join([HEAD, *(section(contents[name]) for name in SHOWN if name in contents)])
 
 
 def section(content: Content) -> str:

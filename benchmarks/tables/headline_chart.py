@@ -8,23 +8,24 @@ from typing import Any
 
 from benchmarks.evidence.ledger import Row, rows
 from benchmarks.significance import spread
+from benchmarks.tables.curves import curve
 from benchmarks.tables.naming import label
 from neurms.report.formats import bytes_text
 from neurms.report.svg import Axis, Line, colour, lines
 
-__all__ = ["TASK", "chart", "curve", "described"]
+__all__ = ["TASK", "chart", "described"]
 
 TASK = "contests/text-64"
 SHOWN = ("AdamW", "AdamW, two rates", "RACS", "P", "P momentum")
 
 WIDTH, PANEL, HEIGHT = 800, 400, 250
-HEAD, LEGEND_ROW = 34, 22
+HEAD, LEGEND_ROW = 36, 25
 
 # Each theme has a ground of its own: an image may be shown on a page of the other theme.
 STYLE = """
-svg { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; }
+svg { font: 14.5px system-ui, -apple-system, "Segoe UI", sans-serif; }
 .ground { fill: #ffffff; } text { fill: #24292f; } .grid { stroke: #d8dee4; }
-.title { font-size: 14px; font-weight: 600; } .quiet { fill: #57606a; }
+.title { font-size: 16px; font-weight: 600; } .quiet { fill: #57606a; }
 .label, .tick-x { text-anchor: middle; } .tick-y, .right { text-anchor: end; }
 @media (prefers-color-scheme: dark) {
   .ground { fill: #161b22; } text { fill: #e6edf3; } .grid { stroke: #30363d; }
@@ -58,17 +59,6 @@ def described(content: Mapping[str, Any]) -> str:
         "Validation loss of a small LLaMA over steps and over seconds; at the last point "
         f"{', '.join(ends)}"
     )
-
-
-def curve(row: Row) -> list[tuple[int, float]]:
-    """Return a row's validation loss by step, the mean over its seeds."""
-    runs = row.reported.get(row.chosen, {}).values()
-    by_step: dict[int, list[float]] = {}
-    for run in runs:
-        for step, loss in run.get("curve", ()):
-            by_step.setdefault(step, []).append(loss)
-    # A run that diverged has no curve: its row has no mean over all seeds.
-    return [(step, spread(own)[0]) for step, own in by_step.items() if len(own) == len(runs)]
 
 
 def _curved(content: Mapping[str, Any]) -> list[Row]:
@@ -115,7 +105,7 @@ def _file(found: Sequence[Row], panels: Sequence[str], design: Mapping[str, Any]
 
 
 def _legend(found: Sequence[Row], top: int, design: Mapping[str, Any]) -> list[str]:
-    columns = (330, 520)
+    columns = (370, 560)
     heads = zip(columns, (f"test {design['figure'].split(',')[0]}", "optimizer state"), strict=True)
     parts = [f'<text class="quiet right" x="{x}" y="{top}">{escape(t)}</text>' for x, t in heads]
     for index, row in enumerate(found):

@@ -17,6 +17,7 @@ from benchmarks.tables import (
     headline_chart,
     images,
     images_figures,
+    planner,
     scale,
     text_figures,
     text_page,
@@ -36,7 +37,7 @@ Content = dict[str, Any]
 MADE: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Content]], str]]] = {
     "results.md": (SHOWN, page),
     "results/before.md": (OLDER, older),
-    "results/contests.md": (contests.NAMES, contests.page),
+    "results/contests.md": (contests.SHOWN, contests.page),
     "results/images.md": (images.NAMES, images.page),
     "results/text.md": (text_page.NAMES, text_page.page),
     "results/scale.md": (("scale",), scale.page),
@@ -58,7 +59,8 @@ def pages() -> Mapping[Path, str]:
     made = {
         DOCS / name: noticed(write(_read(files)), files) for name, (files, write) in MADE.items()
     }
-    return made | _first_screen(_read(headline.NAMES))
+    chosen = {DOCS / "assets" / "planner-data.js": planner.script(_read(planner.NAMES))}
+    return made | chosen | _first_screen(_read(headline.NAMES))
 
 
 def _first_screen(contents: dict[str, Content]) -> dict[Path, str]:

@@ -1,7 +1,8 @@
-"""The demo's figures as tables for a terminal."""
+"""The demo's figures as a table and words."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,66 +14,54 @@ from neurms.cli.timing import StepTime
 from neurms.cli.training import Outcome
 from neurms.report.formats import bytes_text
 
-__all__ = ["comparison", "factorization", "footnote"]
+__all__ = ["cells", "comparison", "footnote"]
 
 
-def comparison(
-    methods: Sequence[Method], outcomes: Sequence[Outcome], times: Sequence[StepTime]
-) -> Table:
-    """Return accuracy, seconds, state and step time, one row for each method."""
-    table = Table(
-        title="Same network, budget, seed and batches", title_justify="left", box=SIMPLE_HEAD
-    )
-    table.add_column("\noptimizer", no_wrap=True)
-    sgd = methods[0].optimizer.upper()
-    for heading in (
-        "\nlr",
-        "validation\naccuracy",
-        "train\nseconds",
-        "state\nbytes",
-        "ms per\nstep",
-        f"vs\n{sgd}",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for method, outcome, step in zip(methods, outcomes, times, strict=True):
-        table.add_row(
+def cells(
+    methods: Sequence[Method], outcomes: Sequence[Outcome], times: Sequence[StepTime], figure: str
+) -> list[list[str]]:
+    """Return a header, and a line for each method."""
+    header = ["optimizer", "lr", figure, "state", "ms/step", f"vs {methods[0].title}"]
+    return [header] + [
+        [
             method.title,
             f"{method.lr:g}",
-            f"{outcome.accuracy:.2%}",
-            f"{outcome.seconds:.1f}",
+            _figure(outcome.figure, figure),
             bytes_text(outcome.state_bytes),
-            f"{step.milliseconds:.2f}",
+            f"{step.milliseconds:.1f}",
             f"{step.ratio:.2f}x",
-        )
-    return table
+        ]
+        for method, outcome, step in zip(methods, outcomes, times, strict=True)
+    ]
 
 
-def factorization(methods: Sequence[Method], outcomes: Sequence[Outcome]) -> Table:
-    """Return rho, one row for each layer and one column for each method."""
+def _figure(value: float, figure: str) -> str:
+    if math.isnan(value):
+        return "diverged"
+    return f"{value:.2%}" if figure == "accuracy" else f"{value:.3f}"
+
+
+def comparison(found: Sequence[Sequence[str]]) -> Table:
+    """Return the lines of :func:`cells` as a table for a terminal."""
+    header, *rows = found
     table = Table(
-        title="rho: correlation of squared gradient and v (units) x u (features)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
+        title="Same network, seed, steps and batches", title_justify="left", box=SIMPLE_HEAD
     )
-    table.add_column("layer")
-    for method in methods:
-        table.add_column(method.title, justify="right")
-    for layer in outcomes[0].rho:
-        table.add_row(layer, *(f"{outcome.rho[layer]:.3f}" for outcome in outcomes))
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def footnote(environment: Mapping[str, Any], width: int, validated: int, seconds: float) -> str:
-    """Return how the figures were taken."""
-    small = " In a network this small, calls cost more than arithmetic." if width < 512 else ""
+def footnote(environment: Mapping[str, Any], seconds: float) -> str:
+    """Return how the figures were taken, and what they are worth."""
     threads, flushed = environment["threads"], environment["denormals_flushed"]
     return (
-        f"Accuracy: one run each; a single image is {100 / validated:.2g} points. "
-        "State: bytes held after the last step.\n"
-        "Step: median of interleaved rounds in a plain loop, "
-        f"{threads} thread{'s' if threads > 1 else ''}, denormals "
-        f"{'' if flushed else 'not '}flushed; SGD and AdamW are torch's fused kernels.{small}\n"
-        "Training seconds include Lightning, validation and the probe of rho. rho: mean over "
-        "training; one gradient of normal noise typically shows .58 at most, if v and u fit.\n"
-        f"All of it measured in this run, in {seconds:.0f} s."
+        "One seed on a tiny task: an illustration, no ranking. Another seed may turn neighbours "
+        "around; the project's results page has comparisons with several seeds and tests.\n"
+        "State: bytes held after the last step. Step: median of interleaved rounds, "
+        f"{threads} thread{'s' if threads > 1 else ''}, denormals {'' if flushed else 'not '}"
+        "flushed; torch's optimizers run fused. In a network this small, calls cost more than "
+        f"arithmetic.\nAll of it measured in this run, in {seconds:.0f} s."
     )

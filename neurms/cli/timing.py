@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
 
-from neurms.cli.data import Split
-from neurms.cli.methods import Budget, Method, perceptron
+from neurms.cli.methods import Method
+from neurms.cli.tasks import Task
+from neurms.cli.training import step
 
 __all__ = ["StepTime", "step_times"]
 
@@ -32,22 +31,20 @@ class StepTime:
 
 def step_times(
     methods: Sequence[Method],
-    train: Split,
-    budget: Budget,
+    task: Task,
     *,
-    rounds: int = 24,
-    steps: int = 10,
+    rounds: int = 12,
+    steps: int = 4,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[StepTime]:
-    """Time forward, backward and update of every method in a plain loop, interleaved.
+    """Time batch, forward, backward and update of every method, interleaved.
 
     In each round every method takes a few steps in turn, so that another load on the machine weighs
     on all of them alike and cancels in the ratio; the order turns around from round to round.
 
     Args:
         methods: What to time; ratios are against the first.
-        train: The first batch of it is used over and over.
-        budget: Batch and width.
+        task: The network and its batches.
         rounds: How often the turn comes to each method.
         steps: Steps in a turn.
         report: Called with the number of rounds done.
@@ -55,7 +52,7 @@ def step_times(
     Returns:
         One entry for each method.
     """
-    turns = [_turn(method, train, budget, steps) for method in methods]
+    turns = [_turn(method, task, steps) for method in methods]
     for turn in turns:
         turn()
     samples: list[list[float]] = [[] for _ in turns]
@@ -73,19 +70,16 @@ def step_times(
     ]
 
 
-def _turn(method: Method, train: Split, budget: Budget, steps: int) -> Callable[[], float]:
+def _turn(method: Method, task: Task, steps: int) -> Callable[[], float]:
     """Return a function that takes ``steps`` steps and returns the seconds of one."""
-    torch.manual_seed(0)
-    model: nn.Module = perceptron(train.inputs.shape[1], budget.width)
+    model = task.model(0)
     optimizer = method.optimize(model)
-    inputs, labels = train.inputs[: budget.batch], train.labels[: budget.batch]
+    generator = torch.Generator().manual_seed(0)
 
     def turn() -> float:
         start = time.perf_counter()
         for _ in range(steps):
-            optimizer.zero_grad()
-            cross_entropy(model(inputs), labels).backward()
-            optimizer.step()
+            step(model, optimizer, task, generator)
         return (time.perf_counter() - start) / steps
 
     return turn

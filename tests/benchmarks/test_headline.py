@@ -65,10 +65,12 @@ def test_a_row_ahead_is_recommended_with_its_cost_and_the_control_that_it_does_n
     steps = {"runs": {"text-64": {"RACS": {"ms": 5.0, "ratio": 1.234}}}}
     language, images, memory = lines(found, steps)
     assert "`RACS`. Test loss 2.200 where tuned AdamW has 2.500" in language
-    assert "26 % of its state and 1.23 times its step time" in language
+    # From mean + 1 at step 50 to mean + .5 at 100: RACS is at AdamW's 3.0 after 70 of 100 steps.
+    assert "for 26 % of its state; AdamW's last validation loss after 70 %" in language
+    assert "of the steps and 86 % of the time" in language
     assert re.search(r"second rate .* 2\.201, (not told apart|level)", language)
     assert images == f"**For images:** {NOTHING}"
-    assert '`NeuRMS(variant="P")` keeps 25 % of AdamW\'s state: 2.300' in memory
+    assert '`NeuRMS(variant="P")` keeps 25 % of AdamW\'s state: 2.300 on the same text' in memory
     assert "; behind AdamW with two rates" in memory
 
 

@@ -32,7 +32,7 @@ def test_the_defaults_stand_unless_something_is_significantly_better() -> None:
     assert "the defaults stand" in worse
     assert "| beta .9 | -1.00 (p < .001) |" in worse
     better = sensitivity([content(**{"U, beta .9": shifted(0.01)})])
-    assert "significantly better than the default: +1.00 by beta .9 (U, mnist, p 0.000)" in better
+    assert "significantly better than the default: +1.00 by beta .9 (U, mnist, p < .001)" in better
 
 
 def test_there_is_no_section_without_runs() -> None:

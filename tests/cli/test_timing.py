@@ -21,7 +21,7 @@ def test_ratios_are_paired_and_medians(monkeypatch) -> None:
     monkeypatch.setattr(timing, "_turn", turn_of)
     methods = (Method("one", "sgd", 1e-3), Method("two", "sgd", 2e-3))
     rounds = []
-    times = timing.step_times(methods, None, None, rounds=5, report=rounds.append)
+    times = timing.step_times(methods, None, rounds=5, report=rounds.append)
     assert [time.ratio for time in times] == pytest.approx([1.0, 2.0])
     assert [time.milliseconds for time in times] == pytest.approx([3.0, 6.0])
     assert calls[2:6] == ["one", "two", "two", "one"]

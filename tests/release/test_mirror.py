@@ -25,7 +25,8 @@ ELSEWHERE = {
     "report/test_runs.py": ["report/writer"],
     "cli/test_main.py": ["cli/commands", "cli/errors", "cli/planning"],
     "cli/test_doctor.py": ["cli/kernel_times"],
-    "cli/test_demo.py": ["cli/methods", "cli/tables"],
+    "cli/test_demo.py": ["cli/methods", "cli/page", "cli/tables"],
+    "cli/test_tasks.py": ["cli/network"],
     "integrations/test_lightning.py": ["integrations/schedules"],
     "integrations/keras/test_training.py": [
         *("integrations/keras/engine", "integrations/keras/optimizer"),
