@@ -14,9 +14,9 @@ from neurms.integrations.keras import keras_neurms
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variant", choices=["U", "B", "F"], default="F")
+    parser.add_argument("--variant", choices=["U", "B", "F", "P"], default="F")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--html", help="write the report to this page, too")
+    parser.add_argument("--output", help="folder for the run and its report.html")
     parser.add_argument("--quick", action="store_true", help="a few seconds instead of the whole")
     return parser.parse_args()
 
@@ -40,7 +40,7 @@ def main() -> None:
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    profiler = PreconditionerProfiler(every_n_steps=10)
+    profiler = PreconditionerProfiler(every_n_steps=10, output=arguments.output)
     model.fit(
         x[:1400],
         y[:1400],
@@ -50,11 +50,8 @@ def main() -> None:
         verbose=0,
         callbacks=[NeuRMSCallback(), profiler],
     )
-    report = profiler.report()
-    for advice in report.advice():
+    for advice in profiler.report().advice():
         print(advice)
-    if arguments.html:
-        report.to_html(arguments.html)
     print(f"accuracy {model.evaluate(x[1400:], y[1400:], verbose=0)[1]:.1%}")
 
 

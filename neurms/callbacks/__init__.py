@@ -2,7 +2,7 @@
 
 An index: each name is imported from its own module at first use, so that Keras users need no
 Lightning and the other way round. The Keras callbacks have the same names and live in
-``neurms.callbacks.keras``.
+``neurms.callbacks.keras``, Hugging Face's profiler in ``neurms.callbacks.transformers``.
 """
 
 from importlib import import_module

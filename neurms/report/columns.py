@@ -45,8 +45,8 @@ COLUMNS: dict[str, Callable[[LayerRow], str]] = {
 """Heading -> text; ``exact`` is the rho that exact factors would typically show."""
 
 DECISIVE = (
-    "layer", "shape", "rule", "time", "reduce", "scale", "overhead", "law", "rho", "exact",
-    "r_avg", "clipped", "state", "advice",
+    "layer", "advice", "overhead", "rho", "exact", "time", "reduce", "scale", "law", "r_avg",
+    "clipped", "state", "rule", "shape",
 )  # fmt: skip
 """What a page shows before all the others are asked for."""
 

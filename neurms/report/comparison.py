@@ -88,11 +88,13 @@ def comparison_page(first: Summary, second: Summary) -> str:
 <h1>{escape(heading)}</h1>
 <p class="about">A: {escape(title_of(first))}. B: {escape(title_of(second))}.</p>
 </header>
-{table(("", "A", "B"), compared_totals(first, second), "both runs as a whole")}
+<main>
+{table(("whole run", "A", "B"), compared_totals(first, second), "both runs as a whole")}
 <h2>Curves</h2>
-<main>{plots(curve_figures(both))}</main>
+{plots(curve_figures(both))}
 <h2>Layers</h2>
-{table(head, rows, "layers of both runs")}""",
+{table(head, rows, "layers of both runs")}
+</main>""",
     )
 
 

@@ -69,7 +69,7 @@ font-size:1.1rem;padding:10px 14px;margin:0 0 14px}
 .totals{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:8px;margin:0}
 .totals div{background:var(--card);border-radius:8px;padding:8px 12px}
 dt{color:var(--soft);font-size:.8rem}dd{margin:0;font-size:1.1rem;font-weight:600}
-main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,380px),1fr));gap:14px}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,380px),1fr));gap:14px}
 figure{margin:0;background:var(--card);border-radius:8px;padding:12px;break-inside:avoid}
 figcaption{font-weight:600;margin-bottom:6px}
 figure p{color:var(--soft);font-size:.85rem;margin:6px 0 0}

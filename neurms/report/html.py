@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 
@@ -16,6 +17,13 @@ from neurms.report.summary import Summary
 __all__ = ["page", "plots", "title_of"]
 
 
+_NEXT = (
+    "In PyTorch <code>report.advice().apply(model)</code> makes the optimizer that follows. The "
+    "advice says whose premise holds; train with it, and let <code>neurms report A B</code> set "
+    "the losses side by side."
+)
+
+
 def page(report: Summary) -> str:
     """Return the page's HTML: what to do, totals, plots, layers, advice with its reasons."""
     title = title_of(report)
@@ -26,17 +34,19 @@ def page(report: Summary) -> str:
 <h1>{escape(title)}</h1>
 <p class="about">{escape(_about(report))}</p>
 </header>
+<main>
 <p class="lead">{_lead(recommendation(report))}</p>
 <dl class="totals">{_totals(found)}</dl>
 <h2>Plots</h2>
-<main>{plots(figures(report))}</main>
+{plots(figures(report))}
 <h2>Layers</h2>
 {table(DECISIVE, cells(report, DECISIVE), "layers")}
 <details><summary>All columns</summary>
 {table(tuple(COLUMNS), cells(report, tuple(COLUMNS)), "all columns of the layers")}
 </details>
 <h2>Advice, layer by layer</h2>
-{_advice(report)}""",
+{_advice(report)}
+</main>""",
     )
 
 
@@ -48,17 +58,18 @@ def title_of(report: Summary) -> str:
 
 def plots(found: Iterable[Figure]) -> str:
     """Return figures as HTML."""
-    return "".join(
+    body = "".join(
         f"<figure><figcaption>{escape(name)}</figcaption>{plot}"
         + (f"<p>{escape(note)}</p>" if note else "")
         + "</figure>"
         for name, plot, note in found
     )
+    return f'<div class="plots">{body}</div>'
 
 
 def _lead(sentence: str) -> str:
     """Return a sentence as HTML, names between backticks as code."""
-    parts = escape(sentence.replace("rho", "ρ")).split("`")
+    parts = escape(re.sub("[Rr]ho", "ρ", sentence)).split("`")
     return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
 
 
@@ -96,4 +107,4 @@ def _advice(report: Summary) -> str:
             f"<details{open_}><summary><b>{escape(rule)}</b> for {len(own)} "
             f"layer{'s' if len(own) > 1 else ''}</summary><ul>{body}</ul></details>"
         )
-    return f'<section class="advice">{"".join(parts)}</section>'
+    return f'<section class="advice">{"".join(parts)}<p>{_NEXT}</p></section>'

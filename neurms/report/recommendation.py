@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from neurms.report.advice import Rule, advise
+from neurms.report.advice import HOLDS, Rule, advise
 from neurms.report.curves import diverged_at
 from neurms.report.formats import percent
 from neurms.report.rows import LayerRow
@@ -63,13 +63,30 @@ def _where(report: Summary) -> list[str]:
     for row in open_:
         groups.setdefault(advised[row.layer], []).append(row)
     few = groups.pop("undecided", [])
+    kept = [row for row in groups.get("F", []) if _lives_on_margins(report, row)]
+    if kept:
+        groups["F"] = [row for row in groups["F"] if row not in kept]
     parts = [
         f"{_WHY[rule]} in {_named(own, len(open_))}: {_verb(report, own, rule)}"
         for rule, own in sorted(groups.items(), key=lambda group: -len(group[1]))
+        if own
     ]
+    if kept:
+        there = "" if len(kept) == len(open_) else " there"
+        parts.insert(
+            0,
+            f"variant P's premise holds in {_named(kept, len(open_))}, as F's does: keep P{there}",
+        )
     if few:
         parts.append(f"too few profiled steps to judge {_named(few, len(open_))}")
     return parts
+
+
+def _lives_on_margins(report: Summary, row: LayerRow) -> bool:
+    """Whether a layer is under variant P, and its premise holds: that F's does is no reason."""
+    layer = report.run.header.get("layers", {}).get(row.layer, {})
+    margins = row.gradient_fidelity
+    return layer.get("variant") == "P" and margins is not None and margins >= HOLDS
 
 
 def _verb(report: Summary, rows: Sequence[LayerRow], rule: Rule) -> str:

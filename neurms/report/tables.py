@@ -15,7 +15,7 @@ from neurms.report.summary import Summary
 
 __all__ = ["ComparisonTable", "LayerTable", "rich_table"]
 
-_LEFT = ("layer", "shape", "rule", "advice")
+_LEFT = ("whole run", "layer", "shape", "rule", "advice")
 _WIDE = (
     "layer", "shape", "rule", "forward", "backward", "reduce", "scale", "update", "bookkeeping",
     "overhead", "law", "rho", "exact", "r_avg", "clipped", "state", "advice",
@@ -59,7 +59,7 @@ class ComparisonTable:
         self.first, self.second = first, second
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        whole = _table(("", "A", "B"), compared_totals(self.first, self.second))
+        whole = _table(("whole run", "A", "B"), compared_totals(self.first, self.second))
         whole.title = title(self.first, self.second)
         yield whole
         sizes = (_COMPARED[:count] for count in range(len(_COMPARED), 0, -1))
@@ -91,7 +91,7 @@ def _table(
 ) -> Table:
     table = Table()
     for name in head:
-        left = name in _LEFT or not name
+        left = name in _LEFT
         # A column of both runs is as narrow as its numbers: A and B stand below its name.
         heading = f"{name[:-2]}\n{name[-1]}" if name.endswith((" A", " B")) else name
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)

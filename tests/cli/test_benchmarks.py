@@ -54,7 +54,7 @@ def test_benchmark_that_stops_with_a_message(checkout, capsys) -> None:
 
 def test_unknown_benchmark(checkout, capsys) -> None:
     assert main(["bench", "imagenet"]) == 2
-    assert "no benchmark 'imagenet'; choose one of ['echo']" in capsys.readouterr().err
+    assert "no benchmark 'imagenet'; choose one of echo" in capsys.readouterr().err
 
 
 def test_outside_of_a_checkout(monkeypatch, capsys) -> None:

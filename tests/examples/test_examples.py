@@ -23,10 +23,12 @@ PRINTS = {
     "lightning_cli": ACCURACY,
     "lightning_mlp": ACCURACY,
     "llama": LOSS + r" with [\d,]+ bytes",
+    "lora": r"loss [45]\.\d+ -> [1-3]\.\d+: [\d,]+ parameters trained",
     "mixed_precision": ACCURACY,
     "own_structure": r"0\.weight +Linear +feature_rms(?s:.*)" + ACCURACY,
     "plain_pytorch": r"epoch  2 .* " + ACCURACY,
     "switching_from_adamw": r"neurms +lr .* " + ACCURACY,
+    "timm_optimizer": ACCURACY,
     "update_in_backward": r"NeuRMS in backward +\d\.\d+ +544 bytes",
 }
 # Several processes: in an interpreter of their own.
@@ -35,6 +37,9 @@ DISTRIBUTED = {
 }
 # Run by tests/core/distributed/test_programs.py, on several numbers of processes.
 OTHERWISE_RUN = {"torchrun"}
+
+# What a program needs beside the developer's tools.
+NEEDS = {"lora": "peft", "timm_optimizer": "timm"}
 
 QUICK = {
     "lightning_cli": [
@@ -59,6 +64,8 @@ def run(repository: Path, tmp_path: Path, monkeypatch, capsys):
     """Run a program as __main__ in a scratch folder and return what it printed."""
 
     def ran(name: str, *options: str) -> str:
+        if name in NEEDS:
+            pytest.importorskip(NEEDS[name])
         path = repository / "examples" / f"{name}.py"
         options = tuple(o.replace("examples/", f"{path.parent}/") for o in options)
         monkeypatch.setattr(sys, "argv", [str(path), *options])

@@ -61,7 +61,7 @@ BY_NAME = {
     "callbacks/__init__.py": "the index of callbacks",
     "core/catalog.py": "the rules, from floors below it",
     "core/ground/extras.py": "the package of an extra, which may be missing",
-    "cli/planning.py": "the user's own module",
+    "cli/functions.py": "the user's own module",
 }
 """Modules that import by a name that is not written at the call, and what they import."""
 

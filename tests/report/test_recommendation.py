@@ -65,3 +65,17 @@ def test_too_few_steps_and_no_statistics_are_said_plainly(row: LayerRow) -> None
 
 def test_bookkeeping_is_named_where_it_is_the_most(row: LayerRow) -> None:
     assert "(50 % with bookkeeping)" in recommendation(Made([row], "F", bookkeeping=94.0))
+
+
+def test_a_variant_whose_own_premise_holds_is_kept(row: LayerRow) -> None:
+    margins = {"rho_gradient": 0.5, "rho_gradient_expected": 0.5}
+    foretold, not_foretold = replace(row, **margins), replace(row, layer="b", rho_gradient=0.1)
+    not_foretold = replace(not_foretold, rho_gradient_expected=0.5)
+    assert recommendation(Made([foretold], "P")).endswith(
+        "variant P's premise holds in `a`, as F's does: keep P."
+    )
+    assert recommendation(Made([foretold, not_foretold], "P")).endswith(
+        "variant P's premise holds in `a`, as F's does: keep P there; rho holds in `b`: use "
+        "NeuRMS's variant F there."
+    )
+    assert "use NeuRMS's variant F." in recommendation(Made([foretold], "U"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,7 +89,7 @@ class ProfilesTraining:
             print(f"no table: {error}")
         else:
             rich.print(report.table())
-        print(report.recommendation())
+        print(textwrap.fill(report.recommendation(), shutil.get_terminal_size().columns))
 
     def _say_where(self) -> None:
         page = None if self.profiler is None else self.profiler.page

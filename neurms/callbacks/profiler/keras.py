@@ -106,12 +106,15 @@ class PreconditionerProfiler(ProfilesTraining, keras.callbacks.Callback):
         self.profiler, self._logged = None, 0
         self._loss = _BatchLoss()
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Find the loss that Keras keeps."""
+        self._loss.begin_epoch(self.model)
+
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Begin with the first batch, when layers and optimizer are built; look when it is due."""
         if self.profiler is None:
             rest = {} if _is_first_rank() else {"output": None}
             self.profiler = _KerasProfiler(self.model, **self.settings | rest)
-        self._loss.begin(self.model)
         self.profiler.begin_batch()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -119,7 +122,7 @@ class PreconditionerProfiler(ProfilesTraining, keras.callbacks.Callback):
         if self.profiler is None:
             return
         before = len(self.profiler.samples)
-        self.profiler.keep(TRAIN_LOSS, self._loss.end(self.model))
+        self.profiler.keep(TRAIN_LOSS, self._loss.of_batch())
         self.profiler.end_step()
         if len(self.profiler.samples) > before:
             found = layer_scalars(self.profiler.samples[-1])
@@ -154,32 +157,26 @@ class _BatchLoss:
 
     def __init__(self) -> None:
         self.seen = False
-        self._before: tuple[Tensor, Tensor] | None = None
+        self._tracker: Any = None
+        self._before = 0.0, 0.0
 
-    def begin(self, model: Any) -> None:
-        self._before = _loss_sums(model)
+    def begin_epoch(self, model: Any) -> None:
+        """Find the running mean, which has just been reset."""
+        found = next((m for m in model.metrics if m.name == "loss"), None)
+        self._tracker = found if isinstance(found, keras.metrics.Mean) else None
+        self._before = 0.0, 0.0
 
-    def end(self, model: Any) -> Tensor | None:
-        """Return the loss of the batch, or None for a model that keeps none."""
-        after, before = _loss_sums(model), self._before
-        if after is None or before is None:
+    def of_batch(self) -> float | None:
+        """Return the loss of the batch that has ended, or None for a model that keeps none."""
+        if self._tracker is None:
             return None
-        rows = after[1] - before[1]
-        if not rows:
+        total, rows = (float(parameter_of(v)) for v in (self._tracker.total, self._tracker.count))
+        (total_before, rows_before), self._before = self._before, (total, rows)
+        if rows == rows_before:
             # A train_step of the user's own that does not tell.
             return None
         self.seen = True
-        return (after[0] - before[0]) / rows
-
-
-def _loss_sums(model: Any) -> tuple[Tensor, Tensor] | None:
-    """Return the sum of an epoch's losses so far, and the number of its rows."""
-    tracker = next((m for m in model.metrics if m.name == "loss"), None)
-    if not isinstance(tracker, keras.metrics.Mean):
-        return None
-    with torch.no_grad():
-        total, count = (parameter_of(v).double() for v in (tracker.total, tracker.count))
-    return total.clone(), count.clone()
+        return (total - total_before) / (rows - rows_before)
 
 
 def _is_first_rank() -> bool:

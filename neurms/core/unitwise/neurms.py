@@ -93,6 +93,11 @@ class NeuRMS(PreconditionedOptimizer):
     travel, each micro-batch is scaled by what has been seen so far, which is not one big batch; its
     ranks exchange m numbers in the backward of each layer, so every rank must use every layer.
 
+    Parameter groups go beside the model, as ``groups=[{"params": model.head, "lr": 1e-3}, ...]``,
+    with any setting of their own that a group of torch's may have, another variant (not P beside
+    the others) or another rule. A layer's weight and bias share their statistics, and so must
+    their groups the settings of those.
+
     Args:
         model: The model whose layers are tapped; parameters alone will do for P only.
         lr: Learning rate.

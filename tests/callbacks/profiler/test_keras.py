@@ -285,3 +285,14 @@ def test_a_train_step_that_keeps_no_loss_has_the_curves_of_its_epochs() -> None:
     found = watcher.report().run.logged["train loss"]
     assert [step for step, _ in found] == [3, 6]
     assert [value for _, value in found] == pytest.approx(history["loss"])
+
+
+def test_only_the_first_rank_writes_and_speaks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neurms.callbacks.profiler.keras._is_first_rank", lambda: False)
+    watcher = profiler(output=tmp_path / "run", print_table=True)
+    fit(network("adam"), watcher)
+    assert watcher.report().steps == list(range(6))
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""

@@ -305,11 +305,13 @@ def test_a_missing_rich_costs_the_table_and_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setenv("COLUMNS", "80")
     watcher = profiler(output=tmp_path / "run", print_table=True, every_n_steps=1)
     fit(Module("adamw"), watcher, folder=tmp_path)
     shown = capsys.readouterr().out
     assert 'pip install "neurms[report]"' in shown
-    assert watcher.report().recommendation() in shown
+    assert watcher.report().recommendation() in " ".join(shown.split())
+    assert max(map(len, shown.splitlines()[1:-1])) <= 80
     assert (tmp_path / "run" / PAGE).is_file()
 
 
@@ -330,3 +332,14 @@ def test_the_progress_bar_gets_two_values_and_loggers_the_rest(tmp_path: Path) -
     own = {name for name in trainer.progress_bar_metrics if name.startswith("neurms/")}
     assert own == {"neurms/rho", "neurms/overhead"}
     assert len([k for k in logger.experiment.metrics_keys if k.startswith("neurms/")]) > 20
+
+
+def test_only_the_first_rank_writes_and_speaks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "is_global_zero", property(lambda trainer: False))
+    watcher = profiler(output=tmp_path / "run", print_table=True)
+    fit(Module("adamw"), watcher, folder=tmp_path)
+    assert watcher.report().steps == [1, 3, 5]
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""

@@ -80,7 +80,7 @@ def test_settings_are_checked_at_construction(
         keras_racs(**settings)
 
 
-@pytest.mark.parametrize("name", ["update", "loss_scale"])
+@pytest.mark.parametrize("name", ["update", "loss_scale", "groups"])
 def test_neurms_says_what_keras_decides(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}='backward' .*leave it out"):
         keras_neurms(**{name: "backward"})
