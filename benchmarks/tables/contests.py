@@ -164,7 +164,7 @@ def claims(design: Mapping[str, Any], scores: Mapping[str, Sequence[float]]) -> 
 def table(
     found: Sequence[Row], against: Mapping[str, Verdict], control: Mapping[str, Verdict]
 ) -> str:
-    """Return the rows of a comparison as two tables: what decides, then what it rests on.
+    """Return the rows of a comparison as tables: what decides, what it rests on, what was chosen.
 
     Args:
         found: The rows, best first.
@@ -176,14 +176,16 @@ def table(
         [row.name, _figure(row), *(_word(v.get(row.name)) for v in (against, control)), _state(row)]
         for row in found
     ]
-    header = ["row", "std", "- AdamW", "p", "p level", "- two rates", "p", "chosen"]
+    header = ["row", "std", "- AdamW", "p", "p level", "- two rates", "p"]
     full = [_line(row, against.get(row.name), control.get(row.name)) for row in found]
-    return f"{markdown(first, short)}\n\nIn detail:\n\n{markdown(header, full)}"
+    chosen = [[row.name, _chosen(row)] for row in found]
+    tables = (markdown(first, short), markdown(header, full), markdown(["row", "chosen"], chosen))
+    return "{}\n\nIn detail:\n\n{}\n\n{}".format(*tables)
 
 
 def _line(row: Row, verdict: Verdict | None, control: Verdict | None) -> list[str]:
     _, std = spread(row.scores)
-    return [row.name, f"{std:.4f}", *_cells(verdict), *_cells(control)[:2], _chosen(row)]
+    return [row.name, f"{std:.4f}", *_cells(verdict), *_cells(control)[:2]]
 
 
 def _cells(verdict: Verdict | None) -> list[str]:

@@ -16,8 +16,8 @@ __all__ = ["main"]
 _EXTRA = {
     "rich": "report",
     "tyro": "report",
-    "lightning": "demo",
-    "pytorch_lightning": "demo",
+    "lightning": "lightning",
+    "pytorch_lightning": "lightning",
     "sklearn": "demo",
     "optuna": "bench",
     "scipy": "bench",

@@ -30,14 +30,12 @@ def test_without_a_command_shows_help(capsys) -> None:
         assert command in printed
 
 
-@pytest.mark.parametrize(
-    ("name", "extra"), [("lightning", "demo"), ("sklearn", "demo"), ("tyro", "report")]
-)
+@pytest.mark.parametrize(("name", "extra"), [("sklearn", "demo"), ("tyro", "report")])
 def test_missing_package_names_its_extra(monkeypatch, capsys, name, extra) -> None:
     for module in [m for m in sys.modules if m.startswith(("neurms.cli.", f"{name}."))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
-    assert main(["demo", "--epochs", "1"]) == 1
+    assert main(["demo", "--data", "digits"]) == 1
     assert f'pip install "neurms[{extra}]"' in capsys.readouterr().err
 
 
