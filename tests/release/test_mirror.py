@@ -13,21 +13,27 @@ import pytest
 ELSEWHERE = {
     # Parts of one thing, which is tested as its users meet it.
     "callbacks/profiler/test_engine.py": [
-        *("callbacks/profiler/optimizer_view", "callbacks/profiler/probe"),
-        *("callbacks/profiler/process", "callbacks/profiler/samples"),
+        *("callbacks/profiler/probe", "callbacks/profiler/process", "callbacks/profiler/samples"),
         *("callbacks/profiler/sampling", "callbacks/profiler/subjects"),
         *("callbacks/profiler/timing", "callbacks/profiler/window", "report/scalars"),
     ],
-    "callbacks/profiler/test_lightning.py": ["callbacks/profiler/callback"],
+    "callbacks/profiler/test_lightning.py": [
+        "callbacks/profiler/callback",
+        "callbacks/profiler/logged",
+    ],
     "callbacks/profiler/test_distributed.py": ["callbacks/profiler/ranks"],
     "report/test_report.py": ["report/columns", "report/rows", "report/summary", "report/tables"],
-    "report/test_html.py": ["report/plots", "report/svg"],
+    "report/test_html.py": [
+        *("report/comparison", "report/document", "report/plots", "report/svg"),
+    ],
     "report/test_runs.py": ["report/writer"],
     "cli/test_main.py": ["cli/commands", "cli/errors", "cli/planning"],
+    "cli/test_mistakes.py": ["cli/functions", "cli/words"],
     "cli/test_doctor.py": ["cli/kernel_times"],
     "cli/test_demo.py": ["cli/methods", "cli/page", "cli/tables"],
     "cli/test_tasks.py": ["cli/network"],
     "integrations/test_lightning.py": ["integrations/schedules"],
+    "integrations/test_transformers.py": ["integrations/training_arguments"],
     "integrations/keras/test_training.py": [
         *("integrations/keras/engine", "integrations/keras/optimizer"),
     ],
