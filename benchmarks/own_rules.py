@@ -13,6 +13,7 @@ from neurms.core.optimizers.recipe import Recipe
 from neurms.core.structures.shared_basis import SharedBasisBlocks
 from neurms.core.transforms.momentum import Momentum
 from neurms.core.transforms.safeguards import Grafted
+from neurms.core.unitwise.rule import Variant
 
 __all__ = ["OWN", "MomentumFirst", "TwoRates", "create"]
 
@@ -61,9 +62,9 @@ def moments(model: nn.Module, **settings: Any) -> neurms.NeuRMS:
     return neurms.NeuRMS(model, variant="P", head="fallback", **settings)
 
 
-def normalized(model: nn.Module, **settings: Any) -> neurms.NeuRMS:
-    """Return NeuRMS with updates of a known length."""
-    return neurms.NeuRMS(model, normalize="rms", **settings)
+def normalized(model: nn.Module, variant: Variant = "U", **settings: Any) -> neurms.NeuRMS:
+    """Return the draft's NeuRMS with updates of a known length."""
+    return neurms.NeuRMS(model, variant=variant, normalize="rms", **settings)
 
 
 OWN: dict[str, Callable[..., torch.optim.Optimizer]] = {

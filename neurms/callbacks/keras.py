@@ -44,7 +44,7 @@ class NeuRMSCallback(keras.callbacks.Callback):  # type: ignore[name-defined]
         >>> x, y = numpy.ones((4, 3)), numpy.ones((4, 2))
         >>> history = model.fit(x, y, verbose=0, callbacks=[NeuRMSCallback()]).history
         >>> sorted(history)
-        ['loss', 'neurms/clipped_fraction', 'neurms/scale_median']
+        ['loss', 'neurms/clipped_fraction', 'neurms/feature_scale_median', 'neurms/scale_median']
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:

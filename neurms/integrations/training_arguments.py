@@ -58,7 +58,9 @@ def check_modes(args: TrainingArguments | None, name: str, settings: Mapping[str
     """
     if name != NeuRMS.rule:
         return
-    if args is not None and args.fp16 and settings.get("loss_scale") is None:
+    # P reads gradients, from which the scale has been divided out by then.
+    tapped = settings.get("variant", NeuRMS.default_settings()["variant"]) != "P"
+    if tapped and args is not None and args.fp16 and settings.get("loss_scale") is None:
         raise UnsupportedTrainingError(
             "fp16=True scales the loss, and NeuRMS reads error signals that carry the scale; pass "
             "loss_scale=lambda: trainer.accelerator.scaler.get_scale(), or train with bf16=True"

@@ -100,5 +100,5 @@ def test_autoencoder_sets_the_paper_s_figures_beside_ours() -> None:
     text = autoencoder(content({**runs, f"{TIMES}1": times}))
     assert "| loss, 20 steps, 3 seeds | p | lr | loss, 60 steps, 1 seed |" in text
     assert "| SharedBasis | 0.1 | 61.5 (0.1) | .002 | 0.2 | 50.0 | 0.28 | 2.80 | 3.0 |" in text
-    assert "SharedBasis's train loss is below Adam's (61.5 against 64.7, p 0.002)" in text
+    assert "SharedBasis's train loss is below Adam's (61.5 against 64.7, p = .002)" in text
     assert "takes 0.28 of the time of Shampoo(1000)'s with roots in every step and 0.25" in text

@@ -1,11 +1,13 @@
+import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 import textwrap
 
 import pytest
 
-import neurms
+import neurms.cli
 from neurms.cli import main
 
 
@@ -32,6 +34,9 @@ def test_without_a_command_shows_help(capsys) -> None:
 
 @pytest.mark.parametrize(("name", "extra"), [("sklearn", "demo"), ("tyro", "report")])
 def test_missing_package_names_its_extra(monkeypatch, capsys, name, extra) -> None:
+    # All of them, so that none of those imported below stays beside the others afterwards.
+    for found in pkgutil.iter_modules(neurms.cli.__path__, "neurms.cli."):
+        importlib.import_module(found.name)
     for module in [m for m in sys.modules if m.startswith(("neurms.cli.", f"{name}."))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)

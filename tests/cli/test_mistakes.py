@@ -16,8 +16,6 @@ def build():
     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
 def sized(width, depth=2):
     return torch.nn.Linear(width, depth)
-def table():
-    return torch.nn.Embedding(4, 3)
 class Net(torch.nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -36,7 +34,7 @@ MISTAKES = {
     "demo --epochs": ["--epochs needs a value", "write --epochs NUMBER"],
     "demo --seed -1": ["--seed -1 must not be negative", "0 is the default"],
     "demo --data digit": ["--data digit is not known", "did you mean 'digits'?"],
-    "demo --data=": ["--data needs a value", "write --data digits"],
+    "demo --data=": ["--data needs a value", "write --data manual"],
     "demo digits": ["no use for 'digits'", "options such as --data"],
     "demo --json nowhere/x.json": ["its folder does not exist", "create it first"],
     "doctor --kernel": ["no option '--kernel'", "did you mean '--kernels'?"],
@@ -51,7 +49,6 @@ MISTAKES = {
     "plan tried:sized": ["needs width", "def build(): return sized(...)"],
     "plan tried:Net": ["needs width", "def build(): return Net(...)"],
     "plan tried:nothing": ["returned NoneType", "must return an nn.Module"],
-    "plan tried:table": ["no layer that neurms can tap", "belong to ['Embedding']"],
     "plan tried:build racs": ["no use for 'racs'", "options such as --optimizer"],
     "plan tried:build --optimizer rcas": ["--optimizer rcas", "did you mean 'racs'?"],
     "plan tried:build --optimizer adamw": ["torch's own", "choose a rule of this library"],

@@ -68,14 +68,14 @@ def test_a_model_that_becomes_double_is_saved_and_loaded(rule: str) -> None:
 
 class TestAGradScaler:
     def test_is_refused_without_its_scale(self) -> None:
-        model, optimizer = trained("neurms", steps=0)
+        model, optimizer = trained("neurms", steps=0, variant="U")
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         scaler.scale(model(torch.randn(2, 3, 5)).sum()).backward()
         with pytest.raises(UnsupportedTrainingError, match=r"loss_scale=scaler\.get_scale"):
             scaler.step(optimizer)
 
     def test_that_is_off_is_no_scaler(self) -> None:
-        model, optimizer = trained("neurms", steps=0)
+        model, optimizer = trained("neurms", steps=0, variant="U")
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         scaler.scale(model(torch.randn(2, 3, 5)).sum()).backward()
         scaler.step(optimizer)

@@ -55,8 +55,9 @@ def check_probed(
     for name in names:
         if name in settings and settings[name] != defaults[name]:
             raise ValueError(
-                f'{name}={settings[name]!r} has no part in variant="P", which scales by the '
-                f"gradient's own moments; leave it at {defaults[name]!r}, or choose another variant"
+                f'{name}={settings[name]!r} has no part in variant="P", the default, which scales '
+                f"by the gradient's own moments; leave it at {defaults[name]!r}, or choose "
+                'another variant, such as "U"'
             )
 
 

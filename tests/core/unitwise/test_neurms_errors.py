@@ -83,9 +83,9 @@ def assert_untouched(model: nn.Module) -> None:
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    model = mlp()
+    model, settings = mlp(), {"variant": "U", **settings}
     with pytest.raises(error, match=message):
-        NeuRMS(model, **{"variant": "U", **settings})
+        NeuRMS(model, **settings)
     assert_untouched(model)
     with pytest.raises(error, match=message):
         neurms.memory_report(model, "neurms", **settings)
