@@ -147,9 +147,9 @@ class GradientMover(RecipeMover):
 
     def _backend(self, views: Sequence[View]) -> str:
         backend = self._optimizer.backend
-        large = any(view.parameter.numel() >= LEAST_ELEMENTS for view in views)
-        # Where there are large layers, small ones may as well run natively.
-        return PROMPT if large and backend == "auto" else backend
+        # Small matrices together are worth what a large one is: they move in the same calls.
+        worth = sum(view.parameter.numel() for view in views) >= LEAST_ELEMENTS
+        return PROMPT if worth and backend == "auto" else backend
 
     # ---------------------------------------------------------------- moments and factors
 
