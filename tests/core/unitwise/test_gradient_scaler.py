@@ -36,8 +36,8 @@ def test_sgd_beside_it_is_the_optimizer(case: str, momentum: float) -> None:
     model, other = make().double(), make().double()
     settings: Any = {"variant": "P", "momentum": momentum, "weight_decay": 0.1}
     scaler, optimizer = (
-        GradientPreconditioner(model, **{"variant": "U", **settings}),
-        NeuRMS(other, lr=0.02, **{"variant": "U", **settings}),
+        GradientPreconditioner(model, **settings),
+        NeuRMS(other, lr=0.02, **settings),
     )
     train(model, scaler, batch(), 6)
     for _ in range(6):
@@ -76,3 +76,43 @@ def test_what_it_refuses() -> None:
         GradientPreconditioner(mlp(), variant="P", update="backward")
     with pytest.raises(ValueError, match="agc="):
         GradientPreconditioner(mlp(), variant="P", agc=0.1)
+
+
+# ---------------------------------------------------------------- the rate beside it
+
+LONG = r"SGD\(lr=0.1, momentum=0.9\) would move every weight by about 1 .* lower lr"
+
+
+def test_an_sgd_with_long_steps_is_warned_of() -> None:
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.warns(UserWarning, match=LONG):
+        GradientPreconditioner(model, optimizers=[sgd])
+
+
+def test_a_schedule_that_begins_low_hides_no_long_steps() -> None:
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.LinearLR(sgd, start_factor=1e-3)
+    with pytest.warns(UserWarning, match=LONG):
+        GradientPreconditioner(model, optimizers=[sgd])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda own: torch.optim.SGD(own, lr=0.05),
+        lambda own: torch.optim.SGD(own, lr=0.04, momentum=0.9, dampening=0.9),
+        lambda own: torch.optim.AdamW(own, lr=0.1),
+        lambda own: torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0),
+    ],
+)
+def test_others_are_not_warned_of(make: Any) -> None:
+    model = mlp()
+    GradientPreconditioner(model, optimizers=[make(model.parameters())])
+
+
+def test_other_variants_keep_sgds_scale() -> None:
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    GradientPreconditioner(model, optimizers=[sgd], variant="U").detach()

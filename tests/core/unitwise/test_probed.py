@@ -63,8 +63,8 @@ def test_full_probes_make_it_the_step(
     monkeypatch.setattr(probed, "drawn_probes", full_probes)
     one, other = network(bias), network(bias)
     settings: Any = {"momentum": momentum, "weight_decay": 0.1, "lr": 0.02, "variant": "P"}
-    in_backward = NeuRMS(one, update="backward", **{"variant": "U", **settings})
-    at_step = NeuRMS(other, **{"variant": "U", **settings})
+    in_backward = NeuRMS(one, update="backward", **settings)
+    at_step = NeuRMS(other, **settings)
     assert in_backward.plan().state_bytes == at_step.plan().state_bytes
     train(one, in_backward, range(10))
     train(other, at_step, range(10))
@@ -92,8 +92,8 @@ def test_a_weight_of_an_unwatched_layer_moves_at_the_step() -> None:
 def test_parts_of_a_batch_are_the_batch_with_momentum() -> None:
     whole, parts = network(), network()
     settings: Any = {"momentum": 0.5, "variant": "P", "update": "backward"}
-    train(whole, NeuRMS(whole, **{"variant": "U", **settings}), range(6))
-    train(parts, NeuRMS(parts, **{"variant": "U", **settings}), range(6), parts=4)
+    train(whole, NeuRMS(whole, **settings), range(6))
+    train(parts, NeuRMS(parts, **settings), range(6), parts=4)
     assert_equal(whole, parts, rtol=1e-10, atol=1e-12)
 
 
@@ -116,10 +116,10 @@ def test_a_layer_may_be_used_twice_with_momentum(monkeypatch: pytest.MonkeyPatch
 def test_resumes_bit_for_bit(momentum: float) -> None:
     settings: Any = {"momentum": momentum, "variant": "P", "update": "backward", "seed": 3}
     model = network()
-    optimizer = NeuRMS(model, **{"variant": "U", **settings})
+    optimizer = NeuRMS(model, **settings)
     train(model, optimizer, range(3))
     twin = network()
-    other = NeuRMS(twin, **{"variant": "U", **settings})
+    other = NeuRMS(twin, **settings)
     twin.load_state_dict(model.state_dict())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer, range(3, 6))

@@ -9,11 +9,12 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 
 import neurms
 from neurms.core.structures.one_sided_diagonal import RowNormalized
 from neurms.integrations.keras.classes import CLASSES, keras_class
-from neurms.integrations.keras.factories import keras_optimizer
+from neurms.integrations.keras.factories import keras_neurms, keras_optimizer
 
 
 class RACS(neurms.PreconditionedOptimizer):
@@ -79,3 +80,14 @@ def test_a_model_compiled_by_name_trains_and_is_loaded(tmp_path: Path) -> None:
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert type(loaded.optimizer) is CLASSES["neurms"]
     assert [row.rule for row in model.optimizer.plan()] == ["neurms", "neurms"]
+
+
+def test_all_front_doors_have_one_default() -> None:
+    pytest.importorskip("lightning")
+    from neurms.callbacks import NeuRMSCallback
+
+    assert neurms.NeuRMS.default_settings()["variant"] == "P"
+    assert NeuRMSCallback().settings["variant"] == "P"
+    assert neurms.GradientPreconditioner(torch.nn.Linear(3, 2)).settings["variant"] == "P"
+    assert keras_optimizer("neurms").get_config()["variant"] == "P"
+    assert keras_neurms().get_config()["variant"] == "P"
