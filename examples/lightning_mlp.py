@@ -29,13 +29,13 @@ class Classifier(lightning.LightningModule):
         self.log("accuracy", accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variant", choices=["U", "B", "F"], default="U")
-    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of SGD")
+    parser.add_argument("--variant", choices=["P", "U", "B", "F"], default="P")
+    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate of SGD")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--output", default="runs/lightning_mlp", help="folder of the profile")
     parser.add_argument("--quick", action="store_true", help="a few seconds instead of the whole")
@@ -51,7 +51,7 @@ def main() -> None:
     profiler = PreconditionerProfiler(every_n_steps=10, output=arguments.output)
     trainer = lightning.Trainer(
         max_epochs=2 if arguments.quick else arguments.epochs,
-        callbacks=[NeuRMSCallback(variant=arguments.variant), profiler],
+        callbacks=[NeuRMSCallback(variant=arguments.variant, momentum=0.5), profiler],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
