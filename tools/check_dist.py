@@ -22,12 +22,6 @@ from tools.messages import ROOT
 
 __all__ = ["check", "main"]
 
-PROFILE = """
-import torch, neurms
-model = torch.nn.Linear(2, 2)
-neurms.profile(model, torch.optim.SGD(model.parameters()))
-"""
-
 # Code -> the extra that an ImportError must name when it is not there.
 EXTRAS = {
     "from neurms.callbacks import NeuRMSCallback": "lightning",
@@ -38,7 +32,6 @@ EXTRAS = {
     "from neurms.callbacks.transformers import PreconditionerProfiler": "transformers",
     "from neurms.integrations.transformers import trainer_optimizers": "transformers",
     "from neurms import metrics": "report",
-    PROFILE: "report",
 }
 
 STEP = """

@@ -122,6 +122,12 @@ def said(one: Choice, cost: str = "") -> str:
         return (
             f"AdamW. {kind} {base} ({place}); the nearest here, {code}, is behind with {own} ({p})."
         )
+    if word.startswith("ahead") and one.control and one.control[1].word.startswith("behind"):
+        control, verdict = one.control
+        return (
+            f"AdamW with a second rate outside of the rule. {kind} {figure(control)}, with one "
+            f"{base} ({place}); {code} between them, {own} ({p_said(verdict.p)}, {p}){cost}."
+        )
     if word.startswith("ahead"):
         small = ", a small lead" if "margin" in word else ""
         text = f"{code}. {kind} {own} where tuned AdamW has {base} ({place}; {p}{small}){cost}."
@@ -172,11 +178,13 @@ def _beside_control(best: Choice) -> str:
 
 
 def _memory(contents: Mapping[str, Content]) -> str:
-    parts = [
-        _least(contents, tasks, same)
-        for tasks, same in ((LANGUAGE, "on the same text"), (IMAGES, "on the same images"))
-    ]
-    return " ".join(filter(None, parts)) or NOTHING
+    text = _least(contents, LANGUAGE, "on the same text")
+    images = _least(contents, IMAGES, "on the same images")
+    if text and images:
+        told = choice(contents, IMAGES)
+        # The line before has said it, with the share.
+        images = "" if told is not None and f"{called(told.row)} keeps" in images else images
+    return " ".join(filter(None, (text, images))) or NOTHING
 
 
 def _least(contents: Mapping[str, Content], tasks: Sequence[str], same: str) -> str:

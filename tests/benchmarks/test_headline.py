@@ -74,6 +74,15 @@ def test_a_row_ahead_is_recommended_with_its_cost_and_the_control_that_it_does_n
     assert "; behind AdamW with two rates" in memory
 
 
+def test_a_control_that_is_ahead_of_the_best_row_is_what_is_recommended() -> None:
+    means = {"AdamW": 2.5, "P": 2.3, "AdamW, two rates": 2.1}
+    line = lines(text(means, {"AdamW": 1000, "P": 250}))[0]
+    assert "CPU:** AdamW with a second rate outside of the rule. Test loss 2.1" in line
+    assert "with one 2.50" in line
+    assert '`NeuRMS(variant="P")` between them, 2.300' in line
+    assert "for 25 % of its state" in line
+
+
 def test_a_control_that_is_beaten_goes_without_saying() -> None:
     assert "second rate" not in lines(text({"AdamW": 2.5, "P": 2.2, "AdamW, two rates": 2.4}))[0]
 
