@@ -37,7 +37,8 @@ class Subject:
     @property
     def reads_errors(self) -> bool:
         """Whether error signals enter, which come scaled where the loss is."""
-        return self.reads_modules and self.settings.get("variant") != "P"
+        settings = {**self.info.optim_cls.default_settings(), **self.settings}
+        return self.reads_modules and settings["variant"] != "P"
 
     def model(self, bias: bool = True) -> nn.Sequential:
         """Return a model of two layers, the same one each time."""

@@ -39,18 +39,6 @@ _SMALL: dict[str, dict[str, Any]] = {
 
 REFUSALS = (
     Refusal(
-        "reads what modules compute, so that parameters alone, in any form, are refused",
-        tests=r"test_errors_\d\.default",
-        error="must be an nn.Module",
-        rules="neurms",
-    ),
-    Refusal(
-        "is tied to its model by taps, which no copy would have",
-        tests=r"test_(deepcopy_copies_all_public_attrs|pickle)\..*",
-        error="NeuRMS cannot be copied or pickled",
-        rules="neurms",
-    ),
-    Refusal(
         "has one form, chosen by what it works on: torch's flags that choose another are refused",
         tests=r"test_global_cliquey_flags\.default",
         error=r"(foreach|fused|capturable|differentiable)=True cannot be served",

@@ -63,7 +63,7 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         if chosen["update"] == "backward":
             raise ValueError(
                 'update="backward" cannot go with variant="P" beside another optimizer, whose '
-                'gradients it would scale; use neurms.NeuRMS(model, variant="P", '
+                'gradients it would scale; use variant="U", or neurms.NeuRMS(model, '
                 'update="backward") as the optimizer itself'
             )
     modes = ("loss_reduction", "update", "gemm", "loss_scale", "agc")

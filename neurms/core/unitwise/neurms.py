@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from neurms.core.ground.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
@@ -432,6 +433,8 @@ class NeuRMS(PreconditionedOptimizer):
 
     # ---------------------------------------------------------------- the step
 
+    # Outside of graphs, as torch's own: nothing in it is a tensor's operation.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients, and with them the statistics that no step has taken."""
         self.layers.forget()

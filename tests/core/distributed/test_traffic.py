@@ -114,7 +114,7 @@ def test_every_rule_sends_what_was_predicted(pool: Ranks, rule: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["neurms", "racs", "alice"])
 def test_a_mesh_of_two_axes(pool: Ranks, rule: str) -> None:
-    settings = dict(RULES[rule][1]) if rule != "neurms" else {}
+    settings = dict(RULES[rule][1]) if rule != "neurms" else {"variant": "U"}
     found = counted(pool, 4, rule, settings, "hsdp")
     assert found["step"] == found["predicted"]
     first = 2 if rule == "neurms" else 0
