@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import neurms
 from neurms.core.ground.errors import UnsupportedTrainingError
+from tests.core.optimizers.test_beside import train
 
 MODES = [(v, u) for v in "UBFP" for u in ("step", "backward")]
 
@@ -17,15 +18,6 @@ MODES = [(v, u) for v in "UBFP" for u in ("step", "backward")]
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        inputs = torch.randn(7, 5, generator=generator, dtype=torch.float64)
-        model(inputs).square().mean().backward()
-        optimizer.step()
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
