@@ -88,7 +88,8 @@ def check_rows(route: Route) -> None:
         raise UnsupportedTrainingError(
             f"{route.name!r} is sharded as {route.parameter.placements}; "  # type: ignore[attr-defined]
             "NeuRMS needs Shard(0) over one axis of the mesh (fully_shard's default) so that each "
-            "rank holds whole units: shard it so, or name it in exclude"
+            'rank holds whole units: shard it so, use variant="P", which takes any cut, or name it '
+            "in exclude"
         )
 
 
