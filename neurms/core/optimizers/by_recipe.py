@@ -13,13 +13,14 @@ from neurms.core.ground.layout import Layout
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import local, placement_of, wrapped_rows
 from neurms.core.ground.spans import is_observed, span
+from neurms.core.ground.sums import Summing, together
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.recipe import FusedStep, Recipe, stack_states
 from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import Route
-from neurms.core.structures.base import Context
+from neurms.core.structures.base import Context, State
 
-__all__ = ["BATCH_LIMIT", "RecipeMover", "batches", "is_fused", "updates_of"]
+__all__ = ["BATCH_LIMIT", "RecipeMover", "batches", "by_rows"]
 
 BATCH_LIMIT = 1 << 15
 """Elements below which equal matrices are stacked. Measured on twelve of them, one thread: at 64 x
@@ -52,38 +53,28 @@ class RecipeMover(Mover):
         return {"step": 0, **_matrix_state(self._recipe_of(group), like, route.layout)}
 
     def move(self, views: Sequence[View]) -> None:
-        """Move large matrices by fused forms, those of a recipe in one call, then all others."""
+        """Move sharded matrices by rows, whole ones by fused forms in one call, then all others."""
         fused: dict[int, list[tuple[View, Tensor, FusedStep]]] = {}
+        rows: list[View] = []
         rest: list[View] = []
         # Small matrices that are many.
         many = sum([view.parameter.numel() for view in views]) >= LEAST_ELEMENTS
         for view in views:
             recipe = view.recipe
-            small = many and recipe.fused is not None and not view.sharded
-            if not small and not is_fused(recipe, view.parameter):
-                rest.append(view)
-            elif view.sharded:
-                if not self._moves_rows(view, recipe):
-                    rest.append(view)
-            elif (step := _fused_step(view)) is None:
+            if view.sharded:
+                (rows if by_rows(recipe, view) else rest).append(view)
+            elif (
+                recipe.fused is None
+                or not (many or _is_large(view.parameter))
+                or (step := _fused_step(view)) is None
+            ):
                 rest.append(view)
             else:
                 fused.setdefault(id(recipe), []).append((view, *step))
+        _move_rows(rows)
         for alike in fused.values():
             _take(alike)
         self._by_transforms(rest)
-
-    def _moves_rows(self, view: View, recipe: Recipe) -> bool:
-        """Move a sharded matrix by its rows here; return whether its recipe allows that."""
-        if not recipe.row_local or shard_for(recipe, view.parameter, view.route.layout) is None:
-            return False
-        own = view.placed(recipe)
-        if (step := _fused_step(own)) is None:
-            # A rank without rows sums along with the others, in the same order as they.
-            self._by_transforms([view])
-        else:
-            _take([(own, *step)])
-        return True
 
     def _by_transforms(self, views: Sequence[View]) -> None:
         for recipe, alike in batches(views):
@@ -95,15 +86,20 @@ class RecipeMover(Mover):
                 _, recipe = recipe.parts
             with span("scale", [view.parameter for view in batch]):
                 gradients = [view.matrix(view.gradient) for view in batch]
-                updates = updates_of(recipe, batch, gradients)
+                updates = batch[0].context().finished(_updates_of(recipe, batch, gradients))
             for view, update in zip(batch, updates, strict=True):
                 with span("update", [view.parameter]):
                     view.move(recipe, update)
 
 
-def is_fused(recipe: Recipe, parameter: Tensor) -> bool:
-    """Return whether a matrix is, by itself, large enough for the recipe's fused form."""
-    return recipe.fused is not None and parameter.numel() >= BATCH_LIMIT
+def by_rows(recipe: Recipe, view: View) -> bool:
+    """Return whether a recipe moves a sharded matrix by the rows that each rank has of it."""
+    return recipe.row_local and shard_for(recipe, view.parameter, view.route.layout) is not None
+
+
+def _is_large(parameter: Tensor) -> bool:
+    """Return whether a matrix is, by itself, large enough for a fused form."""
+    return parameter.numel() >= BATCH_LIMIT
 
 
 def _fused_step(view: View) -> tuple[Tensor, FusedStep] | None:
@@ -134,6 +130,44 @@ def _take(steps: Sequence[tuple[View, Tensor, FusedStep]]) -> None:
                 view.written(target)
 
 
+def _move_rows(views: Sequence[View]) -> None:
+    """Move the rows that are here of sharded matrices, which sum over rows all together."""
+    works = []
+    for recipe, alike in batches(views):
+        batch = [view.placed(recipe) for view in alike]
+        shard = batch[0].shard
+        assert shard is not None
+        works.append((_rows_moved(recipe, batch), shard))
+    if works:
+        # Who measures has ranks send no more than they do otherwise.
+        with span("update", [view.parameter for view in views]):
+            together(works)
+
+
+def _rows_moved(recipe: Recipe, batch: Sequence[View]) -> Summing[None]:
+    """Move one large matrix by its fused form where that serves, else by transforms.
+
+    A rank without rows has no fused step, and sums along with the others by transforms.
+    """
+    view = batch[0]
+    fused = recipe.fused is not None and _is_large(view.parameter)
+    step = _fused_step(view) if fused else None
+    if step is None:
+        for own in batch:
+            own.state["step"] += 1
+        gradients = [own.matrix(own.gradient) for own in batch]
+        updates = yield from _updates_of(recipe, batch, gradients)
+        for own, update in zip(batch, updates, strict=True):
+            own.move(recipe, update)
+        return
+    target, call = step
+    if recipe.fused_rows is not None:
+        yield from recipe.fused_rows(call)
+    elif recipe.fused is not None:
+        recipe.fused([call])
+    view.written(target)
+
+
 def batches(views: Sequence[View]) -> Iterator[tuple[Recipe, list[View]]]:
     """Yield runs of views that one call of their recipe may process together."""
     stacks: dict[Any, list[View]] = {}
@@ -151,17 +185,18 @@ def batches(views: Sequence[View]) -> Iterator[tuple[Recipe, list[View]]]:
         yield key[0], stack
 
 
-def updates_of(
+def _updates_of(
     recipe: Recipe, batch: Sequence[View], gradients: Sequence[Tensor]
-) -> Iterable[Tensor]:
+) -> Summing[Iterable[Tensor]]:
     """Run ``recipe`` on a batch and return one update matrix (m, n) for each view."""
     first = batch[0]
+    run = _whole if first.shard is None else Recipe.summing
     weights = None
     if recipe.needs_weight:
         weights = [view.weight for view in batch]
     if len(batch) == 1:
         context = first.context(weights[0] if weights else None)
-        return [recipe.update(gradients[0], first.own_state, context)]
+        return [(yield from run(recipe, gradients[0], first.own_state, context))]
     tensors = [
         {k: local(v) for k, v in view.state.items() if isinstance(v, Tensor) and k != "master"}
         for view in batch
@@ -170,11 +205,17 @@ def updates_of(
     weight = torch.stack(weights) if weights else None
     seeds = tuple(view.seed for view in batch)
     context = Context(first.state["step"], weight, seeds, shard=first.shard)
-    updates = recipe.update(torch.stack(list(gradients)), stacked, context)
+    updates = yield from run(recipe, torch.stack(list(gradients)), stacked, context)
     for position, state in enumerate(tensors):
         for key, value in state.items():
             value.copy_(stacked[key][position])
     return updates.unbind(0)
+
+
+def _whole(recipe: Recipe, gradient: Tensor, state: State, context: Context) -> Summing[Tensor]:
+    """Run a recipe on whole matrices, by calls that a profiler sees."""
+    yield from ()
+    return recipe.update(gradient, state, context)
 
 
 def _matrix_state(recipe: Recipe, like: Tensor, layout: Layout) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.sums import Summing
 from neurms.core.structures.base import Context, State, Transform
 
 __all__ = ["FusedStep", "Recipe"]
@@ -69,6 +70,8 @@ class Recipe:
         batched: Whether small matrices of the same shape are stacked and processed together.
         fused: The same step for several matrices in fewer passes over them and fewer calls; None
             where the transforms are the only way.
+        fused_rows: The same for a rank's rows of a matrix, which yields what it sums over rows;
+            None where ``fused`` sums nothing.
     """
 
     transforms: tuple[Transform, ...]
@@ -77,6 +80,7 @@ class Recipe:
     decay_from: int = 1
     batched: bool = True
     fused: Callable[[Sequence[FusedStep]], None] | None = None
+    fused_rows: Callable[[FusedStep], Summing[None]] | None = None
 
     @property
     def needs_weight(self) -> bool:
@@ -146,6 +150,16 @@ class Recipe:
         update = gradient
         for transform in self.transforms:
             update = transform(update, state, context)
+        return self._scaled(update)
+
+    def summing(self, gradient: Tensor, state: State, context: Context) -> Summing[Tensor]:
+        """Return U for a rank's rows of a gradient (..., m, n), yielding sums over rows."""
+        update = gradient
+        for transform in self.transforms:
+            update = yield from transform.summing(update, state, context)
+        return self._scaled(update)
+
+    def _scaled(self, update: Tensor) -> Tensor:
         return update if self.scale == 1.0 else update * self.scale
 
 
