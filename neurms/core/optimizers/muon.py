@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from neurms.core.optimizers.base import Params, PreconditionedOptimizer
+from neurms.core.optimizers.base import Params
+from neurms.core.optimizers.in_backward import UpdateMode
+from neurms.core.optimizers.momentum_first import MomentumFirst
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.structures.one_sided_full import MUON_COEFFICIENTS, Orthogonalized
@@ -15,7 +17,7 @@ from neurms.core.transforms.shape_scale import ShapeScale, ShapeScaling
 __all__ = ["Muon"]
 
 
-class Muon(PreconditionedOptimizer):
+class Muon(MomentumFirst):
     """Momentum orthogonalised by Newton-Schulz: whitening with F ~ I (x) M from one sample.
 
     M <- mu M + (1 - mu) G ; R = (1 - mu) G + mu M (``nesterov``) or M ; W moves by -lr a(m, n) U
@@ -30,11 +32,18 @@ class Muon(PreconditionedOptimizer):
         coefficients: Its three coefficients.
         adjust_lr: a(m, n): ``"original"`` sqrt(max(1, m/n)), ``"match_rms_adamw"``
             .2 sqrt(max(m, n)), None 1.
+        update: ``"step"``, or ``"backward"``, without ``nesterov``: the backward of each
+            ``nn.Linear`` under the rule adds (1 - mu) D^T H to M, and no gradient of its weight is
+            formed, which saves that memory. The batch may come in parts. What acts on gradients
+            (clipping, a GradScaler, several ranks) is refused; see the guide.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
 
     Raises:
-        ValueError: A setting is out of its range.
-        TypeError: An unknown setting, or a parameter that is not real floating point.
+        ValueError: A setting is out of its range, or ``update="backward"`` meets ``nesterov`` or
+            no momentum.
+        TypeError: An unknown setting, a parameter that is not real floating point, or parameters
+            without their model for ``update="backward"``.
+        UnsupportedTrainingError: Several ranks train, and ``update="backward"``.
 
     Reference:
         Jordan et al., "Muon", 2024, as in torch.optim.Muon. Departures: float32 where that computes
@@ -64,6 +73,7 @@ class Muon(PreconditionedOptimizer):
         steps: int = 5,
         coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
         adjust_lr: ShapeScaling | None = "original",
+        update: UpdateMode = "step",
         **common: Unpack[CommonSettings],
     ) -> None:
         settings = {
@@ -74,7 +84,7 @@ class Muon(PreconditionedOptimizer):
             "coefficients": coefficients,
             "adjust_lr": adjust_lr,
         }
-        super().__init__(params, settings, common)
+        super().__init__(params, settings, common, update)
 
     @classmethod
     def recipe(cls, settings: Mapping[str, Any]) -> Recipe:

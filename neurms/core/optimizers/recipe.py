@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.structures.base import Context, State, Transform
+from neurms.core.transforms.momentum import Momentum
 
 __all__ = ["FusedStep", "Recipe"]
 
@@ -69,6 +70,7 @@ class Recipe:
         batched: Whether small matrices of the same shape are stacked and processed together.
         fused: The same step for several matrices in fewer passes over them and fewer calls; None
             where the transforms are the only way.
+        fused_tail: What follows the momentum, likewise; the momentum comes in the gradient's place.
     """
 
     transforms: tuple[Transform, ...]
@@ -77,6 +79,7 @@ class Recipe:
     decay_from: int = 1
     batched: bool = True
     fused: Callable[[Sequence[FusedStep]], None] | None = None
+    fused_tail: Callable[[Sequence[FusedStep]], None] | None = None
 
     @property
     def needs_weight(self) -> bool:
@@ -120,6 +123,17 @@ class Recipe:
         count = next((i for i, t in enumerate(self.transforms) if not t.row_local), 0)
         head = Recipe(self.transforms[:count], batched=False)
         return head, replace(self, transforms=self.transforms[count:])
+
+    @functools.cached_property
+    def momentum(self) -> Momentum:
+        """The transform that averages, of a recipe that has one."""
+        return next(t for t in self.transforms if isinstance(t, Momentum))
+
+    @functools.cached_property
+    def tail(self) -> Recipe:
+        """What follows the momentum, for which M takes the gradient's place."""
+        after = self.transforms[self.transforms.index(self.momentum) + 1 :]
+        return replace(self, transforms=after, fused=self.fused_tail)
 
     def row_axes(self, matrix: Tensor) -> dict[str, int | None]:
         """Return which axis of each state tensor counts the rows of ``matrix`` (m, n), or None."""

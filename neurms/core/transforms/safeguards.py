@@ -113,9 +113,13 @@ class TrustRatio(Transform):
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the rescaled update (..., m, n)."""
         assert context.weight is not None
-        weight = frobenius(context.weight, context)
-        ratio = _ratio(weight * self.trust_coefficient, frobenius(update, context))
-        return update * torch.where(ratio > 0, ratio, 1.0)[..., None, None]
+        norms = frobenius(context.weight, context), frobenius(update, context)
+        return update * self.ratio(*norms)[..., None, None]
+
+    def ratio(self, weight: Tensor, update: Tensor) -> Tensor:
+        """Return the factor (...) of an update, from the norms (...) of both."""
+        ratio = _ratio(weight * self.trust_coefficient, update)
+        return torch.where(ratio > 0, ratio, 1.0)
 
 
 @dataclass(frozen=True)
