@@ -479,7 +479,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             One row for each distinct parameter.
         """
         make: Callable[..., PreconditionedOptimizer] = cls
-        if not cls.needs_modules:
+        if not cls.needs_modules and settings.get("update") != "backward":
             return make(model, **settings).plan()
         # Constructing a rule that reads modules would put its taps on them.
         seen, groups = skeleton(model), settings.pop("groups", None)
