@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,15 @@ from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import Route
 from neurms.core.structures.base import Context
 
-__all__ = ["BATCH_LIMIT", "RecipeMover", "batches", "is_fused", "updates_of"]
+__all__ = [
+    "BATCH_LIMIT",
+    "RecipeMover",
+    "are_many",
+    "batches",
+    "is_fused",
+    "rows_state",
+    "updates_of",
+]
 
 BATCH_LIMIT = 1 << 15
 """Elements below which equal matrices are stacked. Measured on twelve of them, one thread: at 64 x
@@ -53,10 +61,12 @@ class RecipeMover(Mover):
 
     def move(self, views: Sequence[View]) -> None:
         """Move large matrices by fused forms, those of a recipe in one call, then all others."""
+        self._by_transforms(self._by_fused(views, are_many(views)))
+
+    def _by_fused(self, views: Sequence[View], many: bool) -> list[View]:
+        """Move what a fused form serves, small matrices if they are many; return all others."""
         fused: dict[int, list[tuple[View, Tensor, FusedStep]]] = {}
         rest: list[View] = []
-        # Small matrices that are many.
-        many = sum([view.parameter.numel() for view in views]) >= LEAST_ELEMENTS
         for view in views:
             recipe = view.recipe
             small = many and recipe.fused is not None and not view.sharded
@@ -71,7 +81,7 @@ class RecipeMover(Mover):
                 fused.setdefault(id(recipe), []).append((view, *step))
         for alike in fused.values():
             _take(alike)
-        self._by_transforms(rest)
+        return rest
 
     def _moves_rows(self, view: View, recipe: Recipe) -> bool:
         """Move a sharded matrix by its rows here; return whether its recipe allows that."""
@@ -85,7 +95,8 @@ class RecipeMover(Mover):
             _take([(own, *step)])
         return True
 
-    def _by_transforms(self, views: Sequence[View]) -> None:
+    def _by_transforms(self, views: Sequence[View], stacked: Collection[int] = ()) -> None:
+        """Move matrices by their transforms; those of ``stacked`` indices also alone in a stack."""
         for recipe, alike in batches(views):
             for view in alike:
                 view.state["step"] += 1
@@ -95,10 +106,16 @@ class RecipeMover(Mover):
                 _, recipe = recipe.parts
             with span("scale", [view.parameter for view in batch]):
                 gradients = [view.matrix(view.gradient) for view in batch]
-                updates = updates_of(recipe, batch, gradients)
+                stack = len(batch) > 1 or batch[0].index in stacked
+                updates = updates_of(recipe, batch, gradients, stack=stack)
             for view, update in zip(batch, updates, strict=True):
                 with span("update", [view.parameter]):
                     view.move(recipe, update)
+
+
+def are_many(views: Sequence[View]) -> bool:
+    """Return whether matrices are many enough for fused forms where each by itself is small."""
+    return sum([view.parameter.numel() for view in views]) >= LEAST_ELEMENTS
 
 
 def is_fused(recipe: Recipe, parameter: Tensor) -> bool:
@@ -152,14 +169,26 @@ def batches(views: Sequence[View]) -> Iterator[tuple[Recipe, list[View]]]:
 
 
 def updates_of(
-    recipe: Recipe, batch: Sequence[View], gradients: Sequence[Tensor]
+    recipe: Recipe,
+    batch: Sequence[View],
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+    *,
+    stack: bool,
 ) -> Iterable[Tensor]:
-    """Run ``recipe`` on a batch and return one update matrix (m, n) for each view."""
+    """Run ``recipe`` on a batch and return one update matrix (m, n) for each view.
+
+    Args:
+        recipe: The recipe of all.
+        batch: The matrices.
+        gradients: What the recipe works on, (m, n) each.
+        weights: The weights, (m, n) each; None has the views find them, where they are needed.
+        stack: Whether to work on a stack, as for several; its products round in their own way.
+    """
     first = batch[0]
-    weights = None
-    if recipe.needs_weight:
+    if weights is None and recipe.needs_weight:
         weights = [view.weight for view in batch]
-    if len(batch) == 1:
+    if not stack:
         context = first.context(weights[0] if weights else None)
         return [recipe.update(gradients[0], first.own_state, context)]
     tensors = [
@@ -167,7 +196,7 @@ def updates_of(
         for view in batch
     ]
     stacked = stack_states(tensors) if tensors[0] else {}
-    weight = torch.stack(weights) if weights else None
+    weight = torch.stack(list(weights)) if weights else None
     seeds = tuple(view.seed for view in batch)
     context = Context(first.state["step"], weight, seeds, shard=first.shard)
     updates = recipe.update(torch.stack(list(gradients)), stacked, context)
@@ -183,12 +212,20 @@ def _matrix_state(recipe: Recipe, like: Tensor, layout: Layout) -> dict[str, Ten
     Of a sharded parameter a rank keeps what belongs to its own rows for transforms that need no
     more, and for the others the state of the whole matrix, as every other rank does.
     """
-    shard = shard_for(recipe, like, layout)
     shape, dtype = layout.matrix_shape, compute_dtype(like)
     whole = torch.empty(shape, dtype=dtype, device=like.device)
-    if shard is None:
+    if shard_for(recipe, like, layout) is None:
         return recipe.init(whole)
-    head, rest = (recipe, None) if recipe.row_local else recipe.parts
-    rows = whole.new_empty((shard.rows, shape[1]))
-    own = wrapped_rows(head.init(rows), head.row_axes(rows), like, shard.total)
-    return own if rest is None else own | rest.init(whole)
+    own = rows_state(recipe, like, layout)
+    return own if recipe.row_local else own | recipe.parts[1].init(whole)
+
+
+def rows_state(recipe: Recipe, like: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return fresh state of the transforms that work on this rank's rows alone, none for none."""
+    shard = shard_for(recipe, like, layout)
+    if shard is None:
+        return {}
+    head = recipe if recipe.row_local else recipe.parts[0]
+    shape = (shard.rows, layout.matrix_shape[1])
+    rows = torch.empty(shape, dtype=compute_dtype(like), device=like.device)
+    return wrapped_rows(head.init(rows), head.row_axes(rows), like, shard.total)

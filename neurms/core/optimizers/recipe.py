@@ -69,6 +69,7 @@ class Recipe:
         batched: Whether small matrices of the same shape are stacked and processed together.
         fused: The same step for several matrices in fewer passes over them and fewer calls; None
             where the transforms are the only way.
+        by_rows: Whether a rank may work on its own rows alone, where every transform can.
     """
 
     transforms: tuple[Transform, ...]
@@ -77,6 +78,7 @@ class Recipe:
     decay_from: int = 1
     batched: bool = True
     fused: Callable[[Sequence[FusedStep]], None] | None = None
+    by_rows: bool = True
 
     @property
     def needs_weight(self) -> bool:
@@ -85,8 +87,8 @@ class Recipe:
 
     @property
     def row_local(self) -> bool:
-        """Whether a rank's own rows of a matrix are enough for every transform."""
-        return all(transform.row_local for transform in self.transforms)
+        """Whether a rank works on its own rows alone, which are enough for every transform."""
+        return self.by_rows and all(transform.row_local for transform in self.transforms)
 
     @functools.cached_property
     def any_scale(self) -> bool:
