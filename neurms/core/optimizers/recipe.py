@@ -74,6 +74,7 @@ class Recipe:
         fused_rows: The same for a rank's rows of a matrix, which yields what it sums over rows;
             None where ``fused`` sums nothing.
         fused_tail: What follows the momentum, likewise; the momentum comes in the gradient's place.
+        by_rows: Whether a rank may work on its own rows alone, where every transform can.
     """
 
     transforms: tuple[Transform, ...]
@@ -84,6 +85,7 @@ class Recipe:
     fused: Callable[[Sequence[FusedStep]], None] | None = None
     fused_rows: Callable[[FusedStep], Summing[None]] | None = None
     fused_tail: Callable[[Sequence[FusedStep]], None] | None = None
+    by_rows: bool = True
 
     @property
     def needs_weight(self) -> bool:
@@ -92,8 +94,8 @@ class Recipe:
 
     @property
     def row_local(self) -> bool:
-        """Whether a rank's own rows of a matrix are enough for every transform."""
-        return all(transform.row_local for transform in self.transforms)
+        """Whether a rank works on its own rows alone, which are enough for every transform."""
+        return self.by_rows and all(transform.row_local for transform in self.transforms)
 
     @functools.cached_property
     def any_scale(self) -> bool:
