@@ -82,3 +82,30 @@ def test_a_whole_state_of_owners(pool: Ranks, rule: str) -> None:
     settings = {"distribute": "owner"}
     for answer in pool.run(2, checkpointing.full_states, rule=rule, settings=settings):
         assert_same(answer["state"], answer["full"])
+
+
+SHARED = {
+    "alice": {"rank": 6, "leading": 2, "interval": 2},
+    "eigen_adam": {"interval": 2},
+    "muon": {},
+    "shampoo": {"interval": 2, "merge_dims": False},
+    "shared_basis": {"lr": 0.01, "rank": 6},
+    "soap": {"interval": 2},
+}
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("rule", SHARED)
+def test_four_ranks_have_about_a_quarter_each(pool: Ranks, rule: str, wrap: str) -> None:
+    """State, and the operations of the steps: of products, and n^3 for each factorization."""
+    settings = SHARED[rule] | {"distribute": "owner"}
+    alone = owning.shares(0, 1, rule=rule, settings=settings, wrap="none")
+    found = pool.run(4, owning.shares, rule=rule, settings=settings, wrap=wrap)
+    print(
+        rule, wrap, [round(one[k] / alone[k], 3) for k in ("bytes", "operations") for one in found]
+    )
+    for one in found:
+        assert one["bytes"] == one["planned"] <= 0.30 * alone["bytes"]
+        assert one["operations"] <= 0.35 * alone["operations"]
+    total = sum(one["operations"] for one in found)
+    assert total >= 0.999 * alone["operations"] > 0, "what nobody does would be a small share too"
