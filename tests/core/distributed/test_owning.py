@@ -10,8 +10,9 @@ import torch
 
 import neurms
 from neurms.core.optimizers.registry import is_torch
-from tests.core.distributed import checkpointing, owning, trainings
+from tests.core.distributed import checkpointing, counting, owning, trainings
 from tests.core.distributed.ranks import Ranks
+from tests.core.distributed.test_traffic import MATRICES
 from tests.core.distributed.test_trainings import RULES
 from tests.core.unitwise.neurms_models import assert_same
 
@@ -109,3 +110,21 @@ def test_four_ranks_have_about_a_quarter_each(pool: Ranks, rule: str, wrap: str)
         assert one["operations"] <= 0.35 * alone["operations"]
     total = sum(one["operations"] for one in found)
     assert total >= 0.999 * alone["operations"] > 0, "what nobody does would be a small share too"
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", pytest.param("hsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rule", ["muon", "soap", "lamb", "racs", "alice"])
+def test_what_is_sent_was_predicted(pool: Ranks, rule: str, wrap: str) -> None:
+    settings = settings_of(rule) | {"distribute": "owner"}
+    ranks = 4 if wrap == "hsdp" else 2
+    found = pool.run(ranks, counting.calls, rule=rule, settings=settings, wrap=wrap)
+    for one in found:
+        assert one["step"] == one["predicted"]
+        assert [kind for kind, _ in one["step"]] == [kind for kind, _ in found[0]["step"]]
+    if wrap == "ddp":
+        sizes = [size for kind, size in found[0]["step"] if kind == "broadcast"]
+        assert sum(sizes) == 4 * sum(m * n for m, n in MATRICES), "each weight once"
+    if wrap == "fsdp":
+        sent = sum(size for one in found for kind, size in one["step"] if kind == "all-to-all")
+        read = 3 if rule == "lamb" else 2
+        assert sent == 4 * read * sum(m * n for m, n in MATRICES), "there and back"
