@@ -15,6 +15,7 @@ from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
+from neurms.core.optimizers.sharing import refuse_division
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Head, Route
 from neurms.core.structures.unit_feature import Clip
@@ -206,6 +207,7 @@ class NeuRMS(PreconditionedOptimizer):
                 "itself, with parameter groups beside it as groups=[...], or, where nobody has it "
                 '(ZeroRedundancyOptimizer), variant="P"'
             )
+        refuse_division(self.rule, common.get("distribute", "auto"))
         settings = {
             "lr": lr,
             "variant": variant,

@@ -83,6 +83,7 @@ def test_a_whole_state_of_owners(pool: Ranks, rule: str) -> None:
     settings = {"distribute": "owner"}
     for answer in pool.run(2, checkpointing.full_states, rule=rule, settings=settings):
         assert_same(answer["state"], answer["full"])
+        assert_same(answer["state"], answer["again"])
 
 
 SHARED = {
