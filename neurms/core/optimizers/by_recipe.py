@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,22 @@ from neurms.core.ground.layout import Layout
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import local, placement_of, wrapped_rows
 from neurms.core.ground.spans import is_observed, span
+from neurms.core.ground.sums import Summing, together
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.recipe import FusedStep, Recipe, stack_states
 from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import Route
-from neurms.core.structures.base import Context
+from neurms.core.structures.base import Context, State
 
-__all__ = ["BATCH_LIMIT", "RecipeMover", "batches", "is_fused", "updates_of"]
+__all__ = [
+    "BATCH_LIMIT",
+    "RecipeMover",
+    "are_many",
+    "batches",
+    "by_rows",
+    "rows_state",
+    "updates_of",
+]
 
 BATCH_LIMIT = 1 << 15
 """Elements below which equal matrices are stacked. Measured on twelve of them, one thread: at 64 x
@@ -52,40 +61,33 @@ class RecipeMover(Mover):
         return {"step": 0, **_matrix_state(self._recipe_of(group), like, route.layout)}
 
     def move(self, views: Sequence[View]) -> None:
-        """Move large matrices by fused forms, those of a recipe in one call, then all others."""
+        """Move sharded matrices by rows, whole ones by fused forms in one call, then all others."""
+        self._by_transforms(self._by_fused(views, are_many(views)))
+
+    def _by_fused(self, views: Sequence[View], many: bool) -> list[View]:
+        """Move what rows or a fused form serve, small matrices if they are many; return others."""
         fused: dict[int, list[tuple[View, Tensor, FusedStep]]] = {}
+        rows: list[View] = []
         rest: list[View] = []
-        # Small matrices that are many.
-        many = sum([view.parameter.numel() for view in views]) >= LEAST_ELEMENTS
         for view in views:
             recipe = view.recipe
-            small = many and recipe.fused is not None and not view.sharded
-            if not small and not is_fused(recipe, view.parameter):
-                rest.append(view)
-            elif view.sharded:
-                if not self._moves_rows(view, recipe):
-                    rest.append(view)
-            elif (step := _fused_step(view)) is None:
+            if view.sharded:
+                (rows if by_rows(recipe, view) else rest).append(view)
+            elif (
+                recipe.fused is None
+                or not (many or _is_large(view.parameter))
+                or (step := _fused_step(view)) is None
+            ):
                 rest.append(view)
             else:
                 fused.setdefault(id(recipe), []).append((view, *step))
+        _move_rows(rows)
         for alike in fused.values():
             _take(alike)
-        self._by_transforms(rest)
+        return rest
 
-    def _moves_rows(self, view: View, recipe: Recipe) -> bool:
-        """Move a sharded matrix by its rows here; return whether its recipe allows that."""
-        if not recipe.row_local or shard_for(recipe, view.parameter, view.route.layout) is None:
-            return False
-        own = view.placed(recipe)
-        if (step := _fused_step(own)) is None:
-            # A rank without rows sums along with the others, in the same order as they.
-            self._by_transforms([view])
-        else:
-            _take([(own, *step)])
-        return True
-
-    def _by_transforms(self, views: Sequence[View]) -> None:
+    def _by_transforms(self, views: Sequence[View], stacked: Collection[int] = ()) -> None:
+        """Move matrices by their transforms; those of ``stacked`` indices also alone in a stack."""
         for recipe, alike in batches(views):
             for view in alike:
                 view.state["step"] += 1
@@ -95,15 +97,27 @@ class RecipeMover(Mover):
                 _, recipe = recipe.parts
             with span("scale", [view.parameter for view in batch]):
                 gradients = [view.matrix(view.gradient) for view in batch]
-                updates = updates_of(recipe, batch, gradients)
+                stack = len(batch) > 1 or batch[0].index in stacked
+                work = updates_of(recipe, batch, gradients, stack=stack)
+                updates = batch[0].context().finished(work)
             for view, update in zip(batch, updates, strict=True):
                 with span("update", [view.parameter]):
                     view.move(recipe, update)
 
 
-def is_fused(recipe: Recipe, parameter: Tensor) -> bool:
-    """Return whether a matrix is, by itself, large enough for the recipe's fused form."""
-    return recipe.fused is not None and parameter.numel() >= BATCH_LIMIT
+def by_rows(recipe: Recipe, view: View) -> bool:
+    """Return whether a recipe moves a sharded matrix by the rows that each rank has of it."""
+    return recipe.row_local and shard_for(recipe, view.parameter, view.route.layout) is not None
+
+
+def are_many(views: Sequence[View]) -> bool:
+    """Return whether matrices are many enough for fused forms where each by itself is small."""
+    return sum([view.parameter.numel() for view in views]) >= LEAST_ELEMENTS
+
+
+def _is_large(parameter: Tensor) -> bool:
+    """Return whether a matrix is, by itself, large enough for a fused form."""
+    return parameter.numel() >= BATCH_LIMIT
 
 
 def _fused_step(view: View) -> tuple[Tensor, FusedStep] | None:
@@ -134,6 +148,44 @@ def _take(steps: Sequence[tuple[View, Tensor, FusedStep]]) -> None:
                 view.written(target)
 
 
+def _move_rows(views: Sequence[View]) -> None:
+    """Move the rows that are here of sharded matrices, which sum over rows all together."""
+    works = []
+    for recipe, alike in batches(views):
+        batch = [view.placed(recipe) for view in alike]
+        shard = batch[0].shard
+        assert shard is not None
+        works.append((_rows_moved(recipe, batch), shard))
+    if works:
+        # Who measures has ranks send no more than they do otherwise.
+        with span("update", [view.parameter for view in views]):
+            together(works)
+
+
+def _rows_moved(recipe: Recipe, batch: Sequence[View]) -> Summing[None]:
+    """Move one large matrix by its fused form where that serves, else by transforms.
+
+    A rank without rows has no fused step, and sums along with the others by transforms.
+    """
+    view = batch[0]
+    fused = recipe.fused is not None and _is_large(view.parameter)
+    step = _fused_step(view) if fused else None
+    if step is None:
+        for own in batch:
+            own.state["step"] += 1
+        gradients = [own.matrix(own.gradient) for own in batch]
+        updates = yield from updates_of(recipe, batch, gradients, stack=len(batch) > 1)
+        for own, update in zip(batch, updates, strict=True):
+            own.move(recipe, update)
+        return
+    target, call = step
+    if recipe.fused_rows is not None:
+        yield from recipe.fused_rows(call)
+    elif recipe.fused is not None:
+        recipe.fused([call])
+    view.written(target)
+
+
 def batches(views: Sequence[View]) -> Iterator[tuple[Recipe, list[View]]]:
     """Yield runs of views that one call of their recipe may process together."""
     stacks: dict[Any, list[View]] = {}
@@ -152,29 +204,48 @@ def batches(views: Sequence[View]) -> Iterator[tuple[Recipe, list[View]]]:
 
 
 def updates_of(
-    recipe: Recipe, batch: Sequence[View], gradients: Sequence[Tensor]
-) -> Iterable[Tensor]:
-    """Run ``recipe`` on a batch and return one update matrix (m, n) for each view."""
+    recipe: Recipe,
+    batch: Sequence[View],
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+    *,
+    stack: bool,
+) -> Summing[Iterable[Tensor]]:
+    """Run ``recipe`` on a batch and return one update matrix (m, n) for each view.
+
+    Args:
+        recipe: The recipe of all.
+        batch: The matrices.
+        gradients: What the recipe works on, (m, n) each.
+        weights: The weights, (m, n) each; None has the views find them, where they are needed.
+        stack: Whether to work on a stack, as for several; its products round in their own way.
+    """
     first = batch[0]
-    weights = None
-    if recipe.needs_weight:
+    run = _whole if first.shard is None else Recipe.summing
+    if weights is None and recipe.needs_weight:
         weights = [view.weight for view in batch]
-    if len(batch) == 1:
+    if not stack:
         context = first.context(weights[0] if weights else None)
-        return [recipe.update(gradients[0], first.own_state, context)]
+        return [(yield from run(recipe, gradients[0], first.own_state, context))]
     tensors = [
         {k: local(v) for k, v in view.state.items() if isinstance(v, Tensor) and k != "master"}
         for view in batch
     ]
     stacked = stack_states(tensors) if tensors[0] else {}
-    weight = torch.stack(weights) if weights else None
+    weight = torch.stack(list(weights)) if weights else None
     seeds = tuple(view.seed for view in batch)
     context = Context(first.state["step"], weight, seeds, shard=first.shard)
-    updates = recipe.update(torch.stack(list(gradients)), stacked, context)
+    updates = yield from run(recipe, torch.stack(list(gradients)), stacked, context)
     for position, state in enumerate(tensors):
         for key, value in state.items():
             value.copy_(stacked[key][position])
     return updates.unbind(0)
+
+
+def _whole(recipe: Recipe, gradient: Tensor, state: State, context: Context) -> Summing[Tensor]:
+    """Run a recipe on whole matrices, by calls that a profiler sees."""
+    yield from ()
+    return recipe.update(gradient, state, context)
 
 
 def _matrix_state(recipe: Recipe, like: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -183,12 +254,20 @@ def _matrix_state(recipe: Recipe, like: Tensor, layout: Layout) -> dict[str, Ten
     Of a sharded parameter a rank keeps what belongs to its own rows for transforms that need no
     more, and for the others the state of the whole matrix, as every other rank does.
     """
-    shard = shard_for(recipe, like, layout)
     shape, dtype = layout.matrix_shape, compute_dtype(like)
     whole = torch.empty(shape, dtype=dtype, device=like.device)
-    if shard is None:
+    if shard_for(recipe, like, layout) is None:
         return recipe.init(whole)
-    head, rest = (recipe, None) if recipe.row_local else recipe.parts
-    rows = whole.new_empty((shard.rows, shape[1]))
-    own = wrapped_rows(head.init(rows), head.row_axes(rows), like, shard.total)
-    return own if rest is None else own | rest.init(whole)
+    own = rows_state(recipe, like, layout)
+    return own if recipe.row_local else own | recipe.parts[1].init(whole)
+
+
+def rows_state(recipe: Recipe, like: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return fresh state of the transforms that work on this rank's rows alone, none for none."""
+    shard = shard_for(recipe, like, layout)
+    if shard is None:
+        return {}
+    head = recipe if recipe.row_local else recipe.parts[0]
+    shape = (shard.rows, layout.matrix_shape[1])
+    rows = torch.empty(shape, dtype=compute_dtype(like), device=like.device)
+    return wrapped_rows(head.init(rows), head.row_axes(rows), like, shard.total)

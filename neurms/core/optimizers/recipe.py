@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.sums import Summing
 from neurms.core.structures.base import Context, State, Transform
 from neurms.core.transforms.momentum import Momentum
 
@@ -70,7 +71,10 @@ class Recipe:
         batched: Whether small matrices of the same shape are stacked and processed together.
         fused: The same step for several matrices in fewer passes over them and fewer calls; None
             where the transforms are the only way.
+        fused_rows: The same for a rank's rows of a matrix, which yields what it sums over rows;
+            None where ``fused`` sums nothing.
         fused_tail: What follows the momentum, likewise; the momentum comes in the gradient's place.
+        by_rows: Whether a rank may work on its own rows alone, where every transform can.
     """
 
     transforms: tuple[Transform, ...]
@@ -79,7 +83,9 @@ class Recipe:
     decay_from: int = 1
     batched: bool = True
     fused: Callable[[Sequence[FusedStep]], None] | None = None
+    fused_rows: Callable[[FusedStep], Summing[None]] | None = None
     fused_tail: Callable[[Sequence[FusedStep]], None] | None = None
+    by_rows: bool = True
 
     @property
     def needs_weight(self) -> bool:
@@ -88,8 +94,8 @@ class Recipe:
 
     @property
     def row_local(self) -> bool:
-        """Whether a rank's own rows of a matrix are enough for every transform."""
-        return all(transform.row_local for transform in self.transforms)
+        """Whether a rank works on its own rows alone, which are enough for every transform."""
+        return self.by_rows and all(transform.row_local for transform in self.transforms)
 
     @functools.cached_property
     def any_scale(self) -> bool:
@@ -160,6 +166,16 @@ class Recipe:
         update = gradient
         for transform in self.transforms:
             update = transform(update, state, context)
+        return self._scaled(update)
+
+    def summing(self, gradient: Tensor, state: State, context: Context) -> Summing[Tensor]:
+        """Return U for a rank's rows of a gradient (..., m, n), yielding sums over rows."""
+        update = gradient
+        for transform in self.transforms:
+            update = yield from transform.summing(update, state, context)
+        return self._scaled(update)
+
+    def _scaled(self, update: Tensor) -> Tensor:
         return update if self.scale == 1.0 else update * self.scale
 
 

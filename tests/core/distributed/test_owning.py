@@ -1,0 +1,84 @@
+"""One owner for each matrix: the weights of replicas bit for bit, a part of the work and state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import neurms
+from neurms.core.optimizers.registry import is_torch
+from tests.core.distributed import checkpointing, owning, trainings
+from tests.core.distributed.ranks import Ranks
+from tests.core.distributed.test_trainings import RULES
+from tests.core.unitwise.neurms_models import assert_same
+
+ALL = [name for name in neurms.available() if not is_torch(name) and name != "neurms"]
+
+
+def settings_of(rule: str) -> dict[str, Any]:
+    return dict(RULES[rule][1]) if rule in RULES else dict(trainings.NEEDS.get(rule, {}))
+
+
+def assert_forms_agree(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        assert_same(one["owner"]["weights"], found[0]["replicate"]["weights"])
+        assert one["owner"]["local_bytes"] == one["owner"]["planned_bytes"]
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("rule", ALL)
+def test_owners_make_what_replicas_make(pool: Ranks, rule: str, wrap: str) -> None:
+    job = {"rule": rule, "settings": settings_of(rule), "wrap": wrap}
+    assert_forms_agree(pool.run(2, owning.forms, **job))
+
+
+DIVIDED = ["soap", "shampoo", "alice", "muon", "eigen_adam", "shared_basis"]
+REPEATABLE = {"shampoo", "alice", "muon", "shared_basis"}
+"""The others make directions of rounding here, which differs with the number of ranks."""
+
+
+def assert_goes_on(rule: str, found: list[Any], wanted: list[Any], *, alike: bool) -> None:
+    for one in found:
+        assert_same(one["kept"], wanted[0]["kept"])
+        assert_same(one["weights"], found[0]["weights"])
+    if alike:
+        # DDP sums its first gradients in other buckets than later ones, and so in another order.
+        assert_same(found[0]["weights"], wanted[0]["weights"])
+        assert_same(found[0]["state"], wanted[0]["state"])
+    elif rule in REPEATABLE:
+        for a, b in zip(found[0]["weights"], wanted[0]["weights"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("rule", DIVIDED)
+def test_checkpoints_of_owners_go_on_anywhere(
+    pool: Ranks, rule: str, wrap: str, tmp_path: Path
+) -> None:
+    """Saved on four; loaded on one, two and three, by owners and by replicas, and back."""
+    first = {"rule": rule, "folder": str(tmp_path / "first")}
+    owner, replica = (settings_of(rule) | {"distribute": form} for form in ("owner", "replicate"))
+    wanted = pool.run(4, checkpointing.save, **first, settings=owner, wrap=wrap)
+    for ranks, settings, way in (
+        (4, owner, wrap),
+        (1, owner, "none"),
+        (2, replica, wrap),
+        (3, owner, "fsdp" if wrap == "ddp" else "ddp"),
+    ):
+        found = pool.run(ranks, checkpointing.resume, **first, settings=settings, wrap=way)
+        assert_goes_on(rule, found, wanted, alike=ranks == 4 and wrap == "fsdp")
+    # One process's checkpoint, which owners divide.
+    second = {"rule": rule, "folder": str(tmp_path / "second")}
+    alone = pool.run(1, checkpointing.save, **second, settings=replica, wrap="none")
+    found = pool.run(3, checkpointing.resume, **second, settings=owner, wrap=wrap)
+    assert_goes_on(rule, found, alone, alike=False)
+
+
+@pytest.mark.parametrize("rule", ["soap", "muon"])
+def test_a_whole_state_of_owners(pool: Ranks, rule: str) -> None:
+    settings = {"distribute": "owner"}
+    for answer in pool.run(2, checkpointing.full_states, rule=rule, settings=settings):
+        assert_same(answer["state"], answer["full"])
