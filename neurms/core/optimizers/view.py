@@ -47,7 +47,7 @@ class View:
         shard: Which rows of a sharded matrix the rule works on here; None is the whole of it.
         begun: Whether the recipe's row-local beginning has been through the gradient already.
         recipe: What its mover makes of its settings, once a step has asked.
-        bound: The largest magnitude that its gradient may have; until its mover says, any finite one.
+        bound: The largest magnitude that its gradient may have; until a mover says, any finite one.
     """
 
     index: int
