@@ -71,6 +71,9 @@ CASES: dict[str, Case] = {
             *([0.1], [0.9], 0.9, False, 1e-35),
         )
     ),
+    "row_normalized_moves_": Case(
+        lambda g: ([like(g, 3)], [like(g, 4) * magnitude(g)], [0.1], [0.9], 1e-35)
+    ),
     "square_sums": Case(lambda g: ([g, g[:5]],)),
     "gradient_factors": Case(
         lambda g: (
