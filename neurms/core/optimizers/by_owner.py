@@ -62,6 +62,9 @@ class OwnerMover(RecipeMover):
 
     def move(self, views: Sequence[View]) -> None:
         """Move matrices of one crew after the other, and first those that have no owner."""
+        if not self._sharing.is_divided:
+            super().move(views)
+            return
         crews: dict[Crew, list[View]] = {}
         rest = []
         for view in views:

@@ -40,11 +40,12 @@ class FallbackMover(Mover):
 
 def _move(views: Sequence[View], group: Mapping[str, Any]) -> None:
     targets = [view.target() for view in views]
+    gradients = [local(view.gradient) if view.sharded else view.gradient for view in views]
     adamw_update_(
         targets,
         [
-            g if (g := local(view.gradient)).dtype is view.dtype else g.to(view.dtype)
-            for view in views
+            g if g.dtype is view.dtype else g.to(view.dtype)
+            for view, g in zip(views, gradients, strict=True)
         ],
         [local_state(view.state) if view.sharded else view.state for view in views],
         lr=fallback_rate(group),
