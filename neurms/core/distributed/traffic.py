@@ -14,7 +14,8 @@ from neurms.core.distributed.exchange import Exchange
 from neurms.core.distributed.owner_traffic import of_owners, verdicts_of_owners
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import RowShard, mesh_of, placement_of, row_shard
-from neurms.core.optimizers.by_recipe import batches, is_fused
+from neurms.core.ground.sums import Summing, together
+from neurms.core.optimizers.by_recipe import batches, by_rows
 from neurms.core.optimizers.plan import meta_like
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.view import View, shard_for
@@ -63,19 +64,19 @@ def step_exchanges(optimizer: PreconditionedOptimizer) -> list[Exchange]:
         view.recipe = optimizer.recipe_of(view.group)
     owned = [view for view in ruled if optimizer.sharing.crew_of(view.parameter) is not None]
     own = [view for view in ruled if view.sharded and view not in owned]
-    # Fused steps come first.
-    own.sort(key=lambda view: not _moves_rows(view))
-    for recipe, batch in batches(own):
-        found += _of_batch(recipe, batch)
-    for rule in dict.fromkeys(view.rule for view in owned):
+    for rule in dict.fromkeys(view.rule for view in (*own, *owned)):
+        found += _of_rule([view for view in own if view.rule == rule])
         alike = [view for view in owned if view.rule == rule]
         found += of_owners(optimizer.sharing, alike, _of_beginning)
     return found + list(_lengths(views))
 
 
-def _moves_rows(view: View) -> bool:
-    recipe = view.recipe
-    return recipe is not None and is_fused(recipe, view.parameter) and recipe.row_local
+def _of_rule(views: list[View]) -> Iterator[Exchange]:
+    """Yield what matrices of a rule send: sums over rows of all together, then gathered ones."""
+    rows = [view for view in views if by_rows(view.recipe, view)]
+    yield from _sums(list(batches(rows)))
+    for recipe, batch in batches([view for view in views if view not in rows]):
+        yield from _gathered(recipe, batch)
 
 
 def _statistics(optimizer: PreconditionedOptimizer) -> Iterator[Exchange]:
@@ -95,15 +96,17 @@ def _statistics(optimizer: PreconditionedOptimizer) -> Iterator[Exchange]:
 
 
 def _moments(optimizer: NeuRMS, views: list[View]) -> Iterator[Exchange]:
-    """Yield what variant P sends: q, and the column sums with a bias's, of each matrix by rows."""
+    """Yield what variant P sends: q, and the column sums with a bias's, of matrices by rows."""
+    sizes: dict[Any, int] = {}
     for view in views:
         if view.rule != NeuRMS.rule or not view.sharded or view.parameter.ndim < 2:
             continue
         recipe = optimizer.recipe_of(view.group)
         bias = partner_of(view.route, optimizer.routes)
-        if shard_for(recipe, view.parameter, view.route.layout) is not None:
+        shard = shard_for(recipe, view.parameter, view.route.layout)
+        if shard is not None:
             size = 8 * (sum(view.route.layout.matrix_shape) + (bias is not None))
-            yield Exchange("all-reduce", size, f"sums over rows of {view.route.name}")
+            sizes[shard.group] = sizes.get(shard.group, 0) + size
             continue
         gathered = [view] if bias is None else [view, optimizer.view_of(bias.parameter)]
         for own in gathered:
@@ -112,6 +115,8 @@ def _moments(optimizer: NeuRMS, views: list[View]) -> Iterator[Exchange]:
         for own in gathered if view.group["momentum"] else ():
             size = _gathered_numbers(own.parameter) * compute_dtype(own.parameter).itemsize
             yield Exchange("all-gather", size, f"momentum of {own.route.name}")
+    for size in sizes.values():
+        yield Exchange("all-reduce", size, "sums over rows of all matrices")
 
 
 def _lengths(views: list[View]) -> Iterator[Exchange]:
@@ -139,44 +144,43 @@ def _verdicts(views: list[View]) -> Iterator[Exchange]:
             yield Exchange("all-reduce", 4 * count, "whether all gradients are finite")
 
 
-def _of_batch(recipe: Recipe, batch: list[View]) -> list[Exchange]:
-    first = batch[0]
-    shard = shard_for(recipe, first.parameter, first.route.layout)
-    if recipe.row_local and shard is not None:
-        return _sums(recipe, batch, shard)
+def _gathered(recipe: Recipe, batch: list[View]) -> Iterator[Exchange]:
+    shard = shard_for(recipe, batch[0].parameter, batch[0].route.layout)
     head, rest = recipe.parts if shard is not None else (None, recipe)
-    found = []
     for item in batch:
-        if head is not None and shard is not None:
-            found += _sums(head, [item], shard)
+        if head is not None:
+            yield from _sums([(head, [item])])
         dtype = item.parameter.dtype if head is None else compute_dtype(item.parameter)
         size = _gathered_numbers(item.parameter) * dtype.itemsize
-        found.append(Exchange("all-gather", size, f"gradient of {item.route.name}"))
+        yield Exchange("all-gather", size, f"gradient of {item.route.name}")
     if rest.needs_weight:
         for item in batch:
             size = _gathered_numbers(item.parameter) * item.parameter.element_size()
-            found.append(Exchange("all-gather", size, f"weight of {item.route.name}"))
-    return found
+            yield Exchange("all-gather", size, f"weight of {item.route.name}")
 
 
 def _of_beginning(head: Recipe, item: View) -> list[Exchange]:
-    shard = shard_for(head, item.parameter, item.route.layout)
-    assert shard is not None, "what begins by rows has rows"
-    return _sums(head, [item], shard)
+    return _sums([(head, [item])])
 
 
-def _sums(recipe: Recipe, batch: list[View], shard: RowShard) -> list[Exchange]:
-    """Run the recipe on tensors without storage, and write down what it sums over ranks."""
+def _sums(parts: list[tuple[Recipe, list[View]]]) -> list[Exchange]:
+    """Run recipes on tensors without storage, and write down what they sum over ranks."""
+    sent: list[int] = []
+    together([_work(recipe, batch, sent) for recipe, batch in parts])
+    return [Exchange("all-reduce", size, "sums over rows of all matrices") for size in sent]
+
+
+def _work(recipe: Recipe, batch: list[View], sent: list[int]) -> tuple[Summing[Tensor], RowShard]:
     item, count = batch[0], len(batch)
-    counting = _Counting(shard.start, shard.rows, shard.total, shard.group)
+    shard = row_shard(item.parameter, item.route.layout)
+    assert shard is not None, "only what is cut by rows is worked on by rows"
+    counting = _Counting(shard.start, shard.rows, shard.total, shard.group, sent)
     shape = (shard.rows, item.route.layout.matrix_shape[1])
     dtype = compute_dtype(item.parameter)
     matrix = torch.empty(shape if count == 1 else (count, *shape), dtype=dtype, device="meta")
     weight = torch.empty_like(matrix) if recipe.needs_weight else None
     context = Context(1, weight, tuple(i.seed for i in batch), shard=counting)
-    recipe.update(matrix, recipe.init(matrix), context)
-    names = ", ".join(i.route.name for i in batch)
-    return [Exchange("all-reduce", size, f"sums over rows of {names}") for size in counting.sent]
+    return recipe.summing(matrix, recipe.init(matrix), context), counting
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if group["rule"] == FALLBACK:
             return routes
         recipe = self.recipe_of(group)
-        self.sharing.check(routes, group, recipe)
+        self.sharing.check(routes, recipe, self.mover_of(group["rule"]))
         return [movable(route, recipe.least_units, recipe.least_features) for route in routes]
 
     def route_parameters(
@@ -489,7 +489,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             One row for each distinct parameter.
         """
         make: Callable[..., PreconditionedOptimizer] = cls
-        if not cls.needs_modules:
+        if not cls.needs_modules and settings.get("update") != "backward":
             return make(model, **settings).plan()
         # Constructing a rule that reads modules would put its taps on them.
         seen, groups = skeleton(model), settings.pop("groups", None)

@@ -194,7 +194,8 @@ class _Turn:
                     read = [_matrix(view, weights[place[view.index]]) for view in alike]
                 stack = len(alike) > 1 or alike[0].index in self._stacked
                 try:
-                    updates = list(updates_of(recipe, alike, matrices, read, stack=stack))
+                    work = updates_of(recipe, alike, matrices, read, stack=stack)
+                    updates = list(alike[0].context().finished(work))
                 except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                     self._failed, updates = error, [torch.zeros_like(m) for m in matrices]
             for view, update in zip(alike, updates, strict=True):

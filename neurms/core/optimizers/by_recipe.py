@@ -13,18 +13,19 @@ from neurms.core.ground.layout import Layout
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import local, placement_of, wrapped_rows
 from neurms.core.ground.spans import is_observed, span
+from neurms.core.ground.sums import Summing, together
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.recipe import FusedStep, Recipe, stack_states
 from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import Route
-from neurms.core.structures.base import Context
+from neurms.core.structures.base import Context, State
 
 __all__ = [
     "BATCH_LIMIT",
     "RecipeMover",
     "are_many",
     "batches",
-    "is_fused",
+    "by_rows",
     "rows_state",
     "updates_of",
 ]
@@ -60,40 +61,30 @@ class RecipeMover(Mover):
         return {"step": 0, **_matrix_state(self._recipe_of(group), like, route.layout)}
 
     def move(self, views: Sequence[View]) -> None:
-        """Move large matrices by fused forms, those of a recipe in one call, then all others."""
+        """Move sharded matrices by rows, whole ones by fused forms in one call, then all others."""
         self._by_transforms(self._by_fused(views, are_many(views)))
 
     def _by_fused(self, views: Sequence[View], many: bool) -> list[View]:
-        """Move what a fused form serves, small matrices if they are many; return all others."""
+        """Move what rows or a fused form serve, small matrices if they are many; return others."""
         fused: dict[int, list[tuple[View, Tensor, FusedStep]]] = {}
+        rows: list[View] = []
         rest: list[View] = []
         for view in views:
             recipe = view.recipe
-            small = many and recipe.fused is not None and not view.sharded
-            if not small and not is_fused(recipe, view.parameter):
-                rest.append(view)
-            elif view.sharded:
-                if not self._moves_rows(view, recipe):
-                    rest.append(view)
-            elif (step := _fused_step(view)) is None:
+            if view.sharded:
+                (rows if by_rows(recipe, view) else rest).append(view)
+            elif (
+                recipe.fused is None
+                or not (many or _is_large(view.parameter))
+                or (step := _fused_step(view)) is None
+            ):
                 rest.append(view)
             else:
                 fused.setdefault(id(recipe), []).append((view, *step))
+        _move_rows(rows)
         for alike in fused.values():
             _take(alike)
         return rest
-
-    def _moves_rows(self, view: View, recipe: Recipe) -> bool:
-        """Move a sharded matrix by its rows here; return whether its recipe allows that."""
-        if not recipe.row_local or shard_for(recipe, view.parameter, view.route.layout) is None:
-            return False
-        own = view.placed(recipe)
-        if (step := _fused_step(own)) is None:
-            # A rank without rows sums along with the others, in the same order as they.
-            self._by_transforms([view])
-        else:
-            _take([(own, *step)])
-        return True
 
     def _by_transforms(self, views: Sequence[View], stacked: Collection[int] = ()) -> None:
         """Move matrices by their transforms; those of ``stacked`` indices also alone in a stack."""
@@ -107,10 +98,16 @@ class RecipeMover(Mover):
             with span("scale", [view.parameter for view in batch]):
                 gradients = [view.matrix(view.gradient) for view in batch]
                 stack = len(batch) > 1 or batch[0].index in stacked
-                updates = updates_of(recipe, batch, gradients, stack=stack)
+                work = updates_of(recipe, batch, gradients, stack=stack)
+                updates = batch[0].context().finished(work)
             for view, update in zip(batch, updates, strict=True):
                 with span("update", [view.parameter]):
                     view.move(recipe, update)
+
+
+def by_rows(recipe: Recipe, view: View) -> bool:
+    """Return whether a recipe moves a sharded matrix by the rows that each rank has of it."""
+    return recipe.row_local and shard_for(recipe, view.parameter, view.route.layout) is not None
 
 
 def are_many(views: Sequence[View]) -> bool:
@@ -118,9 +115,9 @@ def are_many(views: Sequence[View]) -> bool:
     return sum([view.parameter.numel() for view in views]) >= LEAST_ELEMENTS
 
 
-def is_fused(recipe: Recipe, parameter: Tensor) -> bool:
-    """Return whether a matrix is, by itself, large enough for the recipe's fused form."""
-    return recipe.fused is not None and parameter.numel() >= BATCH_LIMIT
+def _is_large(parameter: Tensor) -> bool:
+    """Return whether a matrix is, by itself, large enough for a fused form."""
+    return parameter.numel() >= BATCH_LIMIT
 
 
 def _fused_step(view: View) -> tuple[Tensor, FusedStep] | None:
@@ -151,6 +148,44 @@ def _take(steps: Sequence[tuple[View, Tensor, FusedStep]]) -> None:
                 view.written(target)
 
 
+def _move_rows(views: Sequence[View]) -> None:
+    """Move the rows that are here of sharded matrices, which sum over rows all together."""
+    works = []
+    for recipe, alike in batches(views):
+        batch = [view.placed(recipe) for view in alike]
+        shard = batch[0].shard
+        assert shard is not None
+        works.append((_rows_moved(recipe, batch), shard))
+    if works:
+        # Who measures has ranks send no more than they do otherwise.
+        with span("update", [view.parameter for view in views]):
+            together(works)
+
+
+def _rows_moved(recipe: Recipe, batch: Sequence[View]) -> Summing[None]:
+    """Move one large matrix by its fused form where that serves, else by transforms.
+
+    A rank without rows has no fused step, and sums along with the others by transforms.
+    """
+    view = batch[0]
+    fused = recipe.fused is not None and _is_large(view.parameter)
+    step = _fused_step(view) if fused else None
+    if step is None:
+        for own in batch:
+            own.state["step"] += 1
+        gradients = [own.matrix(own.gradient) for own in batch]
+        updates = yield from updates_of(recipe, batch, gradients, stack=len(batch) > 1)
+        for own, update in zip(batch, updates, strict=True):
+            own.move(recipe, update)
+        return
+    target, call = step
+    if recipe.fused_rows is not None:
+        yield from recipe.fused_rows(call)
+    elif recipe.fused is not None:
+        recipe.fused([call])
+    view.written(target)
+
+
 def batches(views: Sequence[View]) -> Iterator[tuple[Recipe, list[View]]]:
     """Yield runs of views that one call of their recipe may process together."""
     stacks: dict[Any, list[View]] = {}
@@ -175,7 +210,7 @@ def updates_of(
     weights: Sequence[Tensor] | None = None,
     *,
     stack: bool,
-) -> Iterable[Tensor]:
+) -> Summing[Iterable[Tensor]]:
     """Run ``recipe`` on a batch and return one update matrix (m, n) for each view.
 
     Args:
@@ -186,11 +221,12 @@ def updates_of(
         stack: Whether to work on a stack, as for several; its products round in their own way.
     """
     first = batch[0]
+    run = _whole if first.shard is None else Recipe.summing
     if weights is None and recipe.needs_weight:
         weights = [view.weight for view in batch]
     if not stack:
         context = first.context(weights[0] if weights else None)
-        return [recipe.update(gradients[0], first.own_state, context)]
+        return [(yield from run(recipe, gradients[0], first.own_state, context))]
     tensors = [
         {k: local(v) for k, v in view.state.items() if isinstance(v, Tensor) and k != "master"}
         for view in batch
@@ -199,11 +235,17 @@ def updates_of(
     weight = torch.stack(list(weights)) if weights else None
     seeds = tuple(view.seed for view in batch)
     context = Context(first.state["step"], weight, seeds, shard=first.shard)
-    updates = recipe.update(torch.stack(list(gradients)), stacked, context)
+    updates = yield from run(recipe, torch.stack(list(gradients)), stacked, context)
     for position, state in enumerate(tensors):
         for key, value in state.items():
             value.copy_(stacked[key][position])
     return updates.unbind(0)
+
+
+def _whole(recipe: Recipe, gradient: Tensor, state: State, context: Context) -> Summing[Tensor]:
+    """Run a recipe on whole matrices, by calls that a profiler sees."""
+    yield from ()
+    return recipe.update(gradient, state, context)
 
 
 def _matrix_state(recipe: Recipe, like: Tensor, layout: Layout) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ _LATER: Group = {
     "oversampling": 0,
     "iterations": 1,
     "norm_iterations": 8,
+    "precision": "float32",
 }
 """Settings that checkpoints of earlier releases do not have, and what held then."""
 

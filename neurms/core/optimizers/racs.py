@@ -9,10 +9,11 @@ from typing import Any, Unpack
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.errors import check_real
 from neurms.core.ground.spans import span
+from neurms.core.ground.sums import Summing
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import CommonSettings
-from neurms.core.structures.two_sided import Fit, TwoSidedDiagonal
+from neurms.core.structures.two_sided import Fit, Scales, TwoSidedDiagonal
 from neurms.core.transforms.safeguards import NormGrowthLimiter, growth_factor
 
 __all__ = ["RACS"]
@@ -95,6 +96,7 @@ class RACS(PreconditionedOptimizer):
             (structure, limiter),
             scale=alpha,
             fused=partial(_fused_steps, structure, limiter, alpha),
+            fused_rows=partial(_fused_rows, structure, limiter, alpha),
         )
 
 
@@ -109,8 +111,22 @@ def _fused_steps(
         made = structure.scales(
             [call.gradient for call in calls],
             [call.state for call in calls],
-            [call.context for call in calls],
+            [call.step for call in calls],
         )
+    _move(limiter, alpha, calls, made)
+
+
+def _fused_rows(
+    structure: TwoSidedDiagonal, limiter: NormGrowthLimiter, alpha: float, call: FusedStep
+) -> Summing[None]:
+    """Take the step of a rank's rows of a matrix."""
+    made = yield from structure.scaling(call.gradient, call.state, call.context)
+    _move(limiter, alpha, [call], [made])
+
+
+def _move(
+    limiter: NormGrowthLimiter, alpha: float, calls: Sequence[FusedStep], made: Sequence[Scales]
+) -> None:
     etas = [
         growth_factor(norm, call.state["phi"], limiter.gamma, call.step)
         for call, (_, _, norm) in zip(calls, made, strict=True)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.sums import Summing
 from neurms.core.structures.base import Context, State, Transform
+from neurms.core.transforms.momentum import Momentum
 
 __all__ = ["FusedStep", "Recipe"]
 
@@ -69,6 +71,9 @@ class Recipe:
         batched: Whether small matrices of the same shape are stacked and processed together.
         fused: The same step for several matrices in fewer passes over them and fewer calls; None
             where the transforms are the only way.
+        fused_rows: The same for a rank's rows of a matrix, which yields what it sums over rows;
+            None where ``fused`` sums nothing.
+        fused_tail: What follows the momentum, likewise; the momentum comes in the gradient's place.
         by_rows: Whether a rank may work on its own rows alone, where every transform can.
     """
 
@@ -78,6 +83,8 @@ class Recipe:
     decay_from: int = 1
     batched: bool = True
     fused: Callable[[Sequence[FusedStep]], None] | None = None
+    fused_rows: Callable[[FusedStep], Summing[None]] | None = None
+    fused_tail: Callable[[Sequence[FusedStep]], None] | None = None
     by_rows: bool = True
 
     @property
@@ -123,6 +130,17 @@ class Recipe:
         head = Recipe(self.transforms[:count], batched=False)
         return head, replace(self, transforms=self.transforms[count:])
 
+    @functools.cached_property
+    def momentum(self) -> Momentum:
+        """The transform that averages, of a recipe that has one."""
+        return next(t for t in self.transforms if isinstance(t, Momentum))
+
+    @functools.cached_property
+    def tail(self) -> Recipe:
+        """What follows the momentum, for which M takes the gradient's place."""
+        after = self.transforms[self.transforms.index(self.momentum) + 1 :]
+        return replace(self, transforms=after, fused=self.fused_tail)
+
     def row_axes(self, matrix: Tensor) -> dict[str, int | None]:
         """Return which axis of each state tensor counts the rows of ``matrix`` (m, n), or None."""
         m, n = matrix.shape
@@ -148,6 +166,16 @@ class Recipe:
         update = gradient
         for transform in self.transforms:
             update = transform(update, state, context)
+        return self._scaled(update)
+
+    def summing(self, gradient: Tensor, state: State, context: Context) -> Summing[Tensor]:
+        """Return U for a rank's rows of a gradient (..., m, n), yielding sums over rows."""
+        update = gradient
+        for transform in self.transforms:
+            update = yield from transform.summing(update, state, context)
+        return self._scaled(update)
+
+    def _scaled(self, update: Tensor) -> Tensor:
         return update if self.scale == 1.0 else update * self.scale
 
 

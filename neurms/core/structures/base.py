@@ -14,24 +14,29 @@ Contract, tested for every structure by ``neurms.testing.TransformContract``:
   that is how memory is predicted. Every state tensor starts with the matrix's batch axes.
 - Later calls change state in place only, and never write into the matrices they are given.
 - Matrices arrive as float32, or float64 for float64 parameters; results have the same dtype.
-- A ``row_local`` transform may be given a rank's rows of a matrix alone. What it sums over rows it
-  sums through :meth:`Context.summed`, equally often on every rank, and m is :meth:`Context.units`.
+- A ``row_local`` transform may be given a rank's rows of a matrix alone, and m is
+  :meth:`Context.units`. What it sums over rows it sums through :meth:`Context.summed`, or yields in
+  :meth:`Transform.summing`, which sends the sums of all matrices together; equally often on every
+  rank.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from neurms.core.ground.shards import RowShard
 from neurms.core.ground.spans import span
+from neurms.core.ground.sums import Summing, by_itself
 
 __all__ = ["Context", "Moments", "State", "Structure", "Transform"]
 
 State = dict[str, Tensor]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,10 @@ class Context:
         """Return a sum over this rank's rows summed over all rows, in place."""
         return tensor if self.shard is None else self.shard.sum_(tensor)
 
+    def finished(self, work: Summing[_T]) -> _T:
+        """Return what work on these matrices alone comes to that yields its sums over rows."""
+        return by_itself(work, self.summed)
+
     def units(self, matrix: Tensor) -> int:
         """Return m, the number of rows on all ranks."""
         return matrix.shape[-2] if self.shard is None else self.shard.total
@@ -107,6 +116,15 @@ class Transform(ABC):
     @abstractmethod
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the transformed update (..., m, n) and bring ``state`` up to date in place."""
+
+    def summing(self, update: Tensor, state: State, context: Context) -> Summing[Tensor]:
+        """Do what a call does, but yield sums over the rows that are here and be sent the whole.
+
+        Many matrices go through this side by side, so that what they send is one exchange. A
+        transform that sums over rows overrides it; of any other this is the call.
+        """
+        yield from ()
+        return self(update, state, context)
 
 
 class Structure(Transform):

@@ -17,6 +17,7 @@ from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.square_sums import square_sums
 from neurms.core.ground.errors import check_fraction, check_real
 from neurms.core.ground.spans import span
+from neurms.core.ground.sums import Summing
 from neurms.core.structures.base import Context, State, Structure
 
 __all__ = ["GradientMoments", "with_bias"]
@@ -85,6 +86,11 @@ class GradientMoments(Structure):
             left, right = self.scales(*self.sums(update), state, context)
         return self.averaged(update, state) * left[..., :, None] * right[..., None, :]
 
+    def summing(self, update: Tensor, state: State, context: Context) -> Summing[Tensor]:
+        """Do what a call does to a rank's rows, one sum over rows later."""
+        left, right = yield from self.scaling(*self.sums(update), state, context)
+        return self.averaged(update, state) * left[..., :, None] * right[..., None, :]
+
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
         """Average the gradient's sums of squares into ``q`` and ``s``, and the gradient into M."""
         self.averaged(gradient, state)
@@ -134,9 +140,16 @@ class GradientMoments(Structure):
             state["q"].copy_(q)
             state["s"].copy_(s)
             return left, right
+        return context.finished(self.scaling(rows, columns, state, context))
+
+    def scaling(
+        self, rows: Tensor, columns: Tensor, state: State, context: Context
+    ) -> Summing[tuple[Tensor, Tensor]]:
+        """Do what :meth:`scales` does to a rank's rows, one sum over rows later."""
+        assert context.shard is not None
         # One exchange instead of two: the rows of all ranks travel with the column sums.
         own = _placed(self._move(rows, state["q"]), context)
-        both = context.summed(torch.cat([own, columns.double()], -1))
+        both = yield torch.cat([own, columns.double()], -1)
         squares, columns = both.split([context.shard.total, columns.shape[-1]], -1)
         return self._factors(squares, self._move(columns, state["s"]), state, context)
 

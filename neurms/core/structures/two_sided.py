@@ -15,11 +15,14 @@ from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales_
 from neurms.compiled.two_sided_once import fit_once, tracked_start, two_sided_once
 from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
+from neurms.core.ground.sums import Summing
 from neurms.core.structures.base import Context, State, Structure
 
-__all__ = ["Fit", "TwoSidedDiagonal"]
+__all__ = ["Fit", "Scales", "TwoSidedDiagonal"]
 
 Fit = Literal["power", "tracked", "sums"]
+Scales = tuple[Tensor, Tensor, Tensor]
+"""left (m,), right (n,), and ``||left_i G_ij right_j||``, 0-d."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,25 @@ class TwoSidedDiagonal(Structure):
 
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
         """Average this step's fit into ``q`` and ``s``."""
+        context.finished(self._observing(gradient, state, context))
+
+    def _observing(self, gradient: Tensor, state: State, context: Context) -> Summing[None]:
         tracked = self.fit == "tracked"
         if self.fit != "power" and context.shard is None:
             q, s = fit_once(gradient, state["s"], tracked)
         elif self.fit != "power":
-            q, s = _fit_once_over_ranks(gradient, state["s"], tracked, context)
+            q, s = yield from _fit_once_over_rows(gradient, state["s"], tracked, context)
         elif context.shard is None:
             q, s = two_sided_fit(gradient, self.iterations)
         else:
-            q, s = _fit_over_ranks(gradient, self.iterations, context)
+            q, s = yield from _fit_over_rows(gradient, self.iterations)
         state["q"].lerp_(q, 1.0 - self.beta)
         state["s"].lerp_(s, 1.0 - self.beta)
+
+    def summing(self, update: Tensor, state: State, context: Context) -> Summing[Tensor]:
+        """Observe the gradient, a sum over rows for each round, and return it preconditioned."""
+        yield from self._observing(update, state, context)
+        return self.precondition(update, state, context)
 
     def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
         """Return G_ij / sqrt(q_i s_j), shape (..., m, n)."""
@@ -98,17 +109,14 @@ class TwoSidedDiagonal(Structure):
         return left, _rsqrt(state["s"])
 
     def scales(
-        self, gradients: Sequence[Tensor], states: Sequence[State], contexts: Sequence[Context]
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Observe matrices G (m, n), and return the factors and the norm of each scaled G.
+        self, gradients: Sequence[Tensor], states: Sequence[State], steps: Sequence[int]
+    ) -> list[Scales]:
+        """Observe whole matrices G (m, n), and return the factors and the norm of each scaled G.
 
         Returns:
             What :meth:`factors` does, (m,) and (n,), and ``||left_i G_ij right_j||``, 0-d.
         """
-        if any(context.shard is not None for context in contexts):
-            each = zip(gradients, states, contexts, strict=True)
-            return [self._scales_over_ranks(*one) for one in each]
-        corrections = [self._correction(context.step) for context in contexts]
+        corrections = [self._correction(step) for step in steps]
         if self.fit == "power":
             return self._power_scales(gradients, states, corrections)
         q, s = [state["q"] for state in states], [state["s"] for state in states]
@@ -119,7 +127,7 @@ class TwoSidedDiagonal(Structure):
 
     def _power_scales(
         self, gradients: Sequence[Tensor], states: Sequence[State], corrections: Sequence[float]
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    ) -> list[Scales]:
         backend, size = current_backend(), sum(gradient.numel() for gradient in gradients)
         # Small matrices natively, too, where there are many.
         prompt = backend == "auto" and size >= LEAST_ELEMENTS
@@ -130,12 +138,12 @@ class TwoSidedDiagonal(Structure):
             for gradient, state, correction in zip(gradients, states, corrections, strict=True)
         ]
 
-    def _scales_over_ranks(
-        self, gradient: Tensor, state: State, context: Context
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        self.observe(gradient, state, context)
+    def scaling(self, gradient: Tensor, state: State, context: Context) -> Summing[Scales]:
+        """Observe a rank's rows of G, and return what :meth:`scales` does, left for the rows."""
+        yield from self._observing(gradient, state, context)
         left, right = self.factors(state, context.step)
-        return left, right, context.summed(scaled_square_sum(gradient, left, right)).sqrt()
+        square = yield scaled_square_sum(gradient, left, right)
+        return left, right, square.sqrt()
 
     def _correction(self, step: int) -> float:
         if not self.bias_correction:
@@ -145,18 +153,19 @@ class TwoSidedDiagonal(Structure):
         return math.sqrt(whole) if self.fit == "sums" else whole
 
 
-def _fit_over_ranks(gradient: Tensor, iterations: int, context: Context) -> tuple[Tensor, Tensor]:
+def _fit_over_rows(gradient: Tensor, iterations: int) -> Summing[tuple[Tensor, Tensor]]:
     """Fit q s^T as :func:`~neurms.compiled.two_sided.two_sided_fit` does, from a rank's rows of G.
 
     A round sends n + 1 numbers: (G.^2)^T q and ||q||^2 are sums over rows, the rest is at home.
+    Rounds cannot share one exchange: q of the next is made of sums over all rows. Only
+    (G.^2)^T G.^2 would serve them all, n^2 numbers, which is more than G where m < n.
     """
     squares = gradient.square()
     tiny = torch.finfo(squares.dtype).tiny
     q = squares.new_ones(squares.shape[:-1])
     for _ in range(iterations):
         products = (squares.mT @ q.unsqueeze(-1)).squeeze(-1)
-        own = torch.cat([products, q.square().sum(-1, keepdim=True)], -1)
-        sums = context.summed(own)
+        sums = yield torch.cat([products, q.square().sum(-1, keepdim=True)], -1)
         s = sums[..., :-1] / sums[..., -1:].clamp(min=tiny)
         # ||s||^2 underflows long before s does, so s enters normalised by its largest entry.
         peak = s.amax(-1, keepdim=True).clamp(min=tiny)
@@ -166,9 +175,9 @@ def _fit_over_ranks(gradient: Tensor, iterations: int, context: Context) -> tupl
     return q, s
 
 
-def _fit_once_over_ranks(
+def _fit_once_over_rows(
     gradient: Tensor, s: Tensor, tracked: bool, context: Context
-) -> tuple[Tensor, Tensor]:
+) -> Summing[tuple[Tensor, Tensor]]:
     """Fit as :func:`~neurms.compiled.two_sided_once.fit_once` does, from a rank's rows of G.
 
     It sends n numbers, and one more where ``tracked``, for ||q||^2.
@@ -176,15 +185,14 @@ def _fit_once_over_ranks(
     squares = gradient.square()
     if not tracked:
         # Divided first: a sum over all ranks could overflow where the mean does not.
-        total = context.summed(squares.sum(-2) / context.units(gradient))
+        total = yield squares.sum(-2) / context.units(gradient)
         return squares.mean(-1), total
     start = tracked_start(s)
     q = (squares @ start.unsqueeze(-1)).squeeze(-1) / start.square().sum(-1, keepdim=True)
     # In float64: a rank does not know by which of all rows to normalise.
     wide = q.double()
     products = (squares.mT.double() @ wide.unsqueeze(-1)).squeeze(-1)
-    own = torch.cat([products, wide.square().sum(-1, keepdim=True)], -1)
-    sums = context.summed(own)
+    sums = yield torch.cat([products, wide.square().sum(-1, keepdim=True)], -1)
     tiny = torch.finfo(torch.float64).tiny
     return q, (sums[..., :-1] / sums[..., -1:].clamp(min=tiny)).to(q.dtype)
 

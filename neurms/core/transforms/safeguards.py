@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from neurms.core.ground.errors import check_choice, check_real
+from neurms.core.ground.sums import Summing
 from neurms.core.structures.base import Context, State, Transform
 from neurms.core.structures.diagonal import Diagonal
-from neurms.core.structures.norms import frobenius
+from neurms.core.structures.norms import frobenius, norms_over_rows
 
 __all__ = [
     "CoupledDecay",
@@ -83,7 +84,12 @@ class NormGrowthLimiter(Transform):
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the limited update (..., m, n)."""
-        eta = growth_factor(frobenius(update, context), state["phi"], self.gamma, context.step)
+        return context.finished(self.summing(update, state, context))
+
+    def summing(self, update: Tensor, state: State, context: Context) -> Summing[Tensor]:
+        """Return the limited update (..., m, n), one sum over rows later."""
+        (norm,) = yield from norms_over_rows(context, update)
+        eta = growth_factor(norm, state["phi"], self.gamma, context.step)
         return update * eta[..., None, None]
 
 
@@ -112,10 +118,18 @@ class TrustRatio(Transform):
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the rescaled update (..., m, n)."""
+        return context.finished(self.summing(update, state, context))
+
+    def summing(self, update: Tensor, state: State, context: Context) -> Summing[Tensor]:
+        """Return the rescaled update (..., m, n), one sum over rows later."""
         assert context.weight is not None
-        weight = frobenius(context.weight, context)
-        ratio = _ratio(weight * self.trust_coefficient, frobenius(update, context))
-        return update * torch.where(ratio > 0, ratio, 1.0)[..., None, None]
+        norms = yield from norms_over_rows(context, context.weight, update)
+        return update * self.ratio(*norms)[..., None, None]
+
+    def ratio(self, weight: Tensor, update: Tensor) -> Tensor:
+        """Return the factor (...) of an update, from the norms (...) of both."""
+        ratio = _ratio(weight * self.trust_coefficient, update)
+        return torch.where(ratio > 0, ratio, 1.0)
 
 
 @dataclass(frozen=True)
@@ -189,7 +203,12 @@ class RootMeanSquareClip(Transform):
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Return the clipped update (..., m, n)."""
-        rms = frobenius(update, context) / math.sqrt(context.units(update) * update.shape[-1])
+        return context.finished(self.summing(update, state, context))
+
+    def summing(self, update: Tensor, state: State, context: Context) -> Summing[Tensor]:
+        """Return the clipped update (..., m, n), one sum over rows later."""
+        (norm,) = yield from norms_over_rows(context, update)
+        rms = norm / math.sqrt(context.units(update) * update.shape[-1])
         return update / (rms / self.clip).clamp(min=1.0)[..., None, None]
 
 

@@ -18,6 +18,7 @@ from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import is_sharded, local, own_part, row_shard, wrapped_rows
 from neurms.core.ground.spans import is_observed, span
+from neurms.core.ground.sums import together
 from neurms.core.optimizers.by_recipe import RecipeMover
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.view import View, shard_for
@@ -97,16 +98,37 @@ class GradientMover(RecipeMover):
         """Take the step of all layers: sums, factors and moves of each kind in one call."""
         backend = self._backend(views)
         alike: dict[GradientMoments, list[Layer]] = {}
+        cut: list[Layer] = []
         for layer in self.layers(views):
-            if layer.weight.sharded:
+            if layer.weight.shard is not None:
+                cut.append(layer)
+            elif layer.weight.sharded:
                 # At once: matrices that are gathered would all be whole together.
                 self.write([layer], self._scales([layer], layer.structure, backend), backend)
             else:
                 alike.setdefault(layer.structure, []).append(layer)
+        self._move_rows(cut, backend)
         for structure, own in alike.items():
             # Who measures wants each layer's time.
             for part in [[one] for one in own] if is_observed() else [own]:
                 self.write(part, self._scales(part, structure, backend), backend)
+
+    def _move_rows(self, layers: Sequence[Layer], backend: str) -> None:
+        """Move the rows that are here of sharded matrices, after one exchange for all of them."""
+        if not layers:
+            return
+        parameters = [view.parameter for layer in layers for view in layer.views]
+        with span("reduce", parameters):
+            sums = _sums_of(layers, backend)
+            works = []
+            for layer, own in zip(layers, sums, strict=True):
+                view, shard = layer.weight, layer.weight.shard
+                assert shard is not None
+                scaling = layer.structure.scaling(*own, view.own_state, view.context())
+                works.append((scaling, shard))
+            factors = together(works)
+        for layer, made in zip(layers, factors, strict=True):
+            self.write([layer], [made], backend)
 
     def layers(self, views: Sequence[View]) -> Iterable[Layer]:
         """Yield each matrix with its bias, its step counted."""
@@ -289,24 +311,16 @@ def scales(
     structure: GradientMoments,
     backend: str,
 ) -> list[Factors]:
-    """Bring the moments of layers up to date and return their factors, m and n (+ 1) of each."""
-    here = [i for i, layer in enumerate(layers) if layer.weight.shard is None]
-    made: dict[int, Factors] = {}
-    if here:
-        states = [layers[i].weight.state for i in here]
-        rows, columns = [sums[i][0] for i in here], [sums[i][1] for i in here]
-        kept = [state["q"] for state in states], [state["s"] for state in states]
-        corrections = [1.0 - structure.beta ** state["step"] for state in states]
-        q, s, left, right = gradient_factors.on(backend)(
-            rows, columns, *kept, corrections, structure.beta, structure.kappa
-        )
-        torch._foreach_copy_([*kept[0], *kept[1]], [*q, *s])
-        made = dict(zip(here, zip(left, right, strict=True), strict=True))
-    for i, layer in enumerate(layers):
-        if i not in made:
-            view = layer.weight
-            made[i] = structure.scales(*sums[i], view.own_state, view.context())
-    return [made[i] for i in range(len(layers))]
+    """Bring the moments of whole layers up to date and return factors, m and n (+ 1) of each."""
+    states = [layer.weight.state for layer in layers]
+    rows, columns = [own[0] for own in sums], [own[1] for own in sums]
+    kept = [state["q"] for state in states], [state["s"] for state in states]
+    corrections = [1.0 - structure.beta ** state["step"] for state in states]
+    q, s, left, right = gradient_factors.on(backend)(
+        rows, columns, *kept, corrections, structure.beta, structure.kappa
+    )
+    torch._foreach_copy_([*kept[0], *kept[1]], [*q, *s])
+    return list(zip(left, right, strict=True))
 
 
 # -------------------------------------------------------------------- moves

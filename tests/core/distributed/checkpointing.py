@@ -17,13 +17,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 import neurms
-from tests.core.distributed.trainings import ROWS, Network, batch, result, sharded, whole_state
+from tests.core.distributed.trainings import Network, batch, result, sharded, whole_state
 
 BEFORE, AFTER = 3, 2
 
 
-def _made(rule: str, settings: dict[str, Any], ranks: int, wrap: str) -> tuple[Any, Any, Any]:
-    inner: nn.Module = Network().double()
+def _made(
+    rule: str, settings: dict[str, Any], ranks: int, wrap: str, dtype: str = "float64"
+) -> tuple[Any, Any, Any]:
+    inner: nn.Module = Network().to(getattr(torch, dtype))
     if wrap == "fsdp":
         inner = sharded(inner, ranks)
     model = DistributedDataParallel(inner) if wrap == "ddp" else inner
@@ -32,12 +34,16 @@ def _made(rule: str, settings: dict[str, Any], ranks: int, wrap: str) -> tuple[A
 
 def _steps(model: Any, optimizer: Any, rank: int, ranks: int, first: int, count: int) -> None:
     for step in range(first, first + count):
-        x, y = (t.chunk(ranks)[rank] for t in batch(step, torch.float64))
-        # Three ranks have three rows, three and two; where all have as many, a factor of 1.
-        share = len(x) * ranks / ROWS
-        ((model(x) - y).square().mean() * share).backward()
+        x, whole = batch(step, model_dtype(model))
+        x, y = (t.tensor_split(ranks)[rank] for t in (x, whole))
+        # The mean of the whole batch, which three ranks cannot divide evenly.
+        ((model(x) - y).square().sum() * (ranks / whole.numel())).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
 
 
 def _states(inner: nn.Module, optimizer: Any, full: bool = False) -> dict[str, Any]:
@@ -49,10 +55,17 @@ def _states(inner: nn.Module, optimizer: Any, full: bool = False) -> dict[str, A
 
 
 def save(
-    rank: int, ranks: int, *, rule: str, settings: dict[str, Any], folder: str, wrap: str = "fsdp"
+    rank: int,
+    ranks: int,
+    *,
+    rule: str,
+    settings: dict[str, Any],
+    folder: str,
+    wrap: str = "fsdp",
+    dtype: str = "float64",
 ) -> Any:
     """Train, save, and train on."""
-    inner, model, optimizer = _made(rule, settings, ranks, wrap)
+    inner, model, optimizer = _made(rule, settings, ranks, wrap, dtype)
     _steps(model, optimizer, rank, ranks, 0, BEFORE)
     dcp.save(_states(inner, optimizer), checkpoint_id=folder)
     saved = whole_state(inner, optimizer)
@@ -61,10 +74,17 @@ def save(
 
 
 def resume(
-    rank: int, ranks: int, *, rule: str, settings: dict[str, Any], folder: str, wrap: str = "fsdp"
+    rank: int,
+    ranks: int,
+    *,
+    rule: str,
+    settings: dict[str, Any],
+    folder: str,
+    wrap: str = "fsdp",
+    dtype: str = "float64",
 ) -> Any:
     """Load into a fresh model and optimizer, and train on."""
-    inner, model, optimizer = _made(rule, settings, ranks, wrap)
+    inner, model, optimizer = _made(rule, settings, ranks, wrap, dtype)
     with torch.no_grad():
         for parameter in inner.parameters():
             parameter.zero_()

@@ -16,6 +16,18 @@ from tests.core.distributed.trainings import Network, batch, sharded
 Call = tuple[str, int]
 
 
+def _made(rule: str, model: nn.Module, by_layer: bool = False, **settings: Any) -> Any:
+    """Return the optimizer, whose layers have groups and settings of their own ``by_layer``."""
+    if not by_layer:
+        return neurms.create(rule, model, **settings)
+    layers = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
+    groups = [
+        {"params": list(layer.parameters()), "beta": 0.5 + 0.1 * i, "iterations": 3 + i}
+        for i, layer in enumerate(layers)
+    ]
+    return neurms.create(rule, groups, **settings)
+
+
 def calls(
     rank: int, ranks: int, *, rule: str, settings: dict[str, Any], wrap: str, width: int = 7
 ) -> dict[str, list[Call]]:
@@ -24,7 +36,7 @@ def calls(
     if wrap != "ddp":
         inner = sharded(inner, ranks, 2 if wrap == "hsdp" else 0)
     model = DistributedDataParallel(inner) if wrap == "ddp" else inner
-    optimizer = neurms.create(rule, inner, **settings)
+    optimizer = _made(rule, inner, **settings)
     for step in range(2):
         x, y = (t.chunk(ranks)[rank] for t in batch(step, torch.float32))
         optimizer.zero_grad()

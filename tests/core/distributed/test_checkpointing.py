@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,36 @@ def test_saved_on_two_ranks_goes_on_with_four(pool: Ranks, name: str, tmp_path: 
     job = {"rule": rule, "settings": settings, "folder": str(tmp_path / "saved")}
     wanted = pool.run(2, checkpointing.save, **job)
     _compare(pool.run(4, checkpointing.resume, **job), wanted)
+
+
+BY_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: RULES[name] for name in RULES if name.startswith(("neurms", "rmnp", "racs"))},
+    **{rule: (rule, {}) for rule in ("nora", "lars", "lamb")},
+    "AdamW alone": ("rmnp", {"exclude": ("*",)}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_saved_on_four_ranks_goes_on_with_fewer(pool: Ranks, name: str, tmp_path: Path) -> None:
+    """Three ranks cut a layer of three rows, or seven, in other places than four do."""
+    rule, settings = BY_ROWS[name]
+    job = {"rule": rule, "settings": settings, "folder": str(tmp_path / "saved")}
+    wanted = pool.run(4, checkpointing.save, **job)
+    for ranks, wrap in ((4, "fsdp"), (3, "fsdp"), (2, "fsdp"), (1, "none")):
+        _compare(pool.run(ranks, checkpointing.resume, **job, wrap=wrap), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["rmnp", "racs", "neurms"])
+def test_noise_of_rounding_goes_on_on_as_many_ranks(pool: Ranks, rule: str, tmp_path: Path) -> None:
+    """It is drawn from a seed in the state and the step, for each rank's part by itself."""
+    settings = {"low_precision": "stochastic", "lr": 0.05}
+    job = {"rule": rule, "settings": settings, "folder": str(tmp_path / "saved")}
+    wanted = pool.run(2, checkpointing.save, **job, dtype="bfloat16")
+    found = pool.run(2, checkpointing.resume, **job, dtype="bfloat16")
+    assert_same(found[0]["weights"], wanted[0]["weights"])
+    assert_same(found[0]["state"], wanted[0]["state"])
 
 
 @pytest.mark.parametrize("name", ["neurms F", "racs", "alice"])

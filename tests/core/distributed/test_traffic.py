@@ -46,8 +46,7 @@ def test_neurms_of_the_gradients_own_moments(pool: Ranks, width: int) -> None:
     arguments = {"rule": "neurms", "settings": settings, "wrap": "fsdp", "width": width}
     found = pool.run(2, counting.calls, **arguments)[0]
     sizes = [(6, 4), (width, 12), (5, width), (3, 5)]
-    sums = [("all-reduce", 8 * (m + n + 1)) for m, n in sizes]
-    assert found["step"] == FINITE + sums
+    assert found["step"] == [*FINITE, ("all-reduce", sum(8 * (m + n + 1) for m, n in sizes))]
     assert found["predicted"] == found["step"]
 
 
@@ -71,21 +70,39 @@ def test_rows_are_local_to_rmnp(pool: Ranks) -> None:
     assert counted(pool, 2, "rmnp", {}, "fsdp")["step"] == FINITE
 
 
-@pytest.mark.parametrize("iterations", [1, 5])
-def test_racs(pool: Ranks, iterations: int) -> None:
-    found = counted(pool, 2, "racs", {"iterations": iterations}, "fsdp")
-    calls = [
-        call
-        for _, n in MATRICES
-        for call in [("all-reduce", 4 * (n + 1))] * iterations + [("all-reduce", 4)]
-    ]
-    assert found["step"] == FINITE + calls
+RACS_CALLS: list[tuple[dict[str, Any], int, int]] = [
+    *[({"iterations": rounds}, 4, rounds) for rounds in (1, 5)],
+    # Sums of q's squares are in float64 there, and none with "sums".
+    ({"fit": "tracked"}, 8, 1),
+    ({"fit": "sums"}, 4, 1),
+]
 
 
-def test_racs_on_large_matrices_sends_the_same(pool: Ranks) -> None:
-    found = pool.run(2, counting.calls, rule="racs", settings={}, wrap="fsdp", width=7000)[0]
+@pytest.mark.parametrize(("settings", "itemsize", "rounds"), RACS_CALLS)
+def test_racs_sends_for_all_matrices_together(
+    pool: Ranks, settings: dict[str, Any], itemsize: int, rounds: int
+) -> None:
+    found = counted(pool, 2, "racs", settings, "fsdp")
+    more = settings.get("fit") != "sums"
+    a_round = ("all-reduce", sum(itemsize * (n + more) for _, n in MATRICES))
+    assert found["step"] == FINITE + [a_round] * rounds + [("all-reduce", 4 * len(MATRICES))]
+    assert found["predicted"] == found["step"]
+
+
+@pytest.mark.parametrize("fit", ["power", "tracked", "sums"])
+def test_racs_on_large_matrices_sends_the_same(pool: Ranks, fit: str) -> None:
+    settings = {"fit": fit}
+    job = {"rule": "racs", "settings": settings, "wrap": "fsdp", "width": 7000}
+    found = pool.run(2, counting.calls, **job)[0]
     assert found["step"] == found["predicted"]
-    assert len(found["step"]) == 1 + 3 * 6
+    assert len(found["step"]) == 1 + (6 if fit == "power" else 2)
+
+
+def test_groups_with_settings_of_their_own_send_together(pool: Ranks) -> None:
+    """Some need more rounds than others, and send the last ones alone."""
+    found = counted(pool, 2, "racs", {"by_layer": True}, "fsdp")
+    assert found["step"] == found["predicted"]
+    assert len(found["step"]) == 1 + 5 + 1
 
 
 def test_alice_gathers_gradients(pool: Ranks) -> None:
@@ -96,8 +113,8 @@ def test_alice_gathers_gradients(pool: Ranks) -> None:
 
 
 @pytest.mark.parametrize("rule", ["lars", "lamb"])
-def test_trust_ratios_take_two_norms(pool: Ranks, rule: str) -> None:
-    assert counted(pool, 2, rule, {}, "fsdp")["step"] == FINITE + [("all-reduce", 4)] * 6
+def test_trust_ratios_take_two_norms_of_each_matrix(pool: Ranks, rule: str) -> None:
+    assert counted(pool, 2, rule, {}, "fsdp")["step"] == [*FINITE, ("all-reduce", 4 * 2 * 3)]
 
 
 def test_muon_gathers_its_momentum(pool: Ranks) -> None:

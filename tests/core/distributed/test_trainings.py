@@ -119,7 +119,7 @@ def test_every_other_rule_is_right_when_sharded(pool: Ranks, rule: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["rmnp", "racs", "neurms F"])
+@pytest.mark.parametrize("name", ["rmnp", "racs", "racs tracked", "racs sums", "neurms F"])
 def test_large_matrices_take_their_fused_steps(pool: Ranks, name: str, ranks: int) -> None:
     """Two layers are (7000, 12) and (5, 7000): beyond what is stacked, and uneven or empty."""
     rule, settings = RULES[name]
