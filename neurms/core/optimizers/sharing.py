@@ -82,6 +82,11 @@ class Sharing:
 
     # ---------------------------------------------------------------- who owns what
 
+    @property
+    def divides(self) -> bool:
+        """Whether any matrix has an owner."""
+        return bool(self._crews)
+
     def crew_of(self, parameter: Tensor) -> Crew | None:
         """Return the ranks among which a parameter's owner was chosen, None if it has none."""
         return self._crews.get(_key(parameter)) if parameter in self._owners else None

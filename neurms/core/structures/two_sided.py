@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import PROMPT, current_backend
+from neurms.compiled.lists import entries
 from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales_
 from neurms.compiled.two_sided_once import fit_once, tracked_start, two_sided_once
@@ -128,7 +129,7 @@ class TwoSidedDiagonal(Structure):
     def _power_scales(
         self, gradients: Sequence[Tensor], states: Sequence[State], corrections: Sequence[float]
     ) -> list[Scales]:
-        backend, size = current_backend(), sum(gradient.numel() for gradient in gradients)
+        backend, size = current_backend(), entries(gradients)
         # Small matrices natively, too, where there are many.
         prompt = backend == "auto" and size >= LEAST_ELEMENTS
         move = two_sided_scales_.on(PROMPT if prompt else backend)
