@@ -64,9 +64,8 @@ def step_exchanges(optimizer: PreconditionedOptimizer) -> list[Exchange]:
         view.recipe = optimizer.recipe_of(view.group)
     owned = [view for view in ruled if optimizer.sharing.crew_of(view.parameter) is not None]
     own = [view for view in ruled if view.sharded and view not in owned]
-    for rule in dict.fromkeys(view.rule for view in own):
+    for rule in dict.fromkeys(view.rule for view in (*own, *owned)):
         found += _of_rule([view for view in own if view.rule == rule])
-    for rule in dict.fromkeys(view.rule for view in owned):
         alike = [view for view in owned if view.rule == rule]
         found += of_owners(optimizer.sharing, alike, _of_beginning)
     return found + list(_lengths(views))

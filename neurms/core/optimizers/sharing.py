@@ -83,9 +83,9 @@ class Sharing:
     # ---------------------------------------------------------------- who owns what
 
     @property
-    def is_divided(self) -> bool:
+    def divides(self) -> bool:
         """Whether any matrix has an owner."""
-        return bool(self._owners)
+        return bool(self._crews)
 
     def crew_of(self, parameter: Tensor) -> Crew | None:
         """Return the ranks among which a parameter's owner was chosen, None if it has none."""
@@ -173,30 +173,35 @@ class Sharing:
                 held[owner] = Load(held[owner].work + load.work, held[owner].size + load.size)
         return held
 
-    def check(self, routes: Iterable[Route], group: Mapping[str, Any], recipe: Recipe) -> None:
-        """Raise unless parameters can be divided as they are to be, where ranks hold their parts.
+    def check(self, routes: Iterable[Route], recipe: Recipe, mover: Mover) -> None:
+        """Raise unless several ranks can divide matrices as they are to.
+
+        Args:
+            routes: Parameters of a group.
+            recipe: What moves them.
+            mover: Who does.
 
         Raises:
-            UnsupportedTrainingError: The rule needs whole matrices, the parts are no rows, or the
-                matrix moves before backward is done.
+            UnsupportedTrainingError: The rule needs whole matrices, or theirs are no even parts,
+                or matrices move before a step.
         """
-        if self.form == "owner" and group.get("update") == "backward" and world_size() > 1:
+        if self.form in ("owner", "replicate") and not mover.divided and world_size() > 1:
             raise UnsupportedTrainingError(
-                'update="backward" moves a matrix as soon as its gradient is there, when other '
-                'ranks may be elsewhere; use update="step" with distribute="owner"'
+                f'distribute={self.form!r} takes whole gradients, which update="backward" never '
+                'forms; use update="step", or distribute="auto"'
             )
         for route in routes:
-            if not is_sharded(route.parameter):
+            if not is_sharded(route.parameter) or route.is_fallback:
                 continue
             if self.form == "rows" and not recipe.row_local:
                 raise UnsupportedTrainingError(
-                    f'distribute="rows": {group["rule"]!r} needs the whole of {route.name!r}, of '
-                    'which a rank holds rows; use "owner", "replicate" or "auto"'
+                    f'distribute="rows": {route.rule!r} needs the whole of {route.name!r}, of '
+                    'which a rank holds a part; use "owner", "replicate" or "auto"'
                 )
             if self.form == "owner" and cut_of(route.parameter) is None:
                 raise UnsupportedTrainingError(
-                    f'distribute="owner": {route.name!r} is cut along several axes of its mesh, or '
-                    'unevenly; use "replicate" or "auto", which gather it'
+                    f'distribute="owner": {route.name!r} is not cut along one axis of its mesh; '
+                    'use "replicate" or "auto", which gather it'
                 )
 
     def reason(self, parameter: Tensor, recipe: Recipe | None) -> str:

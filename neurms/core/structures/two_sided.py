@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import PROMPT, current_backend
+from neurms.compiled.lists import entries
 from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales
 from neurms.compiled.two_sided_once import fit_once, tracked_start, two_sided_once
@@ -119,7 +120,7 @@ class TwoSidedDiagonal(Structure):
         corrections = [self._correction(step) for step in steps]
         q, s = [state["q"] for state in states], [state["s"] for state in states]
         if self.fit == "power":
-            backend, size = current_backend(), sum(map(Tensor.numel, gradients))
+            backend, size = current_backend(), entries(gradients)
             # Small matrices natively, too, where there are many.
             prompt = backend == "auto" and size >= LEAST_ELEMENTS
             move = two_sided_scales.on(PROMPT if prompt else backend)
