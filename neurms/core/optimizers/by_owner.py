@@ -24,7 +24,7 @@ from neurms.core.optimizers.sharing import Sharing
 from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import Route
 
-__all__ = ["ROUND_LIMIT", "OwnerMover", "rounds_by_kind"]
+__all__ = ["ROUND_LIMIT", "OwnerMover", "parcels_of", "rounds_by_kind"]
 
 ROUND_LIMIT = 1 << 22
 """Entries that an owner takes in one round, if they are several matrices: 16 MiB of float32 are
@@ -152,7 +152,7 @@ class _Turn:
             whole = gradients.arrived()
             read = weights.arrived() if weights is not None else None
             steps = self._made(views, whole, read, begun)
-            parcels = self._parcels(views)
+            parcels = parcels_of(self._sharing, views)
             like = views[0].parameter.new_empty(0, dtype=views[0].dtype)
             leaving.append((views, FromOwners(self._crew, parcels, steps, local(like))))
             if number:
@@ -160,18 +160,9 @@ class _Turn:
         for last in leaving:
             self._apply(*last)
 
-    def _parcels(self, views: Sequence[View]) -> list[Parcel]:
-        found = []
-        for view in views:
-            cut = cut_of(view.parameter)
-            assert cut is not None, "a matrix that is cut in another way has no owner"
-            owner = self._sharing.owner_of(view.parameter)
-            found.append(Parcel(owner, view.parameter.shape, cut))
-        return found
-
     def _sent(self, views: Sequence[View]) -> tuple[tuple[ToOwners, ToOwners | None], bool]:
         """Send this rank's part of each gradient, and of each weight that is read."""
-        parcels, parts, begun = self._parcels(views), [], False
+        parcels, parts, begun = parcels_of(self._sharing, views), [], False
         for view in views:
             view.state["step"] += 1
             with span("reduce", [view.parameter]):
@@ -215,6 +206,16 @@ class _Turn:
         for view, part in zip(views, leaving.arrived(), strict=True):
             with span("update", [view.parameter]):
                 view.advance(view.recipe, part)
+
+
+def parcels_of(sharing: Sharing, views: Sequence[View]) -> list[Parcel]:
+    """Return what the matrices of a round are to those who send them."""
+    found = []
+    for view in views:
+        cut = cut_of(view.parameter)
+        assert cut is not None, "a matrix that is cut in another way has no owner"
+        found.append(Parcel(sharing.owner_of(view.parameter), view.parameter.shape, cut))
+    return found
 
 
 def _reads_weight(view: View, begun: bool) -> bool:

@@ -21,7 +21,7 @@ from neurms.core.optimizers.settings import Distribute
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Route
 
-__all__ = ["HasShares", "Sharing"]
+__all__ = ["HasShares", "Sharing", "refuse_division"]
 
 State = dict[str, Any]
 
@@ -283,6 +283,19 @@ class Sharing:
                 view.state = optimizer.state.get(view.parameter, {})
             met.append(view)
         return sorted(met, key=lambda view: view.index)
+
+
+def refuse_division(rule: str, form: Distribute) -> None:
+    """Raise where ranks are to divide a rule whose factors all of them know.
+
+    Raises:
+        UnsupportedTrainingError: Several ranks run, and ``form`` is owner or replicate.
+    """
+    if form in ("owner", "replicate") and world_size() > 1:
+        raise UnsupportedTrainingError(
+            f"distribute={form!r} means nothing to {rule!r}: its statistics are summed over ranks, "
+            'and each moves what it holds; use "auto"'
+        )
 
 
 def _key(parameter: Tensor) -> Any:

@@ -124,6 +124,9 @@ class View:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return a tensor of :meth:`seen`'s shape as (units, features), in the rule's dtype."""
+        # Most are matrices as they are; where caches are cold, calls cost more than what they do.
+        if tensor.dtype is self.dtype and self.shard is None and self.route.layout.is_matrix:
+            return tensor
         return self.layout.matrix(tensor if tensor.dtype is self.dtype else tensor.to(self.dtype))
 
     @property

@@ -23,6 +23,7 @@ from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.plan import Plan
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
+from neurms.core.optimizers.sharing import refuse_division
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Head, Route
 from neurms.core.structures.unit_feature import Clip
@@ -211,6 +212,7 @@ class NeuRMS(PreconditionedOptimizer):
         if variant != "P" or update != "step":
             alone = ', where nobody has it (ZeroRedundancyOptimizer), variant="P"'
             check_model("model", model, "NeuRMS", alone)
+        refuse_division(self.rule, common.get("distribute", "auto"))
         settings = {
             "lr": lr,
             "variant": variant,

@@ -110,15 +110,5 @@ def full_states(rank: int, ranks: int, *, rule: str, settings: dict[str, Any]) -
     _, _, other = _made(rule, settings, ranks, "fsdp")
     plain = {**states["optimizer"], "state": held}
     other.load_state_dict(plain)
-    again = {
-        name: {
-            k: v.full_tensor() if hasattr(v, "full_tensor") else v
-            for k, v in other.state[p].items()
-        }
-        for name, p in zip(
-            [n for n, _ in inner.named_parameters()],
-            (p for group in other.param_groups for p in group["params"]),
-            strict=True,
-        )
-    }
-    return {"state": before["state"], "full": list(held.values()), "again": list(again.values())}
+    again = whole_state(inner, other)
+    return {"state": before["state"], "full": list(held.values()), "again": again}

@@ -10,8 +10,9 @@ import torch
 
 import neurms
 from neurms.core.optimizers.registry import is_torch
-from tests.core.distributed import checkpointing, owning, trainings
+from tests.core.distributed import checkpointing, counting, owning, trainings
 from tests.core.distributed.ranks import Ranks
+from tests.core.distributed.test_traffic import MATRICES
 from tests.core.distributed.test_trainings import RULES
 from tests.core.unitwise.neurms_models import assert_same
 
@@ -82,3 +83,49 @@ def test_a_whole_state_of_owners(pool: Ranks, rule: str) -> None:
     settings = {"distribute": "owner"}
     for answer in pool.run(2, checkpointing.full_states, rule=rule, settings=settings):
         assert_same(answer["state"], answer["full"])
+        assert_same(answer["state"], answer["again"])
+
+
+SHARED = {
+    "alice": {"rank": 6, "leading": 2, "interval": 2},
+    "eigen_adam": {"interval": 2},
+    "muon": {},
+    "shampoo": {"interval": 2, "merge_dims": False},
+    "shared_basis": {"lr": 0.01, "rank": 6},
+    "soap": {"interval": 2},
+}
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("rule", SHARED)
+def test_four_ranks_have_about_a_quarter_each(pool: Ranks, rule: str, wrap: str) -> None:
+    """State, and the operations of the steps: of products, and n^3 for each factorization."""
+    settings = SHARED[rule] | {"distribute": "owner"}
+    alone = owning.shares(0, 1, rule=rule, settings=settings, wrap="none")
+    found = pool.run(4, owning.shares, rule=rule, settings=settings, wrap=wrap)
+    print(
+        rule, wrap, [round(one[k] / alone[k], 3) for k in ("bytes", "operations") for one in found]
+    )
+    for one in found:
+        assert one["bytes"] == one["planned"] <= 0.30 * alone["bytes"]
+        assert one["operations"] <= 0.35 * alone["operations"]
+    total = sum(one["operations"] for one in found)
+    assert total >= 0.999 * alone["operations"] > 0, "what nobody does would be a small share too"
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", pytest.param("hsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rule", ["muon", "soap", "lamb", "racs", "alice"])
+def test_what_is_sent_was_predicted(pool: Ranks, rule: str, wrap: str) -> None:
+    settings = settings_of(rule) | {"distribute": "owner"}
+    ranks = 4 if wrap == "hsdp" else 2
+    found = pool.run(ranks, counting.calls, rule=rule, settings=settings, wrap=wrap)
+    for one in found:
+        assert one["step"] == one["predicted"]
+        assert [kind for kind, _ in one["step"]] == [kind for kind, _ in found[0]["step"]]
+    if wrap == "ddp":
+        sizes = [size for kind, size in found[0]["step"] if kind == "broadcast"]
+        assert sum(sizes) == 4 * sum(m * n for m, n in MATRICES), "each weight once"
+    if wrap == "fsdp":
+        sent = sum(size for one in found for kind, size in one["step"] if kind == "all-to-all")
+        read = 3 if rule == "lamb" else 2
+        assert sent == 4 * read * sum(m * n for m, n in MATRICES), "there and back"
