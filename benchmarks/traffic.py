@@ -23,13 +23,15 @@ _KINDS = {
     "_reduce_scatter_base_": "reduce-scatter",
     "reduce_scatter_tensor": "reduce-scatter",
     "broadcast_": "broadcast",
+    "alltoall_base_": "all-to-all",
 }
 
 
 class CountedTraffic(TorchDispatchMode):
     """Notes every collective call that is made while it is entered.
 
-    ``calls`` holds (kind, bytes): of the buffer that is reduced, of the whole that is gathered.
+    ``calls`` holds (kind, bytes): of the buffer that is reduced or broadcast, of the whole that is
+    gathered, and of what this rank gives to an all-to-all.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,8 @@ class CountedTraffic(TorchDispatchMode):
             counted = (
                 result if namespace == "_c10d_functional" and kind == "all-gather" else args[0]
             )
+            # The second is what leaves, the first what comes.
+            counted = args[1] if kind == "all-to-all" else counted
             self.calls.append((kind, sum(t.nbytes for t in _tensors(counted))))
         return result
 

@@ -56,6 +56,11 @@ ELSEWHERE = {
     "compiled/test_native.py": ["compiled/native/build", "compiled/native/toolchain"],
     # Without code of their own to test: protocols, base classes, a table, a re-export.
     "core/optimizers/test_rules.py": ["core/catalog"],
+    # What is divided among ranks, by ranks.
+    "core/distributed/test_owning.py": [
+        *("core/optimizers/by_owner", "core/optimizers/sharing", "core/ground/parcels"),
+        *("core/distributed/exchange", "core/distributed/owner_traffic"),
+    ],
     "core/optimizers/test_by_recipe.py": ["core/optimizers/mover", "core/optimizers/view"],
     "core/structures/test_properties.py": ["core/structures/base", "core/structures/norms"],
     "core/taps/test_hooks.py": ["core/taps/protocol"],
@@ -72,7 +77,10 @@ ELSEWHERE = {
     "release/test_distribution.py": ["version"],
     "faults/test_changed_layers.py": ["core/taps/copies", "core/taps/weights"],
     "core/unitwise/test_moves.py": ["core/unitwise/products"],
-    "core/unitwise/test_neurms_backward.py": ["core/unitwise/tap_set"],
+    "core/unitwise/test_neurms_backward.py": ["core/taps/tap_set"],
+    "core/optimizers/test_momentum_first.py": [
+        *("core/optimizers/in_backward", "core/optimizers/momentum_mover"),
+    ],
     "core/distributed/test_trainings.py": ["core/ground/wrappers"],
     "core/diagnostics/test_probe.py": ["core/taps/signals"],
     "core/structures/test_diagonal.py": ["testing"],

@@ -1,5 +1,5 @@
 // RMNP's step in one walk over the rows of W, M and G: M <- mu M + (1 - mu) G; R = M or, Nesterov, (1 - mu) G + mu M;
-// W_i <- decay W_i - step R_i / max(||R_i||, floor).
+// W_i <- decay W_i - step R_i / max(||R_i||, floor). Without G, M is up to date already, and R = M.
 
 #include "common.h"
 
@@ -15,15 +15,22 @@ struct Rule {
   Rule(float mu, bool nesterov, float step, float decay, float floor)
       : fresh(1.0f - mu), a(nesterov ? fresh : 0.0f), b(nesterov ? mu : 1.0f), step(step), decay(decay), floor(floor) {}
 
+  // An entry of R, once M's is up to date.
+  template <bool kGradient>
+  float entry(const float* m, const float* g, int64_t j) const {
+    return kGradient ? a * g[j] + b * m[j] : m[j];
+  }
+
   // step / max(norm, floor). Where squares have under- or overflowed: the norm again, through the largest entry.
+  template <bool kGradient>
   float scale(double squares, const float* m, const float* g, int64_t count, int64_t stride) const {
     double norm = std::sqrt(squares);
     if (squares < 1e-30 || !std::isfinite(squares)) {
       float peak = 0;
-      for (int64_t j = 0; j < count; ++j) peak = std::max(peak, std::fabs(a * g[j * stride] + b * m[j * stride]));
+      for (int64_t j = 0; j < count; ++j) peak = std::max(peak, std::fabs(entry<kGradient>(m, g, j * stride)));
       double exact = 0;
       for (int64_t j = 0; j < count && peak > 0; ++j) {
-        const double r = static_cast<double>(a * g[j * stride] + b * m[j * stride]) / peak;
+        const double r = static_cast<double>(entry<kGradient>(m, g, j * stride)) / peak;
         exact += r * r;
       }
       norm = std::sqrt(exact) * peak;
@@ -42,14 +49,16 @@ inline void fetch_to_write(const float* x, int64_t count) {
   for (int64_t j = 0; j < count; j += kLine) __builtin_prefetch(x + j, 1);
 }
 
-// Advances an element of M; returns the square of R's.
-inline float advance(const Rule& rule, float* m, float g) {
-  *m += rule.fresh * (g - *m);
-  const float r = rule.a * g + rule.b * *m;
+// Advances an element of M if there is a gradient; returns the square of R's.
+template <bool kGradient>
+inline float advance(const Rule& rule, float* m, const float* g, int64_t j) {
+  if (kGradient) m[j] += rule.fresh * (g[j] - m[j]);
+  const float r = rule.entry<kGradient>(m, g, j);
   return r * r;
 }
 
 // Advances M's row; returns the sum of squares of R's.
+template <bool kGradient>
 double advance_row(const Rule& rule, const float* w, float* m, const float* g, int64_t n) {
   double squares = 0;
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
@@ -60,24 +69,40 @@ double advance_row(const Rule& rule, const float* w, float* m, const float* g, i
     float sum = 0, other = 0;
 #pragma omp simd reduction(+ : sum, other)
     for (int64_t j = chunk; j < chunk + half; ++j) {
-      sum += advance(rule, m + j, g[j]);
-      other += advance(rule, m + j + half, g[j + half]);
+      sum += advance<kGradient>(rule, m, g, j);
+      other += advance<kGradient>(rule, m, g, j + half);
     }
-    if (chunk + 2 * half < end) sum += advance(rule, m + end - 1, g[end - 1]);
+    if (chunk + 2 * half < end) sum += advance<kGradient>(rule, m, g, end - 1);
     squares += sum + other;
   }
   return squares;
 }
 
+template <bool kGradient>
 void move_row(const Rule& rule, float scale, float* w, const float* m, const float* g, int64_t n, int64_t next) {
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t end = std::min(n, chunk + kChunk);
     if (next) {
-      fetch_to_write(m + next + chunk, end - chunk);
-      fetch(g + next + chunk, end - chunk);
+      if (kGradient) {
+        fetch_to_write(m + next + chunk, end - chunk);
+        fetch(g + next + chunk, end - chunk);
+      } else {
+        fetch(m + next + chunk, end - chunk);
+      }
     }
 #pragma omp simd
-    for (int64_t j = chunk; j < end; ++j) w[j] = rule.decay * w[j] - scale * (rule.a * g[j] + rule.b * m[j]);
+    for (int64_t j = chunk; j < end; ++j) w[j] = rule.decay * w[j] - scale * rule.entry<kGradient>(m, g, j);
+  }
+}
+
+template <bool kGradient>
+void update_rows(const Rule& rule, float* w, float* momentum, const float* g, int64_t n, Range rows) {
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    float *wi = w + i * n, *mi = momentum + i * n;
+    const float* gi = kGradient ? g + i * n : nullptr;
+    const double squares = advance_row<kGradient>(rule, wi, mi, gi, n);
+    const float scale = rule.scale<kGradient>(squares, mi, gi, n, 1);
+    move_row<kGradient>(rule, scale, wi, mi, gi, n, i + 1 < rows.end ? n : 0);
   }
 }
 
@@ -114,7 +139,7 @@ void update_columns(const Rule& rule, float* w, float* momentum, const float* g,
     for (int64_t j = own.begin; j < own.end; ++j) {
       double squares = 0;
       for (int t = 0; t < parts; ++t) squares += totals[static_cast<size_t>(m) * t + j];
-      scales[j] = rule.scale(squares, momentum + j, g + j, n, m);
+      scales[j] = rule.scale<true>(squares, momentum + j, g + j, n, m);
     }
 #pragma omp barrier
     for (int64_t i = rows.begin; i < rows.end; ++i) {
@@ -131,7 +156,7 @@ void update_columns(const Rule& rule, float* w, float* momentum, const float* g,
 extern "C" {
 
 // The step of several m x n matrices with a rate, decay and sizes each, which the threads take without waiting in
-// between, but for those that are stored by columns (`turned`).
+// between, but for those that are stored by columns (`turned`). Without `g` no momentum is advanced, none is turned.
 void neurms_row_normalized_updates(int64_t count, float* const* w, float* const* momentum, const float* const* g,
                                    const int64_t* m, const int64_t* n, const int64_t* turned, const float* steps,
                                    const float* decays, float mu, int nesterov, float floor, int threads) {
@@ -145,12 +170,10 @@ void neurms_row_normalized_updates(int64_t count, float* const* w, float* const*
       if (turned[k]) continue;
       const Rule rule(mu, nesterov, steps[k], decays[k], floor);
       const Range rows = share(m[k], part, parts, 1);
-      for (int64_t i = rows.begin; i < rows.end; ++i) {
-        float *wi = w[k] + i * n[k], *mi = momentum[k] + i * n[k];
-        const float* gi = g[k] + i * n[k];
-        const double squares = advance_row(rule, wi, mi, gi, n[k]);
-        move_row(rule, rule.scale(squares, mi, gi, n[k], 1), wi, mi, gi, n[k], i + 1 < rows.end ? n[k] : 0);
-      }
+      if (g)
+        update_rows<true>(rule, w[k], momentum[k], g[k], n[k], rows);
+      else
+        update_rows<false>(rule, w[k], momentum[k], nullptr, n[k], rows);
     }
   }
   for (int64_t k = 0; k < count; ++k) {

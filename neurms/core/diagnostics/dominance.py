@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neurms.compiled.normalization import newton_schulz, row_normalize
+from neurms.compiled.normalization import row_normalize
+from neurms.compiled.orthogonalization import newton_schulz
 from neurms.core.diagnostics.factorization import spaced
 from neurms.core.ground.errors import check_positive_int
 from neurms.core.structures.one_sided_full import MUON_COEFFICIENTS

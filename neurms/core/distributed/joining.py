@@ -31,7 +31,8 @@ class JoinableOptimizer(Joinable):
 
     Raises:
         UnsupportedTrainingError: NeuRMS's variant B, whose ranks talk to each other in the middle
-            of backward, where a rank without batches cannot follow.
+            of backward, where a rank without batches cannot follow; or ``distribute="owner"``, for
+            the owner of a matrix may be the first without batches.
 
     Example:
         >>> import neurms
@@ -50,6 +51,11 @@ class JoinableOptimizer(Joinable):
             raise UnsupportedTrainingError(
                 'variant="B" sums its statistics over ranks inside backward, which a rank that has '
                 'run out of batches cannot do; use variant="U" or "F", or batches of equal number'
+            )
+        if optimizer.sharing.form == "owner":
+            raise UnsupportedTrainingError(
+                'distribute="owner" has each matrix moved by one rank, which may have run out of '
+                'batches; use distribute="replicate", or batches of equal number'
             )
         self.optimizer = optimizer
         self.model = model

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from neurms.core.distributed.exchange import Exchange
+from neurms.core.distributed.owner_traffic import of_owners, verdicts_of_owners
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import RowShard, mesh_of, placement_of, row_shard
 from neurms.core.ground.sums import Summing, together
@@ -26,18 +28,6 @@ if TYPE_CHECKING:
     from neurms.core.optimizers.base import PreconditionedOptimizer
 
 __all__ = ["Exchange", "step_exchanges"]
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One collective call: its kind, its bytes, and what for.
-
-    Bytes are those of the buffer that is reduced, and of the whole that is gathered.
-    """
-
-    kind: Literal["all-reduce", "all-gather"]
-    bytes: int
-    purpose: str
 
 
 def step_exchanges(optimizer: PreconditionedOptimizer) -> list[Exchange]:
@@ -64,15 +54,20 @@ def step_exchanges(optimizer: PreconditionedOptimizer) -> list[Exchange]:
         for view in optimizer.work()
         if view.parameter.requires_grad and not view.empty
     ]
-    found = [*_statistics(optimizer), *_verdicts(views)]
+    optimizer.sharing.assign(optimizer)
+    found = [*_statistics(optimizer), *verdicts_of_owners(optimizer), *_verdicts(views)]
     if isinstance(optimizer, NeuRMS) and optimizer.probed:
         found += _moments(optimizer, views)
     # NeuRMS's factors are the same on every rank, and act on the rows that are there.
-    own = [view for view in views if view.rule not in (FALLBACK, NeuRMS.rule) and view.sharded]
-    for view in own:
+    ruled = [view for view in views if view.rule not in (FALLBACK, NeuRMS.rule)]
+    for view in ruled:
         view.recipe = optimizer.recipe_of(view.group)
-    for rule in dict.fromkeys(view.rule for view in own):
+    owned = [view for view in ruled if optimizer.sharing.crew_of(view.parameter) is not None]
+    own = [view for view in ruled if view.sharded and view not in owned]
+    for rule in dict.fromkeys(view.rule for view in (*own, *owned)):
         found += _of_rule([view for view in own if view.rule == rule])
+        alike = [view for view in owned if view.rule == rule]
+        found += of_owners(optimizer.sharing, alike, _of_beginning)
     return found + list(_lengths(views))
 
 
@@ -162,6 +157,10 @@ def _gathered(recipe: Recipe, batch: list[View]) -> Iterator[Exchange]:
         for item in batch:
             size = _gathered_numbers(item.parameter) * item.parameter.element_size()
             yield Exchange("all-gather", size, f"weight of {item.route.name}")
+
+
+def _of_beginning(head: Recipe, item: View) -> list[Exchange]:
+    return _sums([(head, [item])])
 
 
 def _sums(parts: list[tuple[Recipe, list[View]]]) -> list[Exchange]:

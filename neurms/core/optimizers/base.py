@@ -23,7 +23,7 @@ from neurms.core.ground.precision import compute_dtype, without_autocast
 from neurms.core.ground.spans import gradients_ready
 from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.beside import ModelGroups
-from neurms.core.optimizers.by_recipe import RecipeMover
+from neurms.core.optimizers.by_owner import OwnerMover
 from neurms.core.optimizers.checkpoint import restore, verified
 from neurms.core.optimizers.fallback import FallbackMover, fallback_rate
 from neurms.core.optimizers.gradients import bad_names, hold_nothing, is_rehearsal
@@ -34,6 +34,7 @@ from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tens
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.recipes import Recipes, default_settings
 from neurms.core.optimizers.settings import GROUP_SETTINGS, CommonSettings, check_common
+from neurms.core.optimizers.sharing import Sharing
 from neurms.core.optimizers.view import View, seed_of
 from neurms.core.optimizers.work import Work, hand_over, meet
 from neurms.core.routing import (
@@ -82,6 +83,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         "skipped_steps",
         "routes",
         "exclude",
+        "sharing",
     )
     """Attributes that go along when an optimizer is pickled or deep-copied."""
 
@@ -95,6 +97,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self.backend = chosen["backend"]
         self.nonfinite = chosen["nonfinite"]
         self.low_precision = chosen["low_precision"]
+        self.sharing = Sharing(chosen["distribute"], chosen["process_group"])
         self.exclude = tuple(chosen["exclude"])
         self.skipped_steps = 0
         self.routes = {}
@@ -128,7 +131,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         """Make what neither copies nor pickles hold."""
-        self._recipes = Recipes(type(self))
+        self._recipes = Recipes(type(self), by_rows=self.sharing.by_rows)
         self._movers: dict[str, Mover] = {}
         self._work: Work | None = None
         groups: list[dict[str, Any]] = getattr(self, "param_groups", [])
@@ -177,6 +180,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if group["rule"] == FALLBACK:
             return routes
         recipe = self.recipe_of(group)
+        self.sharing.check(routes, recipe, self.mover_of(group["rule"]))
         return [movable(route, recipe.least_units, recipe.least_features) for route in routes]
 
     def route_parameters(
@@ -221,7 +225,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return self._movers[kind]
 
     def _made_mover(self, kind: str) -> Mover:
-        return FallbackMover() if kind == FALLBACK else RecipeMover(self._recipes.of)
+        return FallbackMover() if kind == FALLBACK else OwnerMover(self._recipes.of, self.sharing)
 
     @staticmethod
     def fallback_lr(group: Mapping[str, Any]) -> float:
@@ -298,12 +302,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteError: A gradient is bad and ``nonfinite="raise"``.
         """
+        self.sharing.assign(self, strict=True)
         if hold_nothing(views):
             self._rehearse(views, steps=1)
             return True
         if not any(self.state.values()) and is_rehearsal(views):
             self._rehearse(views, steps=0)
             return True
+        views = self.sharing.met(self, views)
         for mover, own in self._shares(views):
             mover.prepare(own)
         # What a mover has learnt may have changed a route.
@@ -397,7 +403,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def state_for(self, like: Tensor, route: Route, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return fresh state for a parameter like ``like`` (which may be on the meta device)."""
         state = self.mover_of(route.rule).state_for(like, route, group)
-        return {**state, **self._seed(like, route, group), **self._master(like)}
+        state = {**state, **self._seed(like, route, group), **self._master(like)}
+        return self.sharing.kept(route.parameter, state)
 
     def expected_state(
         self, like: Tensor, parameter: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
@@ -451,8 +458,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def plan(self) -> Plan:
         """Return the table of what happens to each parameter, with predicted state bytes."""
         rows = []
+        self.sharing.assign(self)
         for view in self.work():
             parameter, route = view.parameter, view.route
+            recipe = None if route.is_fallback else self.recipe_of(view.group)
+            reason = route.reason + self.sharing.reason(parameter, recipe)
             state = self.state_for(meta_like(parameter), route, view.group)
             moves = parameter.requires_grad and not view.empty
             rows.append(
@@ -460,7 +470,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                     route.name,
                     route.kind,
                     route.rule,
-                    route.reason if parameter.requires_grad else f"{route.reason} (frozen)",
+                    reason if parameter.requires_grad else f"{reason} (frozen)",
                     tuple(parameter.shape),
                     tensor_bytes(state) if moves else 0,
                 )
@@ -479,7 +489,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             One row for each distinct parameter.
         """
         make: Callable[..., PreconditionedOptimizer] = cls
-        if not cls.needs_modules:
+        if not cls.needs_modules and settings.get("update") != "backward":
             return make(model, **settings).plan()
         # Constructing a rule that reads modules would put its taps on them.
         seen, groups = skeleton(model), settings.pop("groups", None)
@@ -489,6 +499,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return settings and state, and under ``"made_by"`` a note that nothing reads back.
 
+        Every rank must call it where matrices have owners, whose state comes in even parts.
         Hooks of ``register_state_dict_post_hook`` get the note too, and what they make is returned.
         """
         hooks = self._optimizer_state_dict_post_hooks
@@ -497,6 +508,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             saved = super().state_dict()
         finally:
             self._optimizer_state_dict_post_hooks = hooks
+        saved["state"] = self.sharing.spread(self, saved["state"])
         saved[MADE_BY] = made_by(self.backend)
         for hook in list(hooks.values()):
             changed = hook(self, saved)
@@ -535,6 +547,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def restore(self, state_dict: dict[str, Any]) -> None:
         """Take a verified state dict over."""
+        self.sharing.assign(self)
         restore(self, state_dict)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,15 @@ from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import Route
 from neurms.core.structures.base import Context, State
 
-__all__ = ["BATCH_LIMIT", "RecipeMover", "batches", "by_rows"]
+__all__ = [
+    "BATCH_LIMIT",
+    "RecipeMover",
+    "are_many",
+    "batches",
+    "by_rows",
+    "rows_state",
+    "updates_of",
+]
 
 BATCH_LIMIT = 1 << 15
 """Elements below which equal matrices are stacked. Measured on twelve of them, one thread: at 64 x
@@ -54,11 +62,13 @@ class RecipeMover(Mover):
 
     def move(self, views: Sequence[View]) -> None:
         """Move sharded matrices by rows, whole ones by fused forms in one call, then all others."""
+        self._by_transforms(self._by_fused(views, are_many(views)))
+
+    def _by_fused(self, views: Sequence[View], many: bool) -> list[View]:
+        """Move what rows or a fused form serve, small matrices if they are many; return others."""
         fused: dict[int, list[tuple[View, Tensor, FusedStep]]] = {}
         rows: list[View] = []
         rest: list[View] = []
-        # Small matrices that are many.
-        many = sum([view.parameter.numel() for view in views]) >= LEAST_ELEMENTS
         for view in views:
             recipe = view.recipe
             if view.sharded:
@@ -74,9 +84,10 @@ class RecipeMover(Mover):
         _move_rows(rows)
         for alike in fused.values():
             _take(alike)
-        self._by_transforms(rest)
+        return rest
 
-    def _by_transforms(self, views: Sequence[View]) -> None:
+    def _by_transforms(self, views: Sequence[View], stacked: Collection[int] = ()) -> None:
+        """Move matrices by their transforms; those of ``stacked`` indices also alone in a stack."""
         for recipe, alike in batches(views):
             for view in alike:
                 view.state["step"] += 1
@@ -86,7 +97,9 @@ class RecipeMover(Mover):
                 _, recipe = recipe.parts
             with span("scale", [view.parameter for view in batch]):
                 gradients = [view.matrix(view.gradient) for view in batch]
-                updates = batch[0].context().finished(_updates_of(recipe, batch, gradients))
+                stack = len(batch) > 1 or batch[0].index in stacked
+                work = updates_of(recipe, batch, gradients, stack=stack)
+                updates = batch[0].context().finished(work)
             for view, update in zip(batch, updates, strict=True):
                 with span("update", [view.parameter]):
                     view.move(recipe, update)
@@ -95,6 +108,11 @@ class RecipeMover(Mover):
 def by_rows(recipe: Recipe, view: View) -> bool:
     """Return whether a recipe moves a sharded matrix by the rows that each rank has of it."""
     return recipe.row_local and shard_for(recipe, view.parameter, view.route.layout) is not None
+
+
+def are_many(views: Sequence[View]) -> bool:
+    """Return whether matrices are many enough for fused forms where each by itself is small."""
+    return sum([view.parameter.numel() for view in views]) >= LEAST_ELEMENTS
 
 
 def _is_large(parameter: Tensor) -> bool:
@@ -113,11 +131,13 @@ def _fused_step(view: View) -> tuple[Tensor, FusedStep] | None:
         stored = gradient.is_contiguous()
     else:
         stored = weight.mT.is_contiguous() and gradient.mT.is_contiguous()
-    if not stored or not weight.numel():
+    if not stored or (view.shard is not None and not weight.numel()):
         return None
     view.state["step"] += 1
-    lr = float(view.group["lr"])
-    return target, FusedStep(weight, gradient, view.own_state, view.context(), lr, view.decay)
+    # No seeds: what draws has no fused form.
+    context = Context(view.state["step"], None, (), shard=view.shard)
+    state = view.state if view.shard is None else view.own_state
+    return target, FusedStep(weight, gradient, state, context, float(view.group["lr"]), view.decay)
 
 
 def _take(steps: Sequence[tuple[View, Tensor, FusedStep]]) -> None:
@@ -156,7 +176,7 @@ def _rows_moved(recipe: Recipe, batch: Sequence[View]) -> Summing[None]:
         for own in batch:
             own.state["step"] += 1
         gradients = [own.matrix(own.gradient) for own in batch]
-        updates = yield from _updates_of(recipe, batch, gradients)
+        updates = yield from updates_of(recipe, batch, gradients, stack=len(batch) > 1)
         for own, update in zip(batch, updates, strict=True):
             own.move(recipe, update)
         return
@@ -185,16 +205,28 @@ def batches(views: Sequence[View]) -> Iterator[tuple[Recipe, list[View]]]:
         yield key[0], stack
 
 
-def _updates_of(
-    recipe: Recipe, batch: Sequence[View], gradients: Sequence[Tensor]
+def updates_of(
+    recipe: Recipe,
+    batch: Sequence[View],
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+    *,
+    stack: bool,
 ) -> Summing[Iterable[Tensor]]:
-    """Run ``recipe`` on a batch and return one update matrix (m, n) for each view."""
+    """Run ``recipe`` on a batch and return one update matrix (m, n) for each view.
+
+    Args:
+        recipe: The recipe of all.
+        batch: The matrices.
+        gradients: What the recipe works on, (m, n) each.
+        weights: The weights, (m, n) each; None has the views find them, where they are needed.
+        stack: Whether to work on a stack, as for several; its products round in their own way.
+    """
     first = batch[0]
     run = _whole if first.shard is None else Recipe.summing
-    weights = None
-    if recipe.needs_weight:
+    if weights is None and recipe.needs_weight:
         weights = [view.weight for view in batch]
-    if len(batch) == 1:
+    if not stack:
         context = first.context(weights[0] if weights else None)
         return [(yield from run(recipe, gradients[0], first.own_state, context))]
     tensors = [
@@ -202,7 +234,7 @@ def _updates_of(
         for view in batch
     ]
     stacked = stack_states(tensors) if tensors[0] else {}
-    weight = torch.stack(weights) if weights else None
+    weight = torch.stack(list(weights)) if weights else None
     seeds = tuple(view.seed for view in batch)
     context = Context(first.state["step"], weight, seeds, shard=first.shard)
     updates = yield from run(recipe, torch.stack(list(gradients)), stacked, context)
@@ -224,12 +256,20 @@ def _matrix_state(recipe: Recipe, like: Tensor, layout: Layout) -> dict[str, Ten
     Of a sharded parameter a rank keeps what belongs to its own rows for transforms that need no
     more, and for the others the state of the whole matrix, as every other rank does.
     """
-    shard = shard_for(recipe, like, layout)
     shape, dtype = layout.matrix_shape, compute_dtype(like)
     whole = torch.empty(shape, dtype=dtype, device=like.device)
-    if shard is None:
+    if shard_for(recipe, like, layout) is None:
         return recipe.init(whole)
-    head, rest = (recipe, None) if recipe.row_local else recipe.parts
-    rows = whole.new_empty((shard.rows, shape[1]))
-    own = wrapped_rows(head.init(rows), head.row_axes(rows), like, shard.total)
-    return own if rest is None else own | rest.init(whole)
+    own = rows_state(recipe, like, layout)
+    return own if recipe.row_local else own | recipe.parts[1].init(whole)
+
+
+def rows_state(recipe: Recipe, like: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return fresh state of the transforms that work on this rank's rows alone, none for none."""
+    shard = shard_for(recipe, like, layout)
+    if shard is None:
+        return {}
+    head = recipe if recipe.row_local else recipe.parts[0]
+    shape = (shard.rows, layout.matrix_shape[1])
+    rows = torch.empty(shape, dtype=compute_dtype(like), device=like.device)
+    return wrapped_rows(head.init(rows), head.row_axes(rows), like, shard.total)

@@ -16,6 +16,7 @@ from neurms.core.ground.shards import is_sharded, placed_like
 from neurms.core.optimizers.plan import meta_like
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import check_group
+from neurms.core.optimizers.sharing import Sharing
 from neurms.core.routing import FALLBACK, Route
 
 __all__ = ["check_entries", "restore", "verified"]
@@ -33,6 +34,7 @@ _LATER: Group = {
     "oversampling": 0,
     "iterations": 1,
     "norm_iterations": 8,
+    "precision": "float32",
 }
 """Settings that checkpoints of earlier releases do not have, and what held then."""
 
@@ -43,6 +45,7 @@ class HasState(Protocol):
     defaults: dict[str, Any]
     routes: dict[Tensor, Route]
     param_groups: list[Group]
+    sharing: Sharing
     state: Any
 
     def checked_recipe(self, group: Group) -> Recipe:
@@ -92,11 +95,15 @@ def _own(
     expected: Mapping[str, Any] = {}
     if any(map(is_sharded, (parameter, *state.values()))):
         expected = optimizer.expected_state(meta_like(parameter), parameter, group, state)
-    return {
-        name: placed_like(value.detach(), expected.get(name)).to(parameter.device, copy=True)
+    placed = {
+        name: placed_like(value.detach(), expected.get(name))
         if isinstance(value, Tensor)
         else copy.deepcopy(value)
         for name, value in state.items()
+    }
+    return {
+        name: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+        for name, value in optimizer.sharing.kept(parameter, placed).items()
     }
 
 

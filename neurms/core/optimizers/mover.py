@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ class Mover(ABC):
     A step asks its movers in turn: :meth:`prepare` all, then what they will :meth:`look_at`, so
     that one look judges everything before anything changes; then :meth:`move`.
     """
+
+    divided: ClassVar[bool] = False
+    """Whether several ranks may divide the parameters, each owned by one of them."""
 
     @abstractmethod
     def prepare(self, views: Sequence[View]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from neurms.core.optimizers.base import Params, PreconditionedOptimizer
+from neurms.core.optimizers.base import Params
+from neurms.core.optimizers.in_backward import UpdateMode
+from neurms.core.optimizers.momentum_first import MomentumFirst
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.structures.one_sided_diagonal import RowNormalized, WithoutRadialPart
@@ -15,7 +17,7 @@ from neurms.core.transforms.shape_scale import ShapeScale
 __all__ = ["Nora"]
 
 
-class Nora(PreconditionedOptimizer):
+class Nora(MomentumFirst):
     """RMNP with each row's component along the unit's own weights removed before normalising.
 
     M <- mu M + (1 - mu) G ; R = (1 - mu) G + mu M (``nesterov``) or M ;
@@ -28,11 +30,18 @@ class Nora(PreconditionedOptimizer):
         momentum: mu.
         nesterov: Look ahead.
         shape_scale: Multiply by sqrt(max(1, m/n)).
+        update: ``"step"``, or ``"backward"``, without ``nesterov``: the backward of each
+            ``nn.Linear`` under the rule adds (1 - mu) D^T H to M, and no gradient of its weight is
+            formed, which saves that memory. The batch may come in parts. What acts on gradients
+            (clipping, a GradScaler, several ranks) is refused; see the guide.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
 
     Raises:
-        ValueError: A setting is out of its range.
-        TypeError: An unknown setting, or a parameter that is not real floating point.
+        ValueError: A setting is out of its range, or ``update="backward"`` meets ``nesterov`` or
+            no momentum.
+        TypeError: An unknown setting, a parameter that is not real floating point, or parameters
+            without their model for ``update="backward"``.
+        UnsupportedTrainingError: Several ranks train, and ``update="backward"``.
 
     Reference:
         Nora, with the look-ahead, the factor of the shape and the order of its authors' code: the
@@ -58,6 +67,7 @@ class Nora(PreconditionedOptimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         shape_scale: bool = True,
+        update: UpdateMode = "step",
         **common: Unpack[CommonSettings],
     ) -> None:
         settings = {
@@ -66,7 +76,7 @@ class Nora(PreconditionedOptimizer):
             "nesterov": nesterov,
             "shape_scale": shape_scale,
         }
-        super().__init__(params, settings, common)
+        super().__init__(params, settings, common, update)
 
     @classmethod
     def recipe(cls, settings: Mapping[str, Any]) -> Recipe:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, overload
 
@@ -21,7 +21,10 @@ _HEADER = ("parameter", "module", "rule", "reason", "shape", "state bytes")
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One parameter's line of the plan; ``state_bytes`` counts optimizer state only."""
+    """One parameter's line of the plan; ``state_bytes`` counts optimizer state only.
+
+    ``unformed_bytes`` is what its gradient would take, where ``update="backward"`` forms none.
+    """
 
     name: str
     kind: str
@@ -29,6 +32,7 @@ class PlanRow:
     reason: str
     shape: tuple[int, ...]
     state_bytes: int
+    unformed_bytes: int = 0
 
 
 class Plan(Sequence[PlanRow]):
@@ -52,6 +56,20 @@ class Plan(Sequence[PlanRow]):
     def state_bytes(self) -> int:
         """Bytes of optimizer state over all parameters."""
         return sum(row.state_bytes for row in self._rows)
+
+    @property
+    def unformed_bytes(self) -> int:
+        """Bytes of gradients that are never formed, over all parameters."""
+        return sum(row.unformed_bytes for row in self._rows)
+
+    def without(self, gradients: Mapping[str, int]) -> Plan:
+        """Return the plan where the gradients of some parameters, by name, are never formed.
+
+        Args:
+            gradients: Parameter name -> bytes of its gradient.
+        """
+        own = (replace(row, unformed_bytes=gradients.get(row.name, 0)) for row in self._rows)
+        return Plan(tuple(own))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,6 +103,8 @@ class Plan(Sequence[PlanRow]):
             for r in self._rows
         ]
         body.append(("total", "", "", "", "", f"{self.state_bytes:,}"))
+        if self.unformed_bytes:
+            body.append(("gradients never formed", "", "", "", "", f"{self.unformed_bytes:,}"))
         return body
 
     __repr__ = __str__

@@ -14,6 +14,7 @@ from torch import Tensor
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.sums import Summing
 from neurms.core.structures.base import Context, State, Transform
+from neurms.core.transforms.momentum import Momentum
 
 __all__ = ["FusedStep", "Recipe"]
 
@@ -72,6 +73,8 @@ class Recipe:
             where the transforms are the only way.
         fused_rows: The same for a rank's rows of a matrix, which yields what it sums over rows;
             None where ``fused`` sums nothing.
+        fused_tail: What follows the momentum, likewise; the momentum comes in the gradient's place.
+        by_rows: Whether a rank may work on its own rows alone, where every transform can.
     """
 
     transforms: tuple[Transform, ...]
@@ -81,6 +84,8 @@ class Recipe:
     batched: bool = True
     fused: Callable[[Sequence[FusedStep]], None] | None = None
     fused_rows: Callable[[FusedStep], Summing[None]] | None = None
+    fused_tail: Callable[[Sequence[FusedStep]], None] | None = None
+    by_rows: bool = True
 
     @property
     def needs_weight(self) -> bool:
@@ -89,8 +94,8 @@ class Recipe:
 
     @property
     def row_local(self) -> bool:
-        """Whether a rank's own rows of a matrix are enough for every transform."""
-        return all(transform.row_local for transform in self.transforms)
+        """Whether a rank works on its own rows alone, which are enough for every transform."""
+        return self.by_rows and all(transform.row_local for transform in self.transforms)
 
     @functools.cached_property
     def any_scale(self) -> bool:
@@ -124,6 +129,17 @@ class Recipe:
         count = next((i for i, t in enumerate(self.transforms) if not t.row_local), 0)
         head = Recipe(self.transforms[:count], batched=False)
         return head, replace(self, transforms=self.transforms[count:])
+
+    @functools.cached_property
+    def momentum(self) -> Momentum:
+        """The transform that averages, of a recipe that has one."""
+        return next(t for t in self.transforms if isinstance(t, Momentum))
+
+    @functools.cached_property
+    def tail(self) -> Recipe:
+        """What follows the momentum, for which M takes the gradient's place."""
+        after = self.transforms[self.transforms.index(self.momentum) + 1 :]
+        return replace(self, transforms=after, fused=self.fused_tail)
 
     def row_axes(self, matrix: Tensor) -> dict[str, int | None]:
         """Return which axis of each state tensor counts the rows of ``matrix`` (m, n), or None."""

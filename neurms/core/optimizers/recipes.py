@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 from neurms.core.ground.errors import check_kinds
@@ -30,10 +31,12 @@ class Recipes:
 
     Args:
         maker: The optimizer's class, which makes the recipes of its own rule.
+        by_rows: Whether ranks may work on the rows of a sharded matrix that they hold.
     """
 
-    def __init__(self, maker: type[MakesRecipes]) -> None:
+    def __init__(self, maker: type[MakesRecipes], *, by_rows: bool = True) -> None:
         self._maker = maker
+        self._by_rows = by_rows
         self._made: dict[Any, Recipe] = {}
 
     def of(self, group: Mapping[str, Any]) -> Recipe:
@@ -57,7 +60,8 @@ class Recipes:
         maker = self.maker(group["rule"])
         defaults, optional = _setting_kinds(maker)
         check_kinds(defaults, group, optional)
-        return maker.recipe(group)
+        recipe = maker.recipe(group)
+        return recipe if self._by_rows or maker.needs_modules else replace(recipe, by_rows=False)
 
     def settings_of(self, rule: str) -> dict[str, Any]:
         """Return the defaults of a rule's own settings."""

@@ -10,8 +10,16 @@ from neurms.core.ground.errors import check_betas, check_choice, check_real, mea
 from neurms.core.ground.precision import LowPrecision
 from neurms.core.routing import Head
 
-__all__ = ["COMMON_DEFAULTS", "TORCH_FORMS", "CommonSettings", "NonFinite", "check_common"]
+__all__ = [
+    "COMMON_DEFAULTS",
+    "TORCH_FORMS",
+    "CommonSettings",
+    "Distribute",
+    "NonFinite",
+    "check_common",
+]
 
+Distribute = Literal["auto", "rows", "owner", "replicate"]
 NonFinite = Literal["raise", "skip"]
 
 
@@ -35,8 +43,12 @@ class CommonSettings(TypedDict, total=False):
     low_precision: For bfloat16/float16 parameters: round ``"nearest"``, ``"stochastic"``, or keep a
         float32 ``"master"`` copy in the state.
     maximize: Ascend instead of descend (False).
+    distribute: How several ranks divide the work on matrices: each takes its ``"rows"``; each
+        matrix has one ``"owner"``, who alone keeps its state and computes; or every rank does all
+        of it, ``"replicate"``. ``"auto"``: of sharded matrices (FSDP2) rows where a rule works row
+        by row, else owner; replicate where ranks hold replicas (DDP). One process minds none.
     process_group: The ranks that train one model together, over which statistics of layers are
-        summed; None finds them: those of the model's DDP or FSDP2, else all.
+        summed and replicas divided; None finds them: those of the model's DDP or FSDP2, else all.
     foreach: One of torch's own flags; here it may be None or False, as may the three below, since
         the form of each step is chosen by what it works on.
     fused: As ``foreach``.
@@ -55,6 +67,7 @@ class CommonSettings(TypedDict, total=False):
     nonfinite: NonFinite
     low_precision: LowPrecision
     maximize: bool
+    distribute: Distribute
     process_group: Any
     foreach: bool | None
     fused: bool | None
@@ -74,6 +87,7 @@ COMMON_DEFAULTS: CommonSettings = {
     "nonfinite": "raise",
     "low_precision": "nearest",
     "maximize": False,
+    "distribute": "auto",
     "process_group": None,
     "foreach": None,
     "fused": None,
@@ -125,6 +139,7 @@ def check_common(rule: str, common: Mapping[str, Any], own: Iterable[str] = ()) 
     check_choice("head", settings["head"], (None, "rule", "fallback"))
     check_choice("nonfinite", settings["nonfinite"], ("raise", "skip"))
     check_choice("low_precision", settings["low_precision"], ("nearest", "stochastic", "master"))
+    check_choice("distribute", settings["distribute"], ("auto", "rows", "owner", "replicate"))
     validate_backend(settings["backend"])
     check_patterns_form(settings["exclude"])
     check_group(settings)

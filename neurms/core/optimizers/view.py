@@ -19,6 +19,7 @@ from neurms.core.ground.shards import (
     local,
     local_state,
     own_part,
+    placed_like,
     rewrapped,
     row_shard,
 )
@@ -46,7 +47,7 @@ class View:
         shard: Which rows of a sharded matrix the rule works on here; None is the whole of it.
         begun: Whether the recipe's row-local beginning has been through the gradient already.
         recipe: What its mover makes of its settings, once a step has asked.
-        bound: The largest magnitude that its gradient may have.
+        bound: The largest magnitude that its gradient may have; until a mover says, any finite one.
     """
 
     index: int
@@ -77,10 +78,13 @@ class View:
         self.dtype = compute_dtype(parameter)
         self.sharded = is_sharded(parameter)
         self.empty = parameter.numel() == 0
+        if self.recipe is None:
+            self.bound = torch.finfo(self.dtype).max if self.dtype.is_floating_point else math.inf
 
     def reroute(self, route: Route) -> None:
         """Give the parameter to another rule, for which it has no state yet."""
-        self.route, self.recipe, self.bound, self.state = route, None, math.inf, {}
+        self.route, self.recipe, self.state = route, None, {}
+        self.look()
 
     # ---------------------------------------------------------------- what the rule sees
 
@@ -120,6 +124,9 @@ class View:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return a tensor of :meth:`seen`'s shape as (units, features), in the rule's dtype."""
+        # Most are matrices as they are; where caches are cold, calls cost more than what they do.
+        if tensor.dtype is self.dtype and self.shard is None and self.route.layout.is_matrix:
+            return tensor
         return self.layout.matrix(tensor if tensor.dtype is self.dtype else tensor.to(self.dtype))
 
     @property
@@ -160,13 +167,17 @@ class View:
 
     def move(self, recipe: Recipe, update: Tensor) -> None:
         """Move the parameter by a recipe's update (units, features), weight decay included."""
+        step = self.layout.from_matrix(update)
+        self.advance(recipe, step if self.shard else own_part(step, self.parameter))
+
+    def advance(self, recipe: Recipe, step: Tensor) -> None:
+        """Move what this rank holds of the parameter by its part of a step of its shape."""
         rate = float(self.group["lr"])
         decay = self.decay if self.state["step"] >= recipe.decay_from else 1.0
         target = self.target()
         if decay != 1.0 and recipe.decay == "before":
             target.mul_(decay)
-        step = self.layout.from_matrix(update)
-        target.add_(step if self.shard else own_part(step, self.parameter), alpha=-rate)
+        target.add_(step, alpha=-rate)
         if decay != 1.0 and recipe.decay == "after":
             target.mul_(decay)
         self.written(target)
@@ -185,11 +196,26 @@ class View:
         if recipe.row_local or own.shard is None:
             own.gradient = own.seen(self.gradient)
             return own
-        head, _ = recipe.parts
-        rows = own.matrix(local(self.gradient))
-        update = head.update(rows, own.own_state, own.context(_weight_for(head, own)))
-        part = rewrapped(own.layout.from_matrix(update), self.parameter)
+        part = rewrapped(own._begin(recipe), self.parameter)
         return replace(self, gradient=self.seen(part), begun=True)
+
+    def part(self, recipe: Recipe) -> tuple[Tensor, bool]:
+        """Return this rank's part of what a sharded matrix's owner works on.
+
+        Returns:
+            The part, and whether the recipe's row-local beginning has been through it already.
+        """
+        own = replace(self, shard=shard_for(recipe, self.parameter, self.route.layout))
+        if own.shard is None:
+            return local(placed_like(self.gradient, self.parameter)), False
+        return own._begin(recipe), True
+
+    def _begin(self, recipe: Recipe) -> Tensor:
+        """Return what the row-local beginning of a recipe makes of this rank's rows."""
+        head, _ = recipe.parts
+        rows = self.matrix(local(self.gradient))
+        update = head.update(rows, self.own_state, self.context(_weight_for(head, self)))
+        return self.layout.from_matrix(update)
 
 
 def seed_of(route: Route, group: Mapping[str, Any]) -> int:

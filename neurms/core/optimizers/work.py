@@ -104,6 +104,14 @@ class Work:
         """Return a parameter's view."""
         return self._views[id(parameter)]
 
+    def current(self, parameter: Tensor) -> View:
+        """Return a parameter's view with its state of now, where a step has not yet looked."""
+        view = self._views[id(parameter)]
+        view.state = self._state.get(parameter, {})
+        if parameter.dtype is not view.kept or parameter.device != view.device:
+            _follow(view)
+        return view
+
     def due(self, gradients: Mapping[Tensor, Tensor] | None = None) -> list[View]:
         """Return the view of each non-empty parameter that has a gradient, which it holds then.
 

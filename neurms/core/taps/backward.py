@@ -66,6 +66,8 @@ class BackwardUpdateTap:
         writes: Whether the sink changes the weight. One that only gathers what the weight will move
             by at the step may be handed D and H any number of times, so that uses and backwards
             are not counted.
+        once: Whether uses and backwards are counted all the same: a sink that only gathers, but
+            needs all of the gradient at once. None follows ``writes``.
 
     Raises:
         TypeError: ``module`` is not exactly an ``nn.Linear`` or ``sink`` no
@@ -98,7 +100,13 @@ class BackwardUpdateTap:
     """
 
     def __init__(
-        self, module: nn.Linear, sink: UpdateSink, *, name: str = "", writes: bool = True
+        self,
+        module: nn.Linear,
+        sink: UpdateSink,
+        *,
+        name: str = "",
+        writes: bool = True,
+        once: bool | None = None,
     ) -> None:
         if type(module) not in (nn.Linear, _TappedLinear):
             raise TypeError(
@@ -111,6 +119,7 @@ class BackwardUpdateTap:
         self.fired = False
         self.spent = False
         self._writes = writes
+        self._once = writes if once is None else once
         self.weight = module.weight
         self._module = weakref.ref(module)
         self._sink = weakref.ref(sink)
@@ -200,7 +209,7 @@ class BackwardUpdateTap:
     def _record(self) -> _Use:
         self._refuse_ranks()
         task = graph_task()
-        if not self._writes:
+        if not self._once:
             return _Use(task)
         if self.spent and task != OUTSIDE_BACKWARD:
             raise self._refused("is recomputed by a checkpoint after its weight was updated")
@@ -228,9 +237,10 @@ class BackwardUpdateTap:
             raise self._refused(f"trains on {distributed.get_world_size()} ranks")
 
     def _refused(self, what: str) -> UnsupportedTrainingError:
+        changes = "changes during backward and " if self._writes else ""
         return UnsupportedTrainingError(
-            f'layer {self.name} {what}, which update="backward" cannot do: its weight changes '
-            'during backward and has no gradient; use update="step"'
+            f'layer {self.name} {what}, which update="backward" cannot do: its weight {changes}'
+            'has no gradient; use update="step"'
         )
 
     def _check_backward(self, accumulator: Any) -> bool:
@@ -244,7 +254,7 @@ class BackwardUpdateTap:
             raise self._refused("has its weight's gradient asked for by torch.autograd.grad")
         if goes == "nowhere":
             return False
-        if self.spent and self._writes:
+        if self.spent and self._once:
             raise self._refused(
                 "is reached by a second backward before optimizer.step() (gradient accumulation "
                 "or a retained graph)"
@@ -254,7 +264,8 @@ class BackwardUpdateTap:
     def _deliver(self, errors: Tensor, activations: Tensor) -> Tensor | None:
         """Have the sink write the update; return D's column sums if it has them."""
         sink, sums = self._sink(), None
-        if sink is not None and errors.shape[0]:
+        # No rows are no step; but an average takes their gradient, which is zero.
+        if sink is not None and (errors.shape[0] or not self._writes):
             sums = sink.update(errors, activations)
         self.spent = self.fired = True
         return sums

@@ -39,16 +39,25 @@ class Momentum(Transform):
         """Return the velocity (..., m, n), zero; nothing without momentum."""
         return {"momentum": torch.zeros_like(matrix)} if self.momentum else {}
 
-    def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
-        """Return the averaged update (..., m, n)."""
-        if not self.momentum:
-            return update
+    def velocity(self, state: State) -> Tensor:
+        """Return M (..., m, n).
+
+        Raises:
+            ValueError: There is none.
+        """
         if "momentum" not in state:
             raise ValueError(
                 f"momentum={self.momentum!r} was 0 when the optimizer's state was made, so that no "
                 "velocity exists; start with a small positive momentum, or make a new optimizer"
             )
-        velocity = state["momentum"]
+        velocity: Tensor = state["momentum"]
+        return velocity
+
+    def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
+        """Return the averaged update (..., m, n)."""
+        if not self.momentum:
+            return update
+        velocity = self.velocity(state)
         if self.average:
             velocity.lerp_(update, 1.0 - self.momentum)
             return update.lerp(velocity, self.momentum) if self.nesterov else velocity

@@ -123,9 +123,13 @@ class TrustRatio(Transform):
     def summing(self, update: Tensor, state: State, context: Context) -> Summing[Tensor]:
         """Return the rescaled update (..., m, n), one sum over rows later."""
         assert context.weight is not None
-        weight, own = yield from norms_over_rows(context, context.weight, update)
-        ratio = _ratio(weight * self.trust_coefficient, own)
-        return update * torch.where(ratio > 0, ratio, 1.0)[..., None, None]
+        norms = yield from norms_over_rows(context, context.weight, update)
+        return update * self.ratio(*norms)[..., None, None]
+
+    def ratio(self, weight: Tensor, update: Tensor) -> Tensor:
+        """Return the factor (...) of an update, from the norms (...) of both."""
+        ratio = _ratio(weight * self.trust_coefficient, update)
+        return torch.where(ratio > 0, ratio, 1.0)
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import Route, RoutedModel
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from neurms.core.taps.backward import BackwardUpdateTap, is_tapped_linear
+from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.hooks import HookTap
+from neurms.core.taps.products import Product
 from neurms.core.taps.protocol import Sums
+from neurms.core.taps.tap_set import TapSet, has_own_linear
 from neurms.core.unitwise.layers import Heads, check_rows, pairs
-from neurms.core.unitwise.products import Product
 from neurms.core.unitwise.rule import Gemm, LossReduction, UnitwiseRule
 from neurms.core.unitwise.statistics import Factors, synchronize
-from neurms.core.unitwise.tap_set import TapSet
 from neurms.core.unitwise.tapped import Seat, TappedLayer, commit
 
 __all__ = ["Engine", "Owner"]
@@ -166,9 +166,7 @@ class Engine(TapSet[TappedLayer, Owner]):
     def _tap_for(self, layer: TappedLayer) -> HookTap | BackwardUpdateTap:
         module, rule = layer.route.module, layer.rule
         assert module is not None
-        # A subclass may be one that a dead optimizer's tap has left behind.
-        linear = type(module) is nn.Linear or is_tapped_linear(module)
-        if self.in_backward and linear and module._parameters.get("weight") is layer.weight:
+        if self.in_backward and has_own_linear(layer.route):
             assert isinstance(module, nn.Linear)
             return BackwardUpdateTap(module, layer, name=layer.name)
         return HookTap(

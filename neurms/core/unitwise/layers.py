@@ -16,7 +16,7 @@ from neurms.core.ground.shards import is_sharded, row_shard
 from neurms.core.routing import FALLBACK, Head, Route, RoutedModel, excluded, route_model
 from neurms.core.taps.activity import activity_of
 
-__all__ = ["Heads", "check_rows", "is_compiled", "neurms_routes", "pairs"]
+__all__ = ["Heads", "check_rows", "neurms_routes", "pairs"]
 
 
 def neurms_routes(model: nn.Module, rule: str, head: Head, exclude: Sequence[str]) -> list[Route]:
@@ -91,13 +91,6 @@ def check_rows(route: Route) -> None:
             'rank holds whole units: shard it so, use variant="P", which takes any cut, or name it '
             "in exclude"
         )
-
-
-def is_compiled(module: nn.Module | None) -> bool:
-    """Return whether torch.compile holds a module."""
-    return module is not None and (
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-    )
 
 
 class Heads:

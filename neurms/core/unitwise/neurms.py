@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, Unpack
@@ -10,14 +9,25 @@ from typing import Any, ClassVar, Literal, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from neurms.core.ground.errors import CheckpointError, NonFiniteError, UnsupportedTrainingError
+from neurms.core.ground.errors import CheckpointError, UnsupportedTrainingError
 from neurms.core.optimizers.base import Params, PreconditionedOptimizer
+from neurms.core.optimizers.in_backward import (
+    UpdateMode,
+    check_model,
+    is_asked_by_scaler,
+    refuse_copy,
+    refuse_scaler,
+    refuse_updated,
+)
 from neurms.core.optimizers.mover import Mover
+from neurms.core.optimizers.plan import Plan
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
+from neurms.core.optimizers.sharing import refuse_division
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Head, Route
 from neurms.core.structures.unit_feature import Clip
+from neurms.core.taps.products import Product
 from neurms.core.unitwise.engine import Engine
 from neurms.core.unitwise.gradient_mover import GradientMover, structure_of
 from neurms.core.unitwise.gradient_rule import check_probed, gradient_recipe, gradient_routes
@@ -32,7 +42,7 @@ from neurms.core.unitwise.mover import (
 )
 from neurms.core.unitwise.probed import ProbedLayers
 from neurms.core.unitwise.probed_mover import ProbedMover
-from neurms.core.unitwise.products import Product, length_of, write_product_
+from neurms.core.unitwise.products import length_of, write_product_
 from neurms.core.unitwise.rule import (
     Gemm,
     LossReduction,
@@ -190,7 +200,7 @@ class NeuRMS(PreconditionedOptimizer):
         clip: Clip = "absolute",
         kappa: float = 10.0,
         loss_reduction: LossReduction = "mean",
-        update: Literal["step", "backward"] = "step",
+        update: UpdateMode = "step",
         loss_scale: Callable[[], Tensor | float] | None = None,
         heads: Mapping[str, int] | None = None,
         gemm: Gemm = "float32",
@@ -199,13 +209,10 @@ class NeuRMS(PreconditionedOptimizer):
         normalize: Normalize | None = None,
         **common: Unpack[CommonSettings],
     ) -> None:
-        if not isinstance(model, nn.Module) and (variant != "P" or update != "step"):
-            raise TypeError(
-                f"model={type(model).__name__} must be an nn.Module: NeuRMS reads the error "
-                "signals and inputs of layers, which parameters alone do not show; pass the model "
-                "itself, with parameter groups beside it as groups=[...], or, where nobody has it "
-                '(ZeroRedundancyOptimizer), variant="P"'
-            )
+        if variant != "P" or update != "step":
+            alone = ', where nobody has it (ZeroRedundancyOptimizer), variant="P"'
+            check_model("model", model, "NeuRMS", alone)
+        refuse_division(self.rule, common.get("distribute", "auto"))
         settings = {
             "lr": lr,
             "variant": variant,
@@ -302,11 +309,7 @@ class NeuRMS(PreconditionedOptimizer):
         """
         if self.probed and self.update_mode == "step":
             return super().__getstate__()
-        name = type(self).__name__
-        raise TypeError(
-            f"{name} cannot be copied or pickled: it is tied to its model by taps. Save "
-            f"optimizer.state_dict(), build {name} on the copied model, and load it there"
-        )
+        refuse_copy(type(self).__name__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or a pickle, which only has an engine without layers."""
@@ -370,6 +373,12 @@ class NeuRMS(PreconditionedOptimizer):
         self.layers.follow(old, new)
         if self.probed_layers is not None:
             self.probed_layers.follow(old, new)
+
+    def plan(self) -> Plan:
+        """Return the table of what happens to each parameter, with the gradients that are saved."""
+        probed = self.probed_layers
+        layers = self.layers if probed is None else probed
+        return super().plan().without(layers.unformed())
 
     def _made_mover(self, kind: str) -> Mover:
         if kind == self.rule and self.probed_layers is not None:
@@ -473,28 +482,15 @@ class NeuRMS(PreconditionedOptimizer):
         if self.update_mode == "backward":
             self._clear()
         if updated and self.nonfinite == "raise":
-            raise NonFiniteError(
-                f"the gradient of {', '.join(map(repr, names[:5]))} is NaN or infinite and was not "
-                'applied, but update="backward" had already updated in this pass: '
-                f'{", ".join(updated)}. Lower lr, or use update="step", which checks everything '
-                "before it changes anything"
-            )
+            refuse_updated(names, updated)
         super().on_nonfinite(names)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # The one thing that torch.amp.GradScaler asks of an optimizer before its step; its
-        # unscaling writes gradients without autograd counting it, which the guard would miss.
-        # Lightning asks the same before it clips, with or without a scaler, and is told no.
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        if not asking.endswith("grad_scaler"):
+        if not is_asked_by_scaler():
             return False
         if self.update_mode == "backward":
-            raise UnsupportedTrainingError(
-                "a GradScaler divides gradients by its scale, which cannot reach weights that "
-                'update="backward" moved without a gradient; use update="step", or bfloat16 '
-                "without a scaler"
-            )
+            refuse_scaler()
         if self.loss_scale is None and not self.probed:
             raise UnsupportedTrainingError(
                 "a GradScaler multiplies the loss, and with it the error signals that NeuRMS "

@@ -23,6 +23,7 @@ from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, tensor_bytes
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.optimizers.view import View
 from neurms.core.routing import FALLBACK, Route
+from neurms.core.taps.products import Product
 from neurms.core.unitwise.checks import (
     backward_problem,
     checked_settings,
@@ -39,7 +40,7 @@ from neurms.core.unitwise.lengths import length_like
 from neurms.core.unitwise.mover import velocity_like
 from neurms.core.unitwise.moves import Scaled, move_
 from neurms.core.unitwise.neurms import NeuRMS
-from neurms.core.unitwise.products import Product, length_of, write_product_
+from neurms.core.unitwise.products import length_of, write_product_
 from neurms.core.unitwise.rule import UnitwiseRule
 from neurms.core.unitwise.scale_summary import MomentLayer, moment_layers
 from neurms.core.unitwise.statistics import Factors

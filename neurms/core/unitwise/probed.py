@@ -14,18 +14,17 @@ from neurms.compiled.gradient_factors import gradient_factors
 from neurms.compiled.probes import mean_squares, probe_products
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.spans import span
-from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Route
 from neurms.core.structures.base import Context
 from neurms.core.structures.gradient_moments import GradientMoments
-from neurms.core.taps.backward import BackwardUpdateTap, is_tapped_linear
+from neurms.core.taps.backward import BackwardUpdateTap
+from neurms.core.taps.products import Product, add_product_
+from neurms.core.taps.tap_set import TapSet, has_own_linear
 from neurms.core.unitwise.gradient_mover import structure_of
-from neurms.core.unitwise.products import Product, add_product_
 from neurms.core.unitwise.rule import Gemm
-from neurms.core.unitwise.tap_set import TapSet
 
 __all__ = ["Foreseen", "ProbedLayer", "ProbedLayers", "drawn_probes"]
 
@@ -212,7 +211,7 @@ class ProbedLayers(TapSet[ProbedLayer, Owner]):
         """
         known = list(routes)
         tapped = [
-            (route, self.owner.view_of(route.parameter)) for route in known if _is_tapped(route)
+            (route, self.owner.view_of(route.parameter)) for route in known if has_own_linear(route)
         ]
         layers = [ProbedLayer(route, self, bool(view.group["momentum"])) for route, view in tapped]
         for layer in layers:
@@ -228,24 +227,8 @@ class ProbedLayers(TapSet[ProbedLayer, Owner]):
 
     def forget(self) -> None:
         """Drop pending statistics along with gradients."""
-        if lost := [layer.route.name for layer in self if layer.products is not None]:
-            warn_user(
-                f"zero_grad() came before step(), and the average of {lost[0]!r} holds the "
-                'gradient that it drops: update="backward" adds to it during backward'
-            )
+        self.warn_of_dropped([layer.route.name for layer in self if layer.products is not None])
         super().forget()
-
-    def bad_names(self) -> list[str]:
-        """Return the layers whose update was left out."""
-        return list(self._bad)
-
-
-def _is_tapped(route: Route) -> bool:
-    module = route.module
-    if module is None or route.is_fallback or route.parameter.ndim != 2:
-        return False
-    # A subclass may be one that a dead optimizer's tap has left behind.
-    return type(module) is nn.Linear or is_tapped_linear(module)
 
 
 def _tap_of(layer: ProbedLayer) -> BackwardUpdateTap:

@@ -8,44 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
+from neurms.compiled.gemm import bfloat16_gemm_
 from neurms.compiled.move_square_sums import move_square_sums
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.precision import compute_dtype
-from neurms.core.ground.spans import span
+from neurms.core.taps.products import Product, add_product_
 from neurms.core.unitwise.lengths import Length, gains_
-from neurms.core.unitwise.rule import Gemm, UnitwiseRule
+from neurms.core.unitwise.rule import UnitwiseRule
 from neurms.core.unitwise.statistics import Factors, scalar
 from neurms.core.unitwise.tapped import TappedLayer
 
-__all__ = ["PROBES", "Product", "ProbedLength", "add_product_", "length_of", "write_product_"]
+__all__ = ["PROBES", "ProbedLength", "length_of", "write_product_"]
 
 PROBES = 4
 """Probes of a gradient that is not formed: what its square norm is told by."""
-
-
-class Product(NamedTuple):
-    """A gradient that is not formed: D^T H.
-
-    Args:
-        errors: D, shape (rows, m), already multiplied by S for variant B.
-        activations: H, shape (rows, n).
-        scaled: D S and H C where they are at hand already.
-        gemm: What they are multiplied in.
-        backend: How kernels run.
-    """
-
-    errors: Tensor
-    activations: Tensor
-    scaled: tuple[Tensor, Tensor] | None = None
-    gemm: Gemm = "float32"
-    backend: str = "auto"
-
-    @property
-    def in_bfloat16(self) -> bool:
-        """Whether the factors are to be bfloat16, or are: then their products are exact."""
-        low = torch.bfloat16
-        return self.gemm == "bfloat16" or self.errors.dtype is self.activations.dtype is low
 
 
 class ProbedLength(NamedTuple):
@@ -146,26 +122,3 @@ def write_product_(
 def _gain_(length: ProbedLength, total: Tensor) -> float:
     # A product's rate is a plain number: an accelerator is waited for.
     return float(gains_([length.length], total))
-
-
-def add_product_(
-    target: Tensor,
-    product: Product,
-    factors: tuple[Tensor | None, Tensor | None],
-    rate: float,
-    decay: float,
-) -> None:
-    """Write T <- decay T - rate S D^T H C."""
-    errors, activations, scaled, _, backend = product
-    if product.in_bfloat16:
-        move = bfloat16_gemm_.on(backend)
-        move(target, errors, activations, *factors, scalar(rate), scalar(decay))
-        return
-    wide = target.dtype
-    if scaled is None or scaled[0].dtype != wide:
-        s, c = factors
-        with span("scale"):
-            d = errors.to(wide) if s is None else errors.to(wide) * s.to(wide)
-            h = activations.to(wide) if c is None else activations.to(wide) * c.to(wide)
-        scaled = d, h
-    update_gemm_(target, *scaled, rate, decay)

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 import neurms
-from tests.core.distributed.trainings import Network, batch, result, sharded
+from tests.core.distributed.trainings import Network, batch, result, sharded, whole_state
 
 BEFORE, AFTER = 3, 2
 
@@ -68,8 +68,9 @@ def save(
     inner, model, optimizer = _made(rule, settings, ranks, wrap, dtype)
     _steps(model, optimizer, rank, ranks, 0, BEFORE)
     dcp.save(_states(inner, optimizer), checkpoint_id=folder)
+    saved = whole_state(inner, optimizer)
     _steps(model, optimizer, rank, ranks, BEFORE, AFTER)
-    return result(inner, optimizer)
+    return {**result(inner, optimizer), "kept": saved}
 
 
 def resume(
@@ -91,8 +92,9 @@ def resume(
     dcp.load(states, checkpoint_id=folder)
     set_model_state_dict(inner, states["model"])
     set_optimizer_state_dict(inner, optimizer, states["optimizer"])
+    loaded = whole_state(inner, optimizer)
     _steps(model, optimizer, rank, ranks, BEFORE, AFTER)
-    return result(inner, optimizer)
+    return {**result(inner, optimizer), "kept": loaded}
 
 
 def full_states(rank: int, ranks: int, *, rule: str, settings: dict[str, Any]) -> Any:
@@ -108,15 +110,5 @@ def full_states(rank: int, ranks: int, *, rule: str, settings: dict[str, Any]) -
     _, _, other = _made(rule, settings, ranks, "fsdp")
     plain = {**states["optimizer"], "state": held}
     other.load_state_dict(plain)
-    again = {
-        name: {
-            k: v.full_tensor() if hasattr(v, "full_tensor") else v
-            for k, v in other.state[p].items()
-        }
-        for name, p in zip(
-            [n for n, _ in inner.named_parameters()],
-            (p for group in other.param_groups for p in group["params"]),
-            strict=True,
-        )
-    }
-    return {"state": before["state"], "full": list(held.values()), "again": list(again.values())}
+    again = whole_state(inner, other)
+    return {"state": before["state"], "full": list(held.values()), "again": again}

@@ -55,13 +55,18 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if is_sharded(tensor) else tensor).detach().clone()
 
 
+def whole_state(model: nn.Module, optimizer: Any) -> list[dict[str, Any]]:
+    """Return each parameter's state, put together of what all ranks hold."""
+    places = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    held = optimizer.state_dict()["state"]
+    own = [held.get(places.index(id(p)), {}) for p in model.parameters()]
+    return [{k: whole(v) if isinstance(v, Tensor) else v for k, v in s.items()} for s in own]
+
+
 def result(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {
         "weights": [whole(p) for p in model.parameters()],
-        "state": [
-            {k: whole(v) if isinstance(v, Tensor) else v for k, v in optimizer.state[p].items()}
-            for p in model.parameters()
-        ],
+        "state": whole_state(model, optimizer),
         "local_bytes": optimizer.state_bytes(),
         "planned_bytes": optimizer.plan().state_bytes,
         "local_sizes": [local(p).numel() for p in model.parameters()],

@@ -48,8 +48,42 @@ def test_convolutions_are_flattened() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"steps": 0}, "steps=0"), ({"adjust_lr": "x"}, "adjust_lr='x'"), ({"momentum": -1}, "momen")],
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"adjust_lr": "x"}, "adjust_lr='x'"),
+        ({"momentum": -1}, "momen"),
+        ({"precision": "half"}, "precision=.half."),
+    ],
 )
 def test_bad_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Muon([torch.nn.Parameter(torch.zeros(2, 2))], **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_products_of_bfloat16_on_request(dtype: torch.dtype) -> None:
+    gradient = torch.randn(24, 40, dtype=dtype)
+    moved = []
+    for precision in ("float32", "bfloat16"):
+        weight = torch.nn.Parameter(torch.zeros(24, 40, dtype=dtype))
+        weight.grad = gradient.clone()
+        Muon([weight], lr=1.0, precision=precision).step()  # type: ignore[arg-type]
+        assert weight.dtype is dtype
+        moved.append(weight.detach().double())
+    difference = float((moved[0] - moved[1]).norm() / moved[0].norm())
+    assert 1e-3 < difference < 5e-2
+
+
+def test_checkpoints_from_before_the_precision_load() -> None:
+    def with_state() -> Muon:
+        weight = torch.nn.Parameter(torch.ones(3, 4))
+        weight.grad = torch.ones(3, 4)
+        optimizer = Muon([weight])
+        optimizer.step()
+        return optimizer
+
+    saved = with_state().state_dict()
+    del saved["param_groups"][0]["precision"]
+    restored = with_state()
+    restored.load_state_dict(saved)
+    assert restored.param_groups[0]["precision"] == "float32"

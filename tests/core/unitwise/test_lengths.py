@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import neurms
 from neurms import NeuRMS
 from neurms.core.ground.errors import NonFiniteError
+from neurms.core.taps.products import Product
 from neurms.core.unitwise.lengths import DECAY, Length, gains_
 from neurms.core.unitwise.preconditioner import GradientPreconditioner
-from neurms.core.unitwise.products import Product, probed_square_sum
+from neurms.core.unitwise.products import probed_square_sum
 from tests.core.unitwise.neurms_models import (
     assert_close_models,
     assert_same,

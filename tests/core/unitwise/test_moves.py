@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from neurms.core.ground.layout import default_layout, layout_of
+from neurms.core.taps.products import Product
 from neurms.core.unitwise.moves import Move, write_moves_
 from neurms.core.unitwise.neurms import NeuRMS
-from neurms.core.unitwise.products import Product, write_product_
+from neurms.core.unitwise.products import write_product_
 from neurms.core.unitwise.rule import UnitwiseRule
 from neurms.core.unitwise.statistics import Factors
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import route_model
 from neurms.core.taps import HookTap, Sink, Sums, UpdateSink
+from neurms.core.taps.products import Product
 from neurms.core.unitwise.engine import Engine
 from neurms.core.unitwise.neurms import NeuRMS
-from neurms.core.unitwise.products import Product
 from neurms.core.unitwise.rule import LossReduction, UnitwiseRule, Variant
 from neurms.core.unitwise.statistics import Factors
 from neurms.core.unitwise.tapped import TappedLayer

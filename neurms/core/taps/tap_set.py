@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from neurms.compiled.finite import within
 from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
-from neurms.core.optimizers.settings import NonFinite
+from neurms.core.ground.warn import warn_user
 from neurms.core.routing import Route
-from neurms.core.taps.backward import BackwardUpdateTap
+from neurms.core.taps.backward import BackwardUpdateTap, is_tapped_linear
 from neurms.core.taps.guard import GradientGuard
 from neurms.core.taps.hooks import HookTap, forget_compiled_graphs
-from neurms.core.unitwise.layers import is_compiled
 
-__all__ = ["TapSet"]
+__all__ = ["TapSet", "has_own_linear"]
 
 
 class Layer(Protocol):
@@ -37,7 +36,7 @@ class Layer(Protocol):
 class Owner(Protocol):
     """An optimizer or preconditioner, as a set of taps knows it."""
 
-    nonfinite: NonFinite
+    nonfinite: Literal["raise", "skip"]
 
 
 L = TypeVar("L", bound=Layer)
@@ -88,7 +87,7 @@ class TapSet(Generic[L, Held]):
             guarded: Parameters whose gradients nobody may change where others have none.
         """
         self._layers.update({layer.weight: layer for layer in layers})
-        self._compiled = any(map(is_compiled, model.modules()))
+        self._compiled = any(map(_is_compiled, model.modules()))
         self._guarded = list(guarded)
 
     def put(self) -> None:
@@ -132,6 +131,14 @@ class TapSet(Generic[L, Held]):
             self._layers[new.parameter] = layer
         return layer
 
+    def unformed(self) -> dict[str, int]:
+        """Return the names of weights whose gradients are never formed, and the bytes of those."""
+        return {
+            layer.route.name: layer.weight.numel() * layer.weight.element_size()
+            for layer in self
+            if isinstance(layer.tap, BackwardUpdateTap) and layer.weight.requires_grad
+        }
+
     # ------------------------------------------------------------- what backward does
 
     @property
@@ -174,20 +181,41 @@ class TapSet(Generic[L, Held]):
                     'update="step"'
                 )
 
+    def bad_names(self) -> list[str]:
+        """Return the layers whose update was left out."""
+        return list(self._bad)
+
+    def warn_of_dropped(self, names: Sequence[str]) -> None:
+        """Warn of averages that hold a gradient which somebody drops, if there are any."""
+        if names:
+            warn_user(
+                f"zero_grad() came before step(), and the average of {names[0]!r} holds the "
+                'gradient that it drops: update="backward" adds to it during backward'
+            )
+
     def accepts(self, layer: L, seen: Sequence[Tensor], bounds: Sequence[float]) -> bool:
+        """As :meth:`judges`, of what shows whether D and H are finite.
+
+        Args:
+            layer: The layer.
+            seen: What shows it.
+            bounds: What the entries of each may be at most.
+        """
+        return self.judges(layer, within(seen, bounds))
+
+    def judges(self, layer: L, good: bool) -> bool:
         """Return whether a layer may be updated in backward.
 
         Args:
             layer: The layer.
-            seen: What shows whether D and H are finite.
-            bounds: What the entries of each may be at most.
+            good: Whether its D and H are.
 
         Raises:
             NonFiniteError: They are not and ``nonfinite`` is ``"raise"``; names what was updated
                 before.
         """
         name = layer.route.name
-        if within(seen, bounds):
+        if good:
             self._updated[name] = None
             return True
         if self.owner.nonfinite == "skip":
@@ -203,3 +231,20 @@ class TapSet(Generic[L, Held]):
             f'update="backward" had already updated in this pass: {before}. Lower lr, or use '
             'update="step", which checks everything before it changes anything'
         )
+
+
+def has_own_linear(route: Route) -> bool:
+    """Return whether a rule takes the very weight that an ``nn.Linear`` multiplies with.
+
+    Of that class exactly: nobody knows what a subclass does with its weight.
+    """
+    module = route.module
+    if module is None or route.is_fallback or route.parameter.ndim != 2:
+        return False
+    # A subclass may be one that a dead optimizer's tap has left behind.
+    linear = type(module) is nn.Linear or is_tapped_linear(module)
+    return linear and module._parameters.get("weight") is route.parameter
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")

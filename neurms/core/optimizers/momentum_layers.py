@@ -1,0 +1,217 @@
+"""Gradients that enter their momentum during backward and are never formed."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neurms.compiled.backends import use_backend
+from neurms.compiled.finite import within
+from neurms.core.ground.precision import compute_dtype
+from neurms.core.ground.shards import is_sharded
+from neurms.core.ground.spans import span
+from neurms.core.optimizers.recipe import Recipe
+from neurms.core.optimizers.settings import NonFinite
+from neurms.core.optimizers.view import View
+from neurms.core.routing import Route
+from neurms.core.taps.accumulation import graph_task
+from neurms.core.taps.backward import BackwardUpdateTap
+from neurms.core.taps.products import Product, add_product_
+from neurms.core.taps.tap_set import TapSet, has_own_linear
+from neurms.core.transforms.momentum import Momentum
+
+__all__ = ["Entry", "MomentumLayer", "MomentumLayers", "check_gathers"]
+
+
+class Entry(NamedTuple):
+    """What enters a momentum M, beside what is kept of it: ``gradient`` G + ``weight`` W."""
+
+    gradient: float
+    weight: float = 0.0
+
+
+class Owner(Protocol):
+    """What the layers ask of their optimizer."""
+
+    backend: str
+    nonfinite: NonFinite
+
+    def recipe_of(self, group: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of a parameter group."""
+
+    def view_of(self, parameter: Tensor) -> View:
+        """Return a parameter's view, with its state of now."""
+
+    def open(self, view: View) -> None:
+        """Make a parameter's state if it is not there."""
+
+    def entry(self, view: View, recipe: Recipe, product: Product) -> Entry:
+        """Return what a gradient that is not formed enters the momentum with."""
+
+
+def check_gathers(momentum: Momentum) -> None:
+    """Raise unless a momentum can take a gradient that is never formed.
+
+    Raises:
+        ValueError: It looks ahead, or there is none.
+    """
+    if momentum.nesterov:
+        raise ValueError(
+            'nesterov=True cannot go with update="backward": looking ahead needs the gradient '
+            'itself, which is never formed; pass nesterov=False, or use update="step"'
+        )
+    if not momentum.momentum:
+        raise ValueError(
+            f'momentum={momentum.momentum!r} cannot go with update="backward", which writes '
+            'gradients into the momentum; pass a positive momentum, or use update="step"'
+        )
+
+
+class MomentumLayer:
+    """One linear layer, whose gradient goes into its weight's momentum; the sink of its tap.
+
+    M <- kept M + a D^T H, where ``kept`` is mu at the first backward since the last step, and 1 at
+    those that follow: the parts of a batch add up, as they do in ``.grad``.
+
+    Args:
+        route: The weight's route.
+        layers: Holds it; held weakly.
+    """
+
+    def __init__(self, route: Route, layers: MomentumLayers) -> None:
+        self.route = route
+        self.weight = route.parameter
+        self.begun = False
+        """Whether M holds a gradient that no step has taken."""
+        self.tap: BackwardUpdateTap | None = None
+        self._layers = weakref.ref(layers)
+        self._task: int | None = None
+
+    @property
+    def layers(self) -> MomentumLayers:
+        """What holds the layer."""
+        layers = self._layers()
+        if layers is None:
+            raise ReferenceError(f"the optimizer of layer {self.route.name!r} no longer exists")
+        return layers
+
+    def rescale_errors(self, errors: Tensor) -> None:
+        """Leave D as it is."""
+
+    @torch.no_grad()
+    def update(self, errors: Tensor, activations: Tensor) -> None:
+        """Have D and H of one backward enter M, if they are good."""
+        layers = self.layers
+        owner = layers.owner
+        view = owner.view_of(self.weight)
+        recipe = owner.recipe_of(view.group)
+        momentum = recipe.momentum
+        check_gathers(momentum)
+        if not layers.judges(self, _fit(errors, activations, recipe.greatest(self.weight))):
+            return
+        self._look_for_dropped()
+        owner.open(view)
+        velocity = momentum.velocity(view.state)
+        product = Product(errors, activations, backend=owner.backend)
+        with use_backend(owner.backend), span("update", [self.weight]):
+            gradient, weight = owner.entry(view, recipe, product)
+            kept = 1.0 if self.begun else momentum.momentum
+            self.begun = True
+            add_product_(velocity, product, (None, None), -gradient, kept)
+            if weight:
+                velocity.add_(view.weight, alpha=weight)
+
+    def _look_for_dropped(self) -> None:
+        """Begin anew where ``model.zero_grad()`` has dropped gradients: the bias's tells."""
+        task, before = graph_task(), self._task
+        self._task = task
+        bias = self.route.module.bias if isinstance(self.route.module, nn.Linear) else None
+        if not self.begun or task == before or bias is None:
+            return
+        if bias.requires_grad and bias.grad is None:
+            self.layers.warn_of_dropped([self.route.name])
+            self.begun = False
+
+    def clear(self) -> None:
+        """Forget that no step has taken what M holds."""
+        self.begun, self._task = False, None
+
+
+class MomentumLayers(TapSet[MomentumLayer, Owner]):
+    """The layers whose gradients enter their momentum in backward.
+
+    Args:
+        owner: The optimizer; held weakly.
+        once: Whether what enters depends on all of a step's gradient, which then has to come in
+            one backward.
+    """
+
+    def __init__(self, owner: Owner, *, once: bool = False) -> None:
+        super().__init__(owner)
+        self._once = once
+
+    def attach(self, model: nn.Module, routes: Iterable[Route], rule: str) -> None:
+        """Tap the linear layers whose weights a rule takes, all or none.
+
+        Args:
+            model: Holds the layers.
+            routes: Of all parameters.
+            rule: The optimizer's own.
+
+        Raises:
+            UnsupportedTrainingError: Several ranks train.
+            ValueError: A weight is tapped by another optimizer.
+        """
+        known = list(routes)
+        own = [r for r in known if r.rule == rule and has_own_linear(r)]
+        layers = [MomentumLayer(r, self) for r in own if not is_sharded(r.parameter)]
+        for layer in layers:
+            layer.tap = self._tap_of(layer)
+        self.hold(layers, model, [route.parameter for route in known])
+        self.put()
+
+    def follow(self, old: Route, new: Route) -> None:
+        """Have a tap follow its weight to the parameter in its place."""
+        if (layer := self.replace(old, new)) is not None:
+            layer.tap = self._tap_of(layer)
+            layer.tap.attach()
+
+    def _tap_of(self, layer: MomentumLayer) -> BackwardUpdateTap:
+        module = layer.route.module
+        assert isinstance(module, nn.Linear)
+        once = self._once
+        return BackwardUpdateTap(module, layer, name=layer.route.name, writes=False, once=once)
+
+    def judges(self, layer: MomentumLayer, good: bool) -> bool:
+        """Return whether a layer's signals may enter its momentum.
+
+        Not either once a step will be left out: all that comes later stays as it was.
+        """
+        return not self._bad and super().judges(layer, good)
+
+    @property
+    def begun(self) -> list[str]:
+        """Names of the layers whose momentum holds a gradient that no step has taken."""
+        return [layer.route.name for layer in self if layer.begun]
+
+    def forget(self) -> None:
+        """Begin anew, along with gradients."""
+        self.warn_of_dropped(self.begun)
+        super().forget()
+
+
+def _fit(errors: Tensor, activations: Tensor, bound: float) -> bool:
+    """Return whether D and H are finite, and no entry of D^T H beyond a bound."""
+    rows, room = max(errors.shape[0], 1), bound / 4.0
+    each = min(math.sqrt(room / rows), torch.finfo(errors.dtype).max)
+    if within([errors, activations], [each, each]):
+        return True
+    # One may be large where the other is small. A NaN makes the comparison fail.
+    wide = compute_dtype(errors)
+    d, h = (float(torch.linalg.vector_norm(x, math.inf, dtype=wide)) for x in (errors, activations))
+    return rows * d * h <= room

@@ -1,0 +1,96 @@
+"""A gradient that is never formed: D^T H, as backward shows the two."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neurms.compiled.backends import scalar
+from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
+from neurms.core.ground.spans import span
+
+__all__ = ["Product", "add_product_", "square_norm"]
+
+_TILE = 1 << 16
+"""Elements of a gradient that are looked at together."""
+
+
+class Product(NamedTuple):
+    """A gradient that is not formed: D^T H.
+
+    Args:
+        errors: D, shape (rows, m), already multiplied by S for variant B.
+        activations: H, shape (rows, n).
+        scaled: D S and H C where they are at hand already.
+        gemm: What they are multiplied in.
+        backend: How kernels run.
+    """
+
+    errors: Tensor
+    activations: Tensor
+    scaled: tuple[Tensor, Tensor] | None = None
+    gemm: Literal["float32", "bfloat16"] = "float32"
+    backend: str = "auto"
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the factors are to be bfloat16, or are: then their products are exact."""
+        low = torch.bfloat16
+        return self.gemm == "bfloat16" or self.errors.dtype is self.activations.dtype is low
+
+
+def add_product_(
+    target: Tensor,
+    product: Product,
+    factors: tuple[Tensor | None, Tensor | None],
+    rate: float,
+    decay: float,
+) -> None:
+    """Write T <- decay T - rate S D^T H C.
+
+    Args:
+        target: T, shape (m, n); overwritten.
+        product: D and H.
+        factors: s (m,) and c (n,), None for 1.
+        rate: A number.
+        decay: A number.
+    """
+    errors, activations, scaled, _, backend = product
+    if product.in_bfloat16:
+        move = bfloat16_gemm_.on(backend)
+        move(target, errors, activations, *factors, scalar(rate), scalar(decay))
+        return
+    wide = target.dtype
+    if scaled is None or scaled[0].dtype != wide:
+        s, c = factors
+        with span("scale"):
+            d = errors.to(wide) if s is None else errors.to(wide) * s.to(wide)
+            h = activations.to(wide) if c is None else activations.to(wide) * c.to(wide)
+        scaled = d, h
+    update_gemm_(target, *scaled, rate, decay)
+
+
+def square_norm(product: Product, weight: Tensor, decay: float, sign: float) -> Tensor:
+    """Return ||sign D^T H + decay W||_F^2, a few rows of the gradient at a time.
+
+    Args:
+        product: D and H.
+        weight: W, shape (m, n).
+        decay: What of W is added.
+        sign: 1, or -1 to ascend.
+
+    Returns:
+        A 0-d float64 tensor.
+    """
+    m, n = weight.shape
+    d, h = product.errors.to(weight.dtype).mT, product.activations.to(weight.dtype)
+    height = max(1, _TILE // max(n, 1))
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for row in range(0, m, height):
+        part = d[row : row + height] @ h
+        if decay:
+            part.mul_(sign).add_(weight[row : row + height], alpha=decay)
+        total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+    return total
