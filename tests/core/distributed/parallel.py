@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 
 import neurms
 from neurms.core.ground.errors import UnsupportedTrainingError
+from neurms.core.ground.shards import local
 from tests.core.distributed.trainings import result
 
 STEPS, ROWS = 4, 8
@@ -81,7 +82,12 @@ def train(
             place = cut(model, parts, ranks // parts)
         optimizer = neurms.create(rule, model, lr=0.05, **settings)
         steps(model, optimizer, *place)
-        return result(model, optimizer)
+        states = [optimizer.state[p] for p in model.parameters()]
+        lengths = [
+            {k: len(local(v)) for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
+            for state in states
+        ]
+        return {**result(model, optimizer), "state_rows": lengths}
 
 
 def refused(rank: int, ranks: int, *, variant: str, alone: bool) -> str:

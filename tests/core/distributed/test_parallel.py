@@ -37,6 +37,27 @@ def test_weights_cut_by_units_and_by_features(pool: Ranks, ranks: int, name: str
         assert_replicas(found)
         for a, b in zip(found[0]["weights"], wanted["weights"], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        for one, other in zip(found[0]["state"], wanted["state"], strict=True):
+            assert_close_states(one, other, name)
+
+
+def assert_close_states(one: dict[str, Any], other: dict[str, Any], name: str) -> None:
+    assert one.keys() == other.keys()
+    for key, value in other.items():
+        # What Alice keeps of a gradient's null space is made of rounding.
+        if isinstance(value, torch.Tensor) and name != "alice":
+            torch.testing.assert_close(one[key], value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "rows"), [("rmnp", 3), ("racs", 3), ("neurms", 3), ("muon", 3)])
+def test_units_cut_twice_keep_state_by_rows(pool: Ranks, rule: str, rows: int) -> None:
+    """Twelve units, cut in two halves, each by two ranks."""
+    found = pool.run(4, parallel.train, rule=rule, settings={}, hidden=12)
+    wanted = parallel.train(rule=rule, settings={}, hidden=12)
+    own, whole = (one["state_rows"][0] for one in (found[0], wanted))
+    assert set(own) == set(whole)
+    assert rows in own.values()
 
 
 @pytest.mark.parametrize("variant", ["U", "B", "F"])
