@@ -8,9 +8,10 @@ from benchmarks.tables.markdown import markdown
 
 CALLS = """## Python calls
 
-`neurms bench calls`: what each optimizer adds to a linear layer (a weight and a bias) of a step, its hooks
-in forward and backward included, counted by cProfile over networks of {shallow} and {deep} hidden layers of
-{width} units. Small networks wait for these on a CPU, and every network does on an accelerator.
+`neurms bench calls`: what each optimizer adds to a linear layer (a weight and a bias) of a step,
+its hooks in forward and backward included, counted by cProfile over networks of {shallow} and
+{deep} hidden layers of {width} units. Small networks wait for these on a CPU, and every network
+does on an accelerator.
 
 {table}
 
