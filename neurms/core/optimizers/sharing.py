@@ -100,6 +100,13 @@ class Sharing:
         crew = self.crew_of(parameter)
         return crew is not None and self._owners[parameter] != crew.rank
 
+    def beyond(self) -> int:
+        """Return how many bytes of state the fullest owner keeps more than this rank does."""
+        return sum(
+            int(max(load.size for load in held) - held[self._crews[key].rank].size)
+            for key, held in self._loads.items()
+        )
+
     def assign(self, optimizer: HasShares, *, strict: bool = False) -> None:
         """Choose owners of the matrices that can be divided and have none yet.
 
