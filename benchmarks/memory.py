@@ -55,6 +55,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"variant": "F", "update": "backward", "gemm": "bfloat16", "momentum": 0.9},
     ),
     "rmnp": ("rmnp", {"head": "rule"}),
+    "rmnp backward": ("rmnp", {"head": "rule", "nesterov": False, "update": "backward"}),
     "racs": ("racs", {"head": "rule"}),
 }
 # Blocks of 64 KiB and more are mapped one by one and given back at once, so that the resident set
@@ -168,6 +169,9 @@ def comparison(runs: dict[str, Any]) -> dict[str, float]:
         for name in ("NeuRMS-U backward", "NeuRMS-F backward"):
             key = f"{name}, {measure} below sgd"
             found[key] = runs["sgd"][measure] - runs[name][measure]
+    for measure in ("resident_bytes", "allocated_bytes"):
+        key = f"rmnp backward, {measure} below rmnp"
+        found[key] = runs["rmnp"][measure] - runs["rmnp backward"][measure]
     held = {n: run["gradient_bytes"] + run["state_bytes"] for n, run in runs.items()}
     for name in ("NeuRMS-F step", "NeuRMS-F backward", "rmnp", "racs"):
         found[f"adamw over {name}"] = held["adamw"] / held[name]

@@ -51,6 +51,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "NeuRMS-U backward bf16": ("neurms", {"variant": "U", **ROUNDED}),
     "NeuRMS-F backward bf16": ("neurms", {"variant": "F", **ROUNDED}),
     "NeuRMS-U momentum backward bf16": ("neurms", {"variant": "U", "momentum": 0.9, **ROUNDED}),
+    "RMNP step": ("rmnp", {"head": "rule", "nesterov": False}),
+    "RMNP backward": ("rmnp", {"head": "rule", "nesterov": False, **BACKWARD}),
 }
 """In the names, bf16 is NeuRMS's own product in bfloat16, all others being in float32."""
 ALL_ROUNDED = ("sgd fused", "adamw fused", "NeuRMS-U momentum backward bf16")

@@ -55,6 +55,9 @@ def main() -> None:
         "AdamW": lambda model: torch.optim.AdamW(model.parameters()),
         "NeuRMS": lambda model: neurms.NeuRMS(model, lr=1e-3),
         "NeuRMS in backward": lambda model: neurms.NeuRMS(model, lr=1e-3, update="backward"),
+        "RMNP": lambda model: neurms.RMNP(model, nesterov=False),
+        # Its gradients enter the momentum: what is left of both is one number for each weight.
+        "RMNP in backward": lambda model: neurms.RMNP(model, nesterov=False, update="backward"),
     }
     print(f"{'':20}{'last loss':>12}{'gradients':>16}{'state':>16}")
     for name, make in makers.items():

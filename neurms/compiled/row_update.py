@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 
 from neurms.compiled.backends import kernel, scalar
 from neurms.compiled.lists import list_kernel
-from neurms.compiled.native import addresses, is_plain, library, numbers, suits, threads
+from neurms.compiled.native import addresses, are_plain, is_plain, library, numbers, suits, threads
 from neurms.compiled.normalization import row_norms
 
 __all__ = ["row_normalized_moves_", "row_normalized_update_", "row_normalized_updates_"]
@@ -129,10 +129,13 @@ def row_normalized_updates_(
 def _are_stored_alike(
     weights: Sequence[Tensor], momenta: Sequence[Tensor], gradients: Sequence[Tensor], *rest: object
 ) -> list[bool]:
+    items = list(zip(weights, momenta, gradients, strict=True))
+    alike = [w.dim() == 2 and w.shape == m.shape == g.shape for w, m, g in items]
+    if are_plain([*weights, *momenta, *gradients]):
+        return alike
     return [
-        all(x.dim() == 2 and x.shape == w.shape for x in (w, m, g))
-        and (all(map(is_plain, (w, m, g))) or all(is_plain(x.mT) for x in (w, m, g)))
-        for w, m, g in zip(weights, momenta, gradients, strict=True)
+        one and (are_plain(item) or are_plain([x.mT for x in item]))
+        for one, item in zip(alike, items, strict=True)
     ]
 
 

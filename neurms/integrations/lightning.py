@@ -12,7 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from neurms.core.ground.extras import require
 from neurms.core.optimizers.base import Params
-from neurms.core.optimizers.registry import create
+from neurms.core.optimizers.momentum_first import MomentumFirst
+from neurms.core.optimizers.registry import create, optimizer_class
+from neurms.core.optimizers.rules import rule_names
 from neurms.core.unitwise.neurms import NeuRMS
 from neurms.integrations.schedules import Schedule, WarmupDecay, checked_decay
 from neurms.integrations.trainer_checks import check_backward_update, scaler_of
@@ -23,8 +25,9 @@ from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 
 __all__ = ["Schedule", "WarmupDecay", "optimizer_config"]
 
-_TAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[NeuRMS]] = weakref.WeakKeyDictionary()
-"""The NeuRMS of each model's last fit, whose taps the next one replaces."""
+_TAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[NeuRMS | MomentumFirst]]
+_TAPPED = weakref.WeakKeyDictionary()
+"""The tapping optimizer of each model's last fit, whose taps the next one replaces."""
 
 
 def optimizer_config(
@@ -98,21 +101,28 @@ def optimizer_config(
 def _made(
     module: LightningModule, name: str, params: Params, settings: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    if name != NeuRMS.rule:
+    in_backward = settings.get("update") == "backward"
+    if name != NeuRMS.rule and not in_backward:
         return create(name, params, **settings)
     trainer = _trainer_of(module)
     if trainer is not None:
-        if settings.get("update") == "backward":
-            check_backward_update(trainer, module)
+        if in_backward:
+            check_backward_update(trainer, module, in_parts=_takes_parts(name))
         elif (scaler := scaler_of(trainer)) is not None:
             settings = {"loss_scale": scaler.get_scale, **settings}
     last = _TAPPED.get(params) if isinstance(params, nn.Module) else None
     if last is not None and (before := last()) is not None:
         before.detach()
     optimizer = create(name, params, **settings)
-    if isinstance(params, nn.Module) and isinstance(optimizer, NeuRMS):
+    if isinstance(params, nn.Module) and isinstance(optimizer, (NeuRMS, MomentumFirst)):
         _TAPPED[params] = weakref.ref(optimizer)
     return optimizer
+
+
+def _takes_parts(name: str) -> bool:
+    """Return whether a step's batch may come in parts with ``update="backward"``."""
+    own = optimizer_class(name) if name in rule_names() else None
+    return own is not None and issubclass(own, MomentumFirst) and not own.one_backward
 
 
 def _estimated_steps(module: LightningModule) -> int:

@@ -107,15 +107,26 @@ def check_layers_are_optimized(
         )
 
 
-def check_backward_update(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Raise if the Trainer does with gradients what ``update="backward"`` rules out."""
+def check_backward_update(
+    trainer: Trainer, pl_module: LightningModule, *, in_parts: bool = False
+) -> None:
+    """Raise if the Trainer does with gradients what ``update="backward"`` rules out.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: What it trains.
+        in_parts: Whether a step's batch may come in parts all the same.
+
+    Raises:
+        MisconfigurationException: It does.
+    """
     schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     windows = [
         trainer.accumulate_grad_batches,
         *(n for c in schedulers for n in c.scheduling.values()),
     ]
     problems = {
-        f"accumulate_grad_batches={max(windows)}": max(windows) > 1,
+        f"accumulate_grad_batches={max(windows)}": max(windows) > 1 and not in_parts,
         f"gradient_clip_val={trainer.gradient_clip_val}": bool(trainer.gradient_clip_val),
         "configure_gradient_clipping": is_overridden("configure_gradient_clipping", pl_module),
         f"precision={trainer.precision!r} with a GradScaler": scaler_of(trainer) is not None,

@@ -51,11 +51,16 @@ def settings_with(
 
 
 def check_modes(args: TrainingArguments | None, name: str, settings: Mapping[str, Any]) -> None:
-    """Raise for what the Trainer's loop and NeuRMS cannot do together.
+    """Raise for what the Trainer's loop and an optimizer cannot do together.
 
     Raises:
         UnsupportedTrainingError: float16 without its scale, or updates inside backward.
     """
+    if settings.get("update") == "backward":
+        raise UnsupportedTrainingError(
+            'update="backward" never forms the gradients whose norm the Trainer takes and clips '
+            'between backward and the step; use update="step", or a loop of your own'
+        )
     if name != NeuRMS.rule:
         return
     # P reads gradients, from which the scale has been divided out by then.
@@ -64,11 +69,6 @@ def check_modes(args: TrainingArguments | None, name: str, settings: Mapping[str
         raise UnsupportedTrainingError(
             "fp16=True scales the loss, and NeuRMS reads error signals that carry the scale; pass "
             "loss_scale=lambda: trainer.accelerator.scaler.get_scale(), or train with bf16=True"
-        )
-    if settings.get("update") == "backward":
-        raise UnsupportedTrainingError(
-            'update="backward" never forms the gradients whose norm the Trainer takes and clips '
-            'between backward and the step; use update="step", or a loop of your own'
         )
 
 

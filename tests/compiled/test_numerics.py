@@ -71,6 +71,9 @@ CASES: dict[str, Case] = {
             *([0.1], [0.9], 0.9, False, 1e-35),
         )
     ),
+    "row_normalized_moves_": Case(
+        lambda g: ([like(g, 3)], [like(g, 4) * magnitude(g)], [0.1], [0.9], 1e-35)
+    ),
     "square_sums": Case(lambda g: ([g, g[:5]],)),
     "gradient_factors": Case(
         lambda g: (
@@ -105,8 +108,8 @@ CASES: dict[str, Case] = {
     ),
     "scaled_signal": Case(lambda g: (g, features(g), True, 0.9, ONE * 0.3, *ROOT), SQUARED),
     "two_sided_fit": Case(lambda g: (g, 5), (1e-16, 1.0, 1e12), 3e-6),
-    "two_sided_scales_": Case(
-        lambda g: (g, units(g), features(g) * magnitude(g) ** 2, 5, 0.1, 1.0),
+    "two_sided_scales": Case(
+        lambda g: ([g], [units(g)], [features(g) * magnitude(g) ** 2], [1.0], 5, 0.1),
         (1e-12, 1.0, 1e12),
         3e-6,
     ),

@@ -203,6 +203,43 @@ def test_two_fits_are_tapped_once_each(update):
     assert_same(module, second)
 
 
+RMNP = {"lr": 0.05, "nesterov": False, "head": "rule"}
+
+
+def test_momentum_takes_gradients_in_backward_and_parts_of_batches():
+    module = Configured("rmnp", update="backward", **RMNP)
+    fitted(module, max_epochs=1, accumulate_grad_batches=2)
+    second = copy.deepcopy(module)
+    assert taps_of(second) == 0
+    twin = copy.deepcopy(module)
+    fitted(module, max_epochs=1, accumulate_grad_batches=2)
+    assert taps_of(module) == 2
+    optimizer = neurms.RMNP(twin, **RMNP)
+    batches = list(data())
+    for start in range(0, len(batches), 2):
+        window = batches[start : start + 2]
+        for inputs, labels in window:
+            (F.cross_entropy(twin.net(inputs), labels) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(module, twin)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("lars", {"accumulate_grad_batches": 2}, "accumulate_grad_batches=2"),
+        ("rmnp", {"gradient_clip_val": 1.0}, "gradient_clip_val"),
+        ("muon", scaled(), "GradScaler"),
+    ],
+)
+def test_momentum_in_backward_refuses_what_needs_gradients(name, settings, message):
+    module = Configured(name, nesterov=False, update="backward")
+    with pytest.raises(MisconfigurationException, match=message):
+        fitted(module, **settings)
+    assert taps_of(module) == 0
+
+
 def test_taps_go_with_the_optimizer():
     module = Configured("neurms", **NEURMS)
     run = trainer()

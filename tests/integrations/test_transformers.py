@@ -191,10 +191,11 @@ def test_taps_come_off() -> None:
     copy.deepcopy(model)
 
 
-def test_backward_update_is_refused_before_any_tap() -> None:
+@pytest.mark.parametrize("name", ["neurms", "rmnp"])
+def test_backward_update_is_refused_before_any_tap(name: str) -> None:
     model = llama()
     with pytest.raises(UnsupportedTrainingError, match='use update="step"'):
-        trainer_optimizers(model, update="backward")
+        trainer_optimizers(model, name, update="backward")
     assert not _taps(model)
 
 

@@ -77,7 +77,10 @@ ELSEWHERE = {
     "release/test_distribution.py": ["version"],
     "faults/test_changed_layers.py": ["core/taps/copies", "core/taps/weights"],
     "core/unitwise/test_moves.py": ["core/unitwise/products"],
-    "core/unitwise/test_neurms_backward.py": ["core/unitwise/tap_set"],
+    "core/unitwise/test_neurms_backward.py": ["core/taps/tap_set"],
+    "core/optimizers/test_momentum_first.py": [
+        *("core/optimizers/in_backward", "core/optimizers/momentum_mover"),
+    ],
     "core/distributed/test_trainings.py": ["core/ground/wrappers"],
     "core/diagnostics/test_probe.py": ["core/taps/signals"],
     "core/structures/test_diagonal.py": ["testing"],

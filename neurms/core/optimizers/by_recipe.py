@@ -131,11 +131,13 @@ def _fused_step(view: View) -> tuple[Tensor, FusedStep] | None:
         stored = gradient.is_contiguous()
     else:
         stored = weight.mT.is_contiguous() and gradient.mT.is_contiguous()
-    if not stored or not weight.numel():
+    if not stored or (view.shard is not None and not weight.numel()):
         return None
     view.state["step"] += 1
-    lr = float(view.group["lr"])
-    return target, FusedStep(weight, gradient, view.own_state, view.context(), lr, view.decay)
+    # No seeds: what draws has no fused form.
+    context = Context(view.state["step"], None, (), shard=view.shard)
+    state = view.state if view.shard is None else view.own_state
+    return target, FusedStep(weight, gradient, state, context, float(view.group["lr"]), view.decay)
 
 
 def _take(steps: Sequence[tuple[View, Tensor, FusedStep]]) -> None:

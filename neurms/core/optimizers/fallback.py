@@ -40,13 +40,14 @@ class FallbackMover(Mover):
 
 def _move(views: Sequence[View], group: Mapping[str, Any]) -> None:
     targets = [view.target() for view in views]
+    gradients = [local(view.gradient) if view.sharded else view.gradient for view in views]
     adamw_update_(
         targets,
         [
-            g if (g := local(view.gradient)).dtype is view.dtype else g.to(view.dtype)
-            for view in views
+            g if g.dtype is view.dtype else g.to(view.dtype)
+            for view, g in zip(views, gradients, strict=True)
         ],
-        [view.state for view in views],
+        [local_state(view.state) if view.sharded else view.state for view in views],
         lr=fallback_rate(group),
         betas=tuple(group["fallback_betas"]),
         weight_decay=group["fallback_weight_decay"],
@@ -102,7 +103,7 @@ def adamw_update_(
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, as in
         torch.optim.AdamW.
     """
-    triples = list(zip(parameters, gradients, map(local_state, states), strict=True))
+    triples = list(zip(parameters, gradients, states, strict=True))
     fused = [_can_fuse(*triple) for triple in triples]
     for form in (True, False):
         chosen = [triple for triple, can in zip(triples, fused, strict=True) if can is form]

@@ -47,7 +47,7 @@ class View:
         shard: Which rows of a sharded matrix the rule works on here; None is the whole of it.
         begun: Whether the recipe's row-local beginning has been through the gradient already.
         recipe: What its mover makes of its settings, once a step has asked.
-        bound: The largest magnitude that its gradient may have.
+        bound: The largest magnitude that its gradient may have; until a mover says, any finite one.
     """
 
     index: int
@@ -78,10 +78,13 @@ class View:
         self.dtype = compute_dtype(parameter)
         self.sharded = is_sharded(parameter)
         self.empty = parameter.numel() == 0
+        if self.recipe is None:
+            self.bound = torch.finfo(self.dtype).max if self.dtype.is_floating_point else math.inf
 
     def reroute(self, route: Route) -> None:
         """Give the parameter to another rule, for which it has no state yet."""
-        self.route, self.recipe, self.bound, self.state = route, None, math.inf, {}
+        self.route, self.recipe, self.state = route, None, {}
+        self.look()
 
     # ---------------------------------------------------------------- what the rule sees
 
@@ -121,6 +124,9 @@ class View:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return a tensor of :meth:`seen`'s shape as (units, features), in the rule's dtype."""
+        # Most are matrices as they are; where caches are cold, calls cost more than what they do.
+        if tensor.dtype is self.dtype and self.shard is None and self.route.layout.is_matrix:
+            return tensor
         return self.layout.matrix(tensor if tensor.dtype is self.dtype else tensor.to(self.dtype))
 
     @property

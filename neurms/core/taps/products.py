@@ -13,7 +13,7 @@ from neurms.core.ground.spans import span
 
 __all__ = ["Product", "add_product_", "square_norm"]
 
-_TILE = 1 << 17
+_TILE = 1 << 16
 """Elements of a gradient that are looked at together."""
 
 

@@ -112,6 +112,24 @@ class TestBadGradients:
             assert_same_state(dict(model.state_dict()), dict(weights))
             assert_same_state(optimizer.state_dict(), state)
 
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("name", ["3.weight", "5.bias", "8.weight"])
+    def test_of_parameters_that_the_fallback_takes(
+        self, name: str, dtype: torch.dtype, bad: float
+    ) -> None:
+        model = small_model(dtype=dtype)
+        optimizer = make("rmnp", model)
+        train(model, optimizer, 2)
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        gradient.flatten()[-1] = bad
+        weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        with pytest.raises(NonFiniteError, match=f"'{name}' is NaN or infinite"):
+            optimizer.step()
+        assert_same_state(dict(model.state_dict()), dict(weights))
+        assert_same_state(optimizer.state_dict(), state)
+
     def test_a_first_step_that_is_skipped_leaves_no_state(self) -> None:
         parameter = matrix()
         optimizer = RMNP([parameter], nonfinite="skip")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurms import NeuRMS
@@ -262,3 +263,36 @@ def test_detached_layers_are_plain_again() -> None:
     with NeuRMS(model, variant="P", update="backward"):
         assert type(model[0]) is not nn.Linear
     assert type(model[0]) is nn.Linear
+
+
+def test_a_weight_pruned_before_moves_at_the_step() -> None:
+    results = []
+    for update in ("backward", "step"):
+        model = network()
+        for index in (0, 2, 5):
+            prune.l1_unstructured(model[index], "weight", 0.5)
+        optimizer = NeuRMS(model, variant="P", update=update)  # type: ignore[arg-type]
+        train(model, optimizer, range(3))
+        assert model[2].weight_orig.grad is not None
+        results.append(model)
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_batch_without_rows(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a gradient of zero where that enters an average, and no step where nothing would."""
+    monkeypatch.setattr(probed, "drawn_probes", full_probes)
+    results = []
+    for update in ("backward", "step"):
+        model = network()
+        optimizer = NeuRMS(model, variant="P", momentum=momentum, update=update)  # type: ignore[arg-type]
+        train(model, optimizer, range(2))
+        optimizer.zero_grad()
+        before = copy.deepcopy(model)
+        model(batch(0)[:0]).sum().backward()
+        optimizer.step()
+        results.append(model)
+        moved = not torch.equal(before[0].weight, model[0].weight)
+        assert moved is (momentum > 0)
+    if momentum:
+        assert_equal(*results, **EXACT)

@@ -86,6 +86,12 @@ def test_neurms_says_what_keras_decides(name: str) -> None:
         keras_neurms(**{"variant": "U", **{name: "backward"}})
 
 
+@pytest.mark.parametrize("name", ["rmnp", "muon", "nora", "lars"])
+def test_momentum_takes_no_gradient_in_backward(name: str) -> None:
+    with pytest.raises(TypeError, match=r"update='backward' is always \"step\" in Keras"):
+        keras_optimizer(name, nesterov=False, update="backward")
+
+
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"name='rax' is not known; choose one of"):
         keras_optimizer("rax")
