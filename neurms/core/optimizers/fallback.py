@@ -40,6 +40,7 @@ class FallbackMover(Mover):
 
 def _move(views: Sequence[View], group: Mapping[str, Any]) -> None:
     targets = [view.target() for view in views]
+    states = [local_state(view.state) if view.sharded else view.state for view in views]
     gradients = [local(view.gradient) if view.sharded else view.gradient for view in views]
     adamw_update_(
         targets,
@@ -47,12 +48,14 @@ def _move(views: Sequence[View], group: Mapping[str, Any]) -> None:
             g if g.dtype is view.dtype else g.to(view.dtype)
             for view, g in zip(views, gradients, strict=True)
         ],
-        [local_state(view.state) if view.sharded else view.state for view in views],
+        states,
         lr=fallback_rate(group),
         betas=tuple(group["fallback_betas"]),
         weight_decay=group["fallback_weight_decay"],
     )
-    for view, target in zip(views, targets, strict=True):
+    for view, target, state in zip(views, targets, states, strict=True):
+        # Parts of a sharded state are in a dictionary of their own.
+        view.state["step"] = state["step"]
         view.written(target)
 
 
