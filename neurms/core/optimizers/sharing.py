@@ -66,6 +66,7 @@ class Sharing:
     def _begin(self) -> None:
         self._crews: dict[Any, Crew] = {}
         self._loads: dict[Any, list[Load]] = {}
+        self._looked_at: tuple[Any, list[bool]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold; process groups cannot go along."""
@@ -100,6 +101,13 @@ class Sharing:
         crew = self.crew_of(parameter)
         return crew is not None and self._owners[parameter] != crew.rank
 
+    def beyond(self) -> int:
+        """Return how many bytes of state the fullest owner keeps more than this rank does."""
+        return sum(
+            int(max(load.size for load in held) - held[self._crews[key].rank].size)
+            for key, held in self._loads.items()
+        )
+
     def assign(self, optimizer: HasShares, *, strict: bool = False) -> None:
         """Choose owners of the matrices that can be divided and have none yet.
 
@@ -112,12 +120,20 @@ class Sharing:
         """
         if self.form in ("rows", "replicate") or world_size() == 1:
             return
+        work = optimizer.work()
+        trained = [view.parameter.requires_grad for view in work]
+        if self._looked_at is not None and self._looked_at == (work, trained):
+            return
         new: dict[Any, list[View]] = {}
-        for view in optimizer.work():
+        for view in work:
             if self.crew_of(view.parameter) is None and self._divides(optimizer, view):
                 new.setdefault(_key(view.parameter), []).append(view)
+        self._looked_at = (work, trained)
         for key, views in new.items():
             crew = self._crews.get(key) or self._crew(views, strict)
+            if crew is None:
+                # A wrapper may come later.
+                self._looked_at = None
             if crew is not None and crew.size > 1:
                 self._crews[key] = crew
                 # A copy of an optimizer knows the owners, and of crews nothing.
@@ -234,6 +250,8 @@ class Sharing:
             states: Parameter's place among all -> this rank's state.
         """
         spread = dict(states)
+        if not self.divides:
+            return spread
         for view in optimizer.work():
             crew, state = self.crew_of(view.parameter), states.get(view.index)
             if crew is None or not state:
