@@ -20,9 +20,9 @@ At width 1024, on 1 and 2 threads, it is {step_low:.1f} to {step_high:.1f} perce
 `update="step"` and {back_low:.1f} to {back_high:.1f} percent with `update="backward"`, which scales
 D and H in a pass of its own and saves that of the weight. `backward bf16` is that with
 `gemm="bfloat16"`: {bf16_low:.1f} to {bf16_high:.1f} percent of a shorter step, for its factors
-enter W with the product and count as update. {moments}Where the time goes, in microseconds, `update="step"`,
-batch 512, 2 threads (DᵀH is a part of backward; bookkeeping is all that is no kernel, the
-optimizer's own included):
+enter W with the product and count as update. {moments}Where the time goes, in microseconds,
+`update="step"`, batch 512, 2 threads (DᵀH is a part of backward; bookkeeping is all that is no
+kernel, the optimizer's own included):
 
 {parts}
 
