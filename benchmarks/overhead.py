@@ -5,9 +5,10 @@
 
 Two equal linear layers with a ReLU between, under NeuRMS-F or P; the second one's times, from the
 same spans that the profiler reports, without its statistics. F's ``step`` scales in the
-optimizer's pass over the weight; ``backward`` scales D and H and writes their product into the weight; ``backward
-bf16`` multiplies them in bfloat16 and scales the sums on their way, which counts as update.
-``gemm_us`` is D^T H, once more by itself: in ``step`` autograd computes it in one node with D W.
+optimizer's pass over the weight; ``backward`` scales D and H and writes their product into the
+weight; ``backward bf16`` multiplies them in bfloat16 and scales the sums on their way, which counts
+as update. ``gemm_us`` is D^T H, once more by itself: in ``step`` autograd computes it in one node
+with D W.
 """
 
 from __future__ import annotations
