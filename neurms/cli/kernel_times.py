@@ -15,7 +15,7 @@ from neurms.compiled.gemm import bfloat16_gemm_
 from neurms.compiled.moments import move_moments
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.row_update import row_normalized_update_
-from neurms.compiled.two_sided import two_sided_fit, two_sided_scales_
+from neurms.compiled.two_sided import two_sided_fit, two_sided_scales
 from neurms.compiled.update import apply_updates_
 
 __all__ = ["BACKENDS_TIMED", "KernelTime", "kernel_times"]
@@ -87,5 +87,5 @@ def _calls(size: int) -> list[tuple[Kernel[..., Any], tuple[Any, ...]]]:
         (move_moments, ([units], [features], [0.5], [0.5], 0.9, 1e-8, 1e-12, 0.0, 100.0)),
         (row_normalized_update_, (w, m, g, 0.95, True, rate, keep, 1e-12)),
         (two_sided_fit, (g, 5)),
-        (two_sided_scales_, (g, units.clone(), features.clone(), 5, 0.1, 1.0)),
+        (two_sided_scales, ([g], [units], [features], [1.0], 5, 0.1)),
     ]

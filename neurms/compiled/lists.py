@@ -17,7 +17,9 @@ hardly more of them than a list of one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,7 +30,7 @@ from neurms.compiled._operators import operator
 from neurms.compiled.backends import PROMPT, Kernel, running_on, without_grad
 from neurms.compiled.native import LEAST_ELEMENTS, library
 
-__all__ = ["ListKernel", "list_kernel"]
+__all__ = ["ListKernel", "beside", "entries", "list_kernel"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,7 +77,7 @@ class ListKernel(Kernel[P, R]):
         return without_grad(self._positional(partial(self._joint, least)))
 
     def _joint(self, least: int, *args: Any) -> R:
-        if sum(map(Tensor.numel, args[0])) < least or self._native is None or library() is None:
+        if entries(args[0]) < least or self._native is None or library() is None:
             return self._loop(*args)
         columns = args[: self._columns]
         served = self._serve(*columns)
@@ -114,6 +116,28 @@ def _apart(result: Any) -> Any:
     if isinstance(result, Tensor):
         return result.clone()
     return type(result)(_apart(part) for part in result)
+
+
+_elsewhere: ContextVar[int] = ContextVar("_elsewhere", default=0)
+
+
+@contextmanager
+def beside(elsewhere: int) -> Iterator[None]:
+    """Have forms of lists be chosen as for longer ones, of which other ranks have the rest.
+
+    Args:
+        elsewhere: Entries of what is not here.
+    """
+    token = _elsewhere.set(elsewhere)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+def entries(items: Iterable[Tensor]) -> int:
+    """Return the entries of a list, and of what other ranks have of it."""
+    return sum(map(Tensor.numel, items)) + _elsewhere.get()
 
 
 def list_kernel(fn: Callable[P, R]) -> ListKernel[P, R]:

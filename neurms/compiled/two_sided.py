@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from neurms.compiled.backends import kernel
-from neurms.compiled.native import fits, is_plain, library, suits, threads
+from neurms.compiled.backends import Kernel, kernel
+from neurms.compiled.lists import list_kernel
+from neurms.compiled.native import addresses, are_plain, library, numbers, suits, threads
+from neurms.compiled.square_sums import are_stored, vectors
 
-__all__ = ["scaled_square_sum", "two_sided_fit", "two_sided_scales_"]
+__all__ = ["scaled_square_sum", "two_sided_fit", "two_sided_scales"]
 
 TOLERANCE = 5e-7
 """Relative error, of each entry of q and s, at which the native power iteration stops early.
@@ -77,10 +81,6 @@ def _is_stored(gradient: Tensor) -> bool:
     return gradient.ndim == 2 and (suits(gradient) or suits(gradient.mT))
 
 
-def _is_stored_small(gradient: Tensor) -> bool:
-    return gradient.ndim == 2 and bool(gradient.numel()) and (fits(gradient) or fits(gradient.mT))
-
-
 @two_sided_fit.native(lambda gradient, iterations: _is_stored(gradient))
 def _two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     kernels = library()
@@ -94,25 +94,46 @@ def _two_sided_fit(gradient: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     return q, s
 
 
-@kernel
-def two_sided_scales_(
-    gradient: Tensor, q: Tensor, s: Tensor, iterations: int, fresh: float, correction: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Average the fit of :func:`two_sided_fit`, and say how it scales this gradient.
+def _scaled(
+    gradient: Tensor, q: Tensor, s: Tensor, correction: Tensor, iterations: int, fresh: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    fit_q, fit_s = _power_iteration(gradient, iterations)
+    new_q, new_s = torch.lerp(q, fit_q, fresh), torch.lerp(s, fit_s, fresh)
+    left = torch.where(new_q > 0, new_q.rsqrt(), torch.zeros_like(q)) * correction
+    right = torch.where(new_s > 0, new_s.rsqrt(), torch.zeros_like(s))
+    square = _matvec(gradient.square(), right.square()).mul(left.square()).sum()
+    return new_q, new_s, left, right, square.sqrt()
 
-    ``q <- q + fresh (q' - q)`` for the gradient's own q', the same for s; ``left = correction /
-    sqrt(q)``, ``right = 1 / sqrt(s)``, each zero where the average is.
+
+# The correction changes from step to step: compiled forms get it as a 0-d tensor.
+_scale: Kernel[..., Any] = kernel(_scaled)
+
+
+@list_kernel
+def two_sided_scales(
+    gradients: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+    iterations: int,
+    fresh: float,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Say where averages of the fit of :func:`two_sided_fit` move, and how they scale G there.
+
+    ``q' = q + fresh (q^ - q)`` for the gradient's own q^, s' likewise; ``left = correction /
+    sqrt(q')``, ``right = 1 / sqrt(s')``, each zero where the average is. Nothing is written.
 
     Args:
-        gradient: G, shape (m, n), float32 or float64.
-        q: Average over units, shape (m,); overwritten.
-        s: Average over features, shape (n,); overwritten.
+        gradients: G, shapes (m, n), float32 or float64.
+        q: Averages over units, shapes (m,).
+        s: Averages over features, shapes (n,).
+        corrections: Factors of ``left``.
         iterations: Rounds of the fit.
         fresh: Weight of this gradient's fit.
-        correction: Factor of ``left``.
 
     Returns:
-        left (m,), right (n,), and ``||left_i G_ij right_j||`` as a 0-d tensor.
+        q' (m,), s' (n,), left (m,), right (n,), and ``||left_i G_ij right_j||`` as a 0-d tensor, of
+        every matrix. A NaN or an infinity in G shows in the norm.
 
     Reference:
         Structured-Fisher paper, Algorithm 1 (RACS). The native form spends no pass over G on the
@@ -121,48 +142,61 @@ def two_sided_scales_(
     Example:
         >>> import torch
         >>> g, q, s = torch.tensor([[1.0, 2.0], [2.0, 4.0]]), torch.zeros(2), torch.zeros(2)
-        >>> *_, norm = two_sided_scales_(g, q, s, 2, 1.0, 1.0)
+        >>> *_, (norm,) = two_sided_scales([g], [q], [s], [1.0], 2, 1.0)
         >>> norm
         tensor(2.)
     """
-    new_q, new_s = _power_iteration(gradient, iterations)
-    q.lerp_(new_q, fresh)
-    s.lerp_(new_s, fresh)
-    left = torch.where(q > 0, q.rsqrt(), torch.zeros_like(q)) * correction
-    right = torch.where(s > 0, s.rsqrt(), torch.zeros_like(s))
-    square = _matvec(gradient.square(), right.square()).mul(left.square()).sum()
-    return left, right, square.sqrt()
+    each = zip(gradients, q, s, corrections, strict=True)
+    made = [_scale(*item, iterations, fresh) for item in each]
+    new_q, new_s, left, right, norms = ([item[k] for item in made] for k in range(5))
+    return new_q, new_s, left, right, norms
 
 
-@two_sided_scales_.native(
-    lambda gradient, q, s, *settings: _is_stored(gradient) and is_plain(q) and is_plain(s),
-    mutates=("q", "s"),
-    fits=lambda gradient, q, s, *settings: (
-        _is_stored_small(gradient) and is_plain(q) and is_plain(s)
-    ),
-)
-def _two_sided_scales_(
-    gradient: Tensor, q: Tensor, s: Tensor, iterations: int, fresh: float, correction: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _are_plain(
+    gradients: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+) -> list[bool]:
+    if are_plain([*gradients, *q, *s]):
+        return [g.dim() == 2 and g.numel() > 0 for g in gradients]
+    stored = are_stored(gradients)
+    each = zip(stored, gradients, q, s, strict=True)
+    return [good and g.numel() > 0 and are_plain([a, b]) for good, g, a, b in each]
+
+
+@two_sided_scales.native(_are_plain)
+def _two_sided_scales(
+    gradients: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+    iterations: int,
+    fresh: float,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     kernels = library()
     assert kernels is not None
-    left, right = torch.empty_like(q), torch.empty_like(s)
-    norm = kernels.neurms_two_sided_scales(
-        gradient.data_ptr(),
-        *gradient.shape,
-        not gradient.is_contiguous(),
+    units, features = [x.numel() for x in q], [x.numel() for x in s]
+    made = vectors(q[0], 2 * (units + features), torch.float32)
+    count = len(q)
+    parts = [made[:count], made[count : 2 * count], made[2 * count : 3 * count], made[3 * count :]]
+    new_q, new_s, left, right = parts
+    norms = q[0].new_empty(count, dtype=torch.float64)
+    kernels.neurms_two_sided_scales(
+        count,
+        addresses(gradients),
+        numbers("q", units),
+        numbers("q", features),
+        numbers("q", [not gradient.is_contiguous() for gradient in gradients]),
         iterations,
         TOLERANCE,
         fresh,
-        correction,
-        q.data_ptr(),
-        s.data_ptr(),
-        left.data_ptr(),
-        right.data_ptr(),
+        numbers("f", corrections),
+        *map(addresses, (q, s, *parts)),
+        norms.data_ptr(),
         threads(),
     )
-    increment_version((q, s))
-    return left, right, torch.tensor(norm, dtype=torch.float32, device="cpu")
+    return new_q, new_s, left, right, list(norms.float().unbind())
 
 
 @kernel

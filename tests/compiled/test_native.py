@@ -20,7 +20,7 @@ from neurms.compiled.row_update import row_normalized_update_
 from neurms.compiled.two_sided import (
     scaled_square_sum,
     two_sided_fit,
-    two_sided_scales_,
+    two_sided_scales,
 )
 from neurms.compiled.update import apply_updates_
 
@@ -208,11 +208,27 @@ def test_two_sided_scales(structure: str, by_columns: bool, fresh: float) -> Non
     gradient = STRUCTURES[structure](257, 300)
     gradient = gradient.mT if by_columns else gradient
     q, s = torch.rand(gradient.shape[0]), torch.rand(gradient.shape[1])
-    wide_q, wide_s = q.double(), s.double()
-    found = (*two_sided_scales_(gradient, q, s, 5, fresh, 0.7), q, s)
-    truth = two_sided_scales_.eager(gradient.double(), wide_q, wide_s, 5, fresh, 0.7)
-    for one, other in zip(found, (*truth, wide_q, wide_s), strict=True):
+    lists = [gradient], [q], [s], [0.7]
+    assert all(two_sided_scales._serve(*lists)), "the native form must be what this tests"
+    found = two_sided_scales(*lists, 5, fresh)
+    truth = two_sided_scales.eager([gradient.double()], [q.double()], [s.double()], [0.7], 5, fresh)
+    for (one,), (other,) in zip(found, truth, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=2e-6, atol=0)
+
+
+def test_two_sided_scales_of_several_are_those_of_each() -> None:
+    """By rows and by columns, small and large, which threads take in different ways."""
+    shapes = [(40, 60), (257, 300), (33, 21), (300, 200)]
+    gradients = [matrix(shape, seed=k) for k, shape in enumerate(shapes)]
+    gradients[2:] = [gradient.mT for gradient in gradients[2:]]
+    q, s = ([torch.rand(g.shape[side]) for g in gradients] for side in (0, 1))
+    corrections = [1.0, 0.5, 0.7, 2.0]
+    found = two_sided_scales(gradients, q, s, corrections, 5, 0.1)
+    for k, one in enumerate(zip(*found, strict=True)):
+        wide = [[own[k].double()] for own in (gradients, q, s)]
+        truth = two_sided_scales.eager(*wide, [corrections[k]], 5, 0.1)
+        for part, (other,) in zip(one, truth, strict=True):
+            torch.testing.assert_close(part.double(), other, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -221,9 +237,8 @@ def test_norm_shows_a_bad_element(bad: float, by_columns: bool) -> None:
     gradient = matrix((257, 300))
     gradient[100, 200] = bad
     gradient = gradient.mT if by_columns else gradient
-    *_, norm = two_sided_scales_(
-        gradient, torch.zeros(gradient.shape[0]), torch.zeros(gradient.shape[1]), 5, 0.1, 1.0
-    )
+    q, s = torch.zeros(gradient.shape[0]), torch.zeros(gradient.shape[1])
+    *_, (norm,) = two_sided_scales([gradient], [q], [s], [1.0], 5, 0.1)
     assert not norm.isfinite()
 
 

@@ -108,8 +108,8 @@ CASES: dict[str, Case] = {
     ),
     "scaled_signal": Case(lambda g: (g, features(g), True, 0.9, ONE * 0.3, *ROOT), SQUARED),
     "two_sided_fit": Case(lambda g: (g, 5), (1e-16, 1.0, 1e12), 3e-6),
-    "two_sided_scales_": Case(
-        lambda g: (g, units(g), features(g) * magnitude(g) ** 2, 5, 0.1, 1.0),
+    "two_sided_scales": Case(
+        lambda g: ([g], [units(g)], [features(g) * magnitude(g) ** 2], [1.0], 5, 0.1),
         (1e-12, 1.0, 1e12),
         3e-6,
     ),

@@ -17,7 +17,7 @@ from neurms.compiled.signals import scaled_signal
 from neurms.compiled.two_sided import (
     scaled_square_sum,
     two_sided_fit,
-    two_sided_scales_,
+    two_sided_scales,
 )
 from neurms.compiled.update import apply_updates_
 
@@ -45,7 +45,7 @@ CASES: list[tuple[Kernel[Any, Any], tuple[Any, ...]]] = [
         (normal(6, 5), positive(6, 5), normal(6, 5), 0.9, True, ONE * 0.1, ONE * 0.9, 1e-12),
     ),
     (two_sided_fit, (normal(6, 5), 5)),
-    (two_sided_scales_, (normal(6, 5), positive(6), positive(5), 5, 0.1, 1.0)),
+    (two_sided_scales, ([normal(6, 5)], [positive(6)], [positive(5)], [1.0], 5, 0.1)),
     (scaled_square_sum, (normal(6, 5), positive(6), positive(5))),
     (
         move_moments,

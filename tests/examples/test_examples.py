@@ -34,9 +34,10 @@ PRINTS = {
 # Several processes: in an interpreter of their own.
 DISTRIBUTED = {
     "lightning_ddp": ACCURACY,
+    "lightning_ddp --shard": ACCURACY,
 }
 # Run by tests/core/distributed/test_programs.py, on several numbers of processes.
-OTHERWISE_RUN = {"torchrun"}
+OTHERWISE_RUN = {"torchrun", "pretraining"}
 
 # What a program needs beside the developer's tools.
 NEEDS = {"lora": "peft", "timm_optimizer": "timm"}
@@ -78,10 +79,11 @@ def run(repository: Path, tmp_path: Path, monkeypatch, capsys):
 
 def test_every_program_is_tested(repository: Path) -> None:
     found = {path.stem for path in (repository / "examples").glob("*.py")}
-    assert found - OTHERWISE_RUN == set(PRINTS) | set(DISTRIBUTED)
+    distributed = {line.split()[0] for line in DISTRIBUTED}
+    assert found - OTHERWISE_RUN == set(PRINTS) | distributed
 
 
-@pytest.mark.parametrize("name", [*PRINTS, *DISTRIBUTED, *OTHERWISE_RUN])
+@pytest.mark.parametrize("name", [*PRINTS, "lightning_ddp", *OTHERWISE_RUN])
 def test_help(run, capsys, name: str) -> None:
     with pytest.raises(SystemExit) as end:
         run(name, "--help")
@@ -126,16 +128,17 @@ def test_other_settings(run, name: str, options: list[str], printed: str) -> Non
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", DISTRIBUTED)
-def test_several_processes(repository: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("line", DISTRIBUTED)
+def test_several_processes(repository: Path, tmp_path: Path, line: str) -> None:
+    name, *options = line.split()
     ended = subprocess.run(
-        [sys.executable, str(repository / "examples" / f"{name}.py"), "--quick"],
+        [sys.executable, str(repository / "examples" / f"{name}.py"), "--quick", *options],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         timeout=500,
     )
     assert ended.returncode == 0, ended.stderr
-    found = re.search(DISTRIBUTED[name], ended.stdout)
+    found = re.search(DISTRIBUTED[line], ended.stdout)
     assert found, ended.stdout
     assert float(found[1]) > 40

@@ -56,6 +56,11 @@ ELSEWHERE = {
     "compiled/test_native.py": ["compiled/native/build", "compiled/native/toolchain"],
     # Without code of their own to test: protocols, base classes, a table, a re-export.
     "core/optimizers/test_rules.py": ["core/catalog"],
+    # What is divided among ranks, by ranks.
+    "core/distributed/test_owning.py": [
+        *("core/optimizers/by_owner", "core/optimizers/sharing", "core/ground/parcels"),
+        *("core/distributed/exchange", "core/distributed/owner_traffic"),
+    ],
     "core/optimizers/test_by_recipe.py": ["core/optimizers/mover", "core/optimizers/view"],
     "core/structures/test_properties.py": ["core/structures/base", "core/structures/norms"],
     "core/taps/test_hooks.py": ["core/taps/protocol"],

@@ -47,9 +47,11 @@ int neurms_two_sided_fit(const float* g, int64_t m, int64_t n, int iterations, f
                          int threads);
 int neurms_two_sided_fit_transposed(const float* a, int64_t n, int64_t m, int iterations, float tolerance, float* q,
                                     float* s, int threads);
-double neurms_two_sided_scales(const float* g, int64_t m, int64_t n, int transposed, int iterations, float tolerance,
-                               float fresh, float correction, float* q, float* s, float* left, float* right,
-                               int threads);
+void neurms_two_sided_scales(int64_t count, const float* const* g, const int64_t* m, const int64_t* n,
+                             const int64_t* turned, int iterations, float tolerance, float fresh,
+                             const float* corrections, const float* const* q, const float* const* s,
+                             float* const* new_q, float* const* new_s, float* const* left, float* const* right,
+                             double* norms, int threads);
 double neurms_scaled_square_sum(const float* g, int64_t m, int64_t n, const float* left, const float* right,
                                 int threads);
 

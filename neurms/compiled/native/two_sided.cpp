@@ -251,6 +251,30 @@ double square_sum(const float* g, int64_t m, int64_t n, const float* left, const
   return sum;
 }
 
+// Elements of a matrix that one thread takes alone.
+constexpr int64_t kAlone = 1 << 15;
+
+struct Averages {
+  Average q, s;
+  float correction;
+};
+
+// By rows no pass is spent on the norm: the fit's last one has the sums that it needs.
+double scales(const float* g, int64_t m, int64_t n, bool turned, int iterations, float tolerance,
+              const Averages& averages, float* q, float* s, float* left, float* right, int threads) {
+  std::vector<float> energy(turned ? 0 : m);
+  if (turned)
+    fit_transposed(g, n, m, iterations, tolerance, q, s, threads);
+  else
+    fit(g, m, n, iterations, tolerance, q, s, &averages.s, energy.data(), threads);
+  for (int64_t i = 0; i < m; ++i) left[i] = averages.correction * inverse_root(q[i] = averages.q(i, q[i]));
+  for (int64_t j = 0; j < n; ++j) right[j] = inverse_root(s[j] = averages.s(j, s[j]));
+  if (turned) return std::sqrt(square_sum(g, n, m, right, left, threads));
+  double total = 0;
+  for (int64_t i = 0; i < m; ++i) total += static_cast<double>(left[i]) * left[i] * energy[i];
+  return std::sqrt(total);
+}
+
 }  // namespace
 
 extern "C" {
@@ -266,23 +290,20 @@ int neurms_two_sided_fit_transposed(const float* a, int64_t n, int64_t m, int it
   return fit_transposed(a, n, m, iterations, tolerance, q, s, threads);
 }
 
-// Averages q and s towards G's fit, makes left = correction / sqrt(q) and right = 1 / sqrt(s) of them, and returns
-// ||left_i g_ij right_j||. By rows no pass is spent on the norm: the fit's last one has the sums that it needs.
-double neurms_two_sided_scales(const float* g, int64_t m, int64_t n, int transposed, int iterations, float tolerance,
-                               float fresh, float correction, float* q, float* s, float* left, float* right,
-                               int threads) {
-  std::vector<float> new_q(m), new_s(n), energy(transposed ? 0 : m);
-  const Average average_q{q, fresh}, average_s{s, fresh};
-  if (transposed)
-    fit_transposed(g, n, m, iterations, tolerance, new_q.data(), new_s.data(), threads);
-  else
-    fit(g, m, n, iterations, tolerance, new_q.data(), new_s.data(), &average_s, energy.data(), threads);
-  for (int64_t i = 0; i < m; ++i) left[i] = correction * inverse_root(q[i] = average_q(i, new_q[i]));
-  for (int64_t j = 0; j < n; ++j) right[j] = inverse_root(s[j] = average_s(j, new_s[j]));
-  if (transposed) return std::sqrt(square_sum(g, n, m, right, left, threads));
-  double total = 0;
-  for (int64_t i = 0; i < m; ++i) total += static_cast<double>(left[i]) * left[i] * energy[i];
-  return std::sqrt(total);
+// Of several matrices, where averages q and s move towards G's fit, left = correction / sqrt(q') and right = 1 /
+// sqrt(s') there, and ||left_i g_ij right_j||.
+void neurms_two_sided_scales(int64_t count, const float* const* g, const int64_t* m, const int64_t* n,
+                             const int64_t* turned, int iterations, float tolerance, float fresh,
+                             const float* corrections, const float* const* q, const float* const* s,
+                             float* const* new_q, float* const* new_s, float* const* left, float* const* right,
+                             double* norms, int threads) {
+  for (int64_t k = 0; k < count; ++k) {
+    const Averages averages{{q[k], fresh}, {s[k], fresh}, corrections[k]};
+    // Threads would wait for each other longer than one of them works.
+    const int own = m[k] * n[k] < kAlone ? 1 : threads;
+    norms[k] = scales(g[k], m[k], n[k], turned[k], iterations, tolerance, averages, new_q[k], new_s[k], left[k],
+                      right[k], own);
+  }
 }
 
 // sum_ij (left_i g_ij right_j)^2

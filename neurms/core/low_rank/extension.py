@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -97,7 +98,7 @@ class LowRank(Structure):
         z = wide.new_empty((*wide.shape[:-2], self.subspace.size(wide), wide.shape[-1]))
         parts = [self.subspace.init(wide), self.structure.init(z)]
         if self.residual is not None:
-            parts.append(self.residual.init(wide, isinstance(self.structure, _KnowsEnergy)))
+            parts.append(self.residual.init(wide, self._knows_energy))
         state: State = {}
         for part in parts:
             if clash := part.keys() & state.keys():
@@ -129,11 +130,17 @@ class LowRank(Structure):
             result = result * self.scale
         if self.residual is not None:
             energy = None
-            if isinstance(self.structure, _KnowsEnergy):
+            if self._knows_energy:
+                assert hasattr(self.structure, "column_energy")
                 energy = self.structure.column_energy(state, context)
             seen = Projection(wide, basis @ z, z, direction, result, energy)
             result = result + self.residual(seen, state, context)
         return result.mT if wide is not update else result
+
+    @cached_property
+    def _knows_energy(self) -> bool:
+        # Looked up once: to ask a protocol takes forty calls.
+        return isinstance(self.structure, _KnowsEnergy)
 
     def _project(
         self, wide: Tensor, state: State, context: Context, *, flipped: bool

@@ -180,7 +180,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if group["rule"] == FALLBACK:
             return routes
         recipe = self.recipe_of(group)
-        self.sharing.check(routes, group, recipe)
+        self.sharing.check(routes, recipe, self.mover_of(group["rule"]))
         return [movable(route, recipe.least_units, recipe.least_features) for route in routes]
 
     def route_parameters(

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neurms.compiled.lists import beside
 from neurms.core.ground.assignment import rounds
 from neurms.core.ground.parcels import Broadcasts, Crew, FromOwners, Parcel, ToOwners, cut_of
 from neurms.core.ground.shards import local, mesh_of
 from neurms.core.ground.spans import span
 from neurms.core.optimizers.by_recipe import (
+    BATCH_LIMIT,
     RecipeMover,
     are_many,
     batches,
@@ -62,6 +64,9 @@ class OwnerMover(RecipeMover):
 
     def move(self, views: Sequence[View]) -> None:
         """Move matrices of one crew after the other, and first those that have no owner."""
+        if not self._sharing.divides:
+            super().move(views)
+            return
         crews: dict[Crew, list[View]] = {}
         rest = []
         for view in views:
@@ -75,9 +80,37 @@ class OwnerMover(RecipeMover):
         for crew, own in crews.items():
             _Turn(self, self._sharing, crew, own).take()
 
-    def move_whole(self, views: Sequence[View], many: bool, stacked: set[int]) -> None:
+    def move_whole(self, views: Sequence[View], among: _Among) -> None:
         """Move matrices that lie here whole, rounded as they are among all others."""
-        self._by_transforms(self._by_fused(views, many), stacked)
+        rest, recipes = [], {id(view.recipe): view.recipe for view in views}
+        for key in recipes:
+            own = [view for view in views if id(view.recipe) == key]
+            with beside(among.entries[key] - sum(map(among.fused, own))):
+                rest += self._by_fused(own, among.many)
+        self._by_transforms(rest, among.stacked)
+
+
+class _Among:
+    """What one process would do with all matrices at once, in which forms round differently.
+
+    Args:
+        views: The matrices of all ranks.
+    """
+
+    def __init__(self, views: Sequence[View]) -> None:
+        self.many = are_many(views)
+        self.stacked = {
+            view.index for _, alike in batches(views) if len(alike) > 1 for view in alike
+        }
+        self.entries: dict[int, int] = {}
+        for view in views:
+            key = id(view.recipe)
+            self.entries[key] = self.entries.get(key, 0) + self.fused(view)
+
+    def fused(self, view: View) -> int:
+        """Return the entries of a matrix that go into a fused form, if its recipe has one."""
+        size = view.parameter.numel()
+        return size if self.many or size >= BATCH_LIMIT else 0
 
 
 class _Turn:
@@ -94,10 +127,7 @@ class _Turn:
         self, mover: OwnerMover, sharing: Sharing, crew: Crew, views: Sequence[View]
     ) -> None:
         self._mover, self._sharing, self._crew, self._views = mover, sharing, crew, views
-        # Matrices that one rank would stack with others are rounded alike where they are alone.
-        self._stacked = {
-            view.index for _, alike in batches(views) if len(alike) > 1 for view in alike
-        }
+        self._among = _Among(views)
         self._failed: torch.linalg.LinAlgError | None = None  # type: ignore[name-defined]
 
     def take(self) -> None:
@@ -124,14 +154,14 @@ class _Turn:
     # ---------------------------------------------------------------- replicas
 
     def _replicas(self) -> None:
-        many, leaving = are_many(self._views), []
+        leaving = []
         for kind in rounds_by_kind(self._sharing, self._views):
             for views in kind:
                 for view in views:
                     view.state["step"] += not self._is_mine(view)
                 try:
                     mine = [view for view in views if self._is_mine(view)]
-                    self._mover.move_whole(mine, many, self._stacked)
+                    self._mover.move_whole(mine, self._among)
                 except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                     self._failed = error
                 owners = [self._sharing.owner_of(view.parameter) for view in views]
@@ -192,7 +222,7 @@ class _Turn:
                 read = None
                 if weights is not None:
                     read = [_matrix(view, weights[place[view.index]]) for view in alike]
-                stack = len(alike) > 1 or alike[0].index in self._stacked
+                stack = len(alike) > 1 or alike[0].index in self._among.stacked
                 try:
                     work = updates_of(recipe, alike, matrices, read, stack=stack)
                     updates = list(alike[0].context().finished(work))

@@ -131,7 +131,7 @@ def _fused_step(view: View) -> tuple[Tensor, FusedStep] | None:
         stored = gradient.is_contiguous()
     else:
         stored = weight.mT.is_contiguous() and gradient.mT.is_contiguous()
-    if not stored or not weight.numel():
+    if not stored or (view.shard is not None and not weight.numel()):
         return None
     view.state["step"] += 1
     # No seeds: what draws has no fused form.

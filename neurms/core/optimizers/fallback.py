@@ -40,18 +40,22 @@ class FallbackMover(Mover):
 
 def _move(views: Sequence[View], group: Mapping[str, Any]) -> None:
     targets = [view.target() for view in views]
+    gradients = [local(view.gradient) if view.sharded else view.gradient for view in views]
+    states = [local_state(view.state) if view.sharded else view.state for view in views]
     adamw_update_(
         targets,
         [
-            g if (g := local(view.gradient)).dtype is view.dtype else g.to(view.dtype)
-            for view in views
+            g if g.dtype is view.dtype else g.to(view.dtype)
+            for view, g in zip(views, gradients, strict=True)
         ],
-        [local_state(view.state) if view.sharded else view.state for view in views],
+        states,
         lr=fallback_rate(group),
         betas=tuple(group["fallback_betas"]),
         weight_decay=group["fallback_weight_decay"],
     )
-    for view, target in zip(views, targets, strict=True):
+    for view, state, target in zip(views, states, targets, strict=True):
+        # A sharded parameter's state is a copy there, which shares its tensors and no numbers.
+        view.state["step"] = state["step"]
         view.written(target)
 
 

@@ -66,6 +66,7 @@ class Sharing:
     def _begin(self) -> None:
         self._crews: dict[Any, Crew] = {}
         self._loads: dict[Any, list[Load]] = {}
+        self._looked_at: tuple[Any, list[bool]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold; process groups cannot go along."""
@@ -82,6 +83,11 @@ class Sharing:
 
     # ---------------------------------------------------------------- who owns what
 
+    @property
+    def divides(self) -> bool:
+        """Whether any matrix has an owner."""
+        return bool(self._crews)
+
     def crew_of(self, parameter: Tensor) -> Crew | None:
         """Return the ranks among which a parameter's owner was chosen, None if it has none."""
         return self._crews.get(_key(parameter)) if parameter in self._owners else None
@@ -95,6 +101,13 @@ class Sharing:
         crew = self.crew_of(parameter)
         return crew is not None and self._owners[parameter] != crew.rank
 
+    def beyond(self) -> int:
+        """Return how many bytes of state the fullest owner keeps more than this rank does."""
+        return sum(
+            int(max(load.size for load in held) - held[self._crews[key].rank].size)
+            for key, held in self._loads.items()
+        )
+
     def assign(self, optimizer: HasShares, *, strict: bool = False) -> None:
         """Choose owners of the matrices that can be divided and have none yet.
 
@@ -107,12 +120,20 @@ class Sharing:
         """
         if self.form in ("rows", "replicate") or world_size() == 1:
             return
+        work = optimizer.work()
+        trained = [view.parameter.requires_grad for view in work]
+        if self._looked_at is not None and self._looked_at == (work, trained):
+            return
         new: dict[Any, list[View]] = {}
-        for view in optimizer.work():
+        for view in work:
             if self.crew_of(view.parameter) is None and self._divides(optimizer, view):
                 new.setdefault(_key(view.parameter), []).append(view)
+        self._looked_at = (work, trained)
         for key, views in new.items():
             crew = self._crews.get(key) or self._crew(views, strict)
+            if crew is None:
+                # A wrapper may come later.
+                self._looked_at = None
             if crew is not None and crew.size > 1:
                 self._crews[key] = crew
                 # A copy of an optimizer knows the owners, and of crews nothing.
@@ -168,30 +189,35 @@ class Sharing:
                 held[owner] = Load(held[owner].work + load.work, held[owner].size + load.size)
         return held
 
-    def check(self, routes: Iterable[Route], group: Mapping[str, Any], recipe: Recipe) -> None:
-        """Raise unless parameters can be divided as they are to be, where ranks hold their parts.
+    def check(self, routes: Iterable[Route], recipe: Recipe, mover: Mover) -> None:
+        """Raise unless several ranks can divide matrices as they are to.
+
+        Args:
+            routes: Parameters of a group.
+            recipe: What moves them.
+            mover: Who does.
 
         Raises:
-            UnsupportedTrainingError: The rule needs whole matrices, the parts are no rows, or the
-                matrix moves before backward is done.
+            UnsupportedTrainingError: The rule needs whole matrices, or theirs are no even parts,
+                or matrices move before a step.
         """
-        if self.form == "owner" and group.get("update") == "backward" and world_size() > 1:
+        if self.form in ("owner", "replicate") and not mover.divided and world_size() > 1:
             raise UnsupportedTrainingError(
-                'update="backward" moves a matrix as soon as its gradient is there, when other '
-                'ranks may be elsewhere; use update="step" with distribute="owner"'
+                f'distribute={self.form!r} takes whole gradients, which update="backward" never '
+                'forms; use update="step", or distribute="auto"'
             )
         for route in routes:
-            if not is_sharded(route.parameter):
+            if not is_sharded(route.parameter) or route.is_fallback:
                 continue
             if self.form == "rows" and not recipe.row_local:
                 raise UnsupportedTrainingError(
-                    f'distribute="rows": {group["rule"]!r} needs the whole of {route.name!r}, of '
-                    'which a rank holds rows; use "owner", "replicate" or "auto"'
+                    f'distribute="rows": {route.rule!r} needs the whole of {route.name!r}, of '
+                    'which a rank holds a part; use "owner", "replicate" or "auto"'
                 )
             if self.form == "owner" and cut_of(route.parameter) is None:
                 raise UnsupportedTrainingError(
-                    f'distribute="owner": {route.name!r} is cut along several axes of its mesh, or '
-                    'unevenly; use "replicate" or "auto", which gather it'
+                    f'distribute="owner": {route.name!r} is not cut along one axis of its mesh; '
+                    'use "replicate" or "auto", which gather it'
                 )
 
     def reason(self, parameter: Tensor, recipe: Recipe | None) -> str:
@@ -224,6 +250,8 @@ class Sharing:
             states: Parameter's place among all -> this rank's state.
         """
         spread = dict(states)
+        if not self.divides:
+            return spread
         for view in optimizer.work():
             crew, state = self.crew_of(view.parameter), states.get(view.index)
             if crew is None or not state:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import PROMPT, current_backend
+from neurms.compiled.lists import entries
 from neurms.compiled.native import LEAST_ELEMENTS
-from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales_
+from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales
 from neurms.compiled.two_sided_once import fit_once, tracked_start, two_sided_once
 from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
 from neurms.core.ground.sums import Summing
@@ -117,26 +118,18 @@ class TwoSidedDiagonal(Structure):
             What :meth:`factors` does, (m,) and (n,), and ``||left_i G_ij right_j||``, 0-d.
         """
         corrections = [self._correction(step) for step in steps]
-        if self.fit == "power":
-            return self._power_scales(gradients, states, corrections)
         q, s = [state["q"] for state in states], [state["s"] for state in states]
-        made = two_sided_once(gradients, q, s, corrections, self.beta, self.fit == "tracked")
+        if self.fit == "power":
+            backend, size = current_backend(), entries(gradients)
+            # Small matrices natively, too, where there are many.
+            prompt = backend == "auto" and size >= LEAST_ELEMENTS
+            move = two_sided_scales.on(PROMPT if prompt else backend)
+            made = move(gradients, q, s, corrections, self.iterations, 1.0 - self.beta)
+        else:
+            made = two_sided_once(gradients, q, s, corrections, self.beta, self.fit == "tracked")
         new_q, new_s, *rest = made
         torch._foreach_copy_([*q, *s], [*new_q, *new_s])
         return list(zip(*rest, strict=True))
-
-    def _power_scales(
-        self, gradients: Sequence[Tensor], states: Sequence[State], corrections: Sequence[float]
-    ) -> list[Scales]:
-        backend, size = current_backend(), sum(gradient.numel() for gradient in gradients)
-        # Small matrices natively, too, where there are many.
-        prompt = backend == "auto" and size >= LEAST_ELEMENTS
-        move = two_sided_scales_.on(PROMPT if prompt else backend)
-        fresh = 1.0 - self.beta
-        return [
-            move(gradient, state["q"], state["s"], self.iterations, fresh, correction)
-            for gradient, state, correction in zip(gradients, states, corrections, strict=True)
-        ]
 
     def scaling(self, gradient: Tensor, state: State, context: Context) -> Summing[Scales]:
         """Observe a rank's rows of G, and return what :meth:`scales` does, left for the rows."""

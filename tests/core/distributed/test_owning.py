@@ -14,8 +14,10 @@ from tests.core.distributed import checkpointing, counting, owning, trainings
 from tests.core.distributed.ranks import Ranks
 from tests.core.distributed.test_traffic import MATRICES
 from tests.core.distributed.test_trainings import RULES
+from tests.core.distributed.trainings import train
 from tests.core.unitwise.neurms_models import assert_same
 
+QUICK = ("alice", "lamb", "muon", "racs", "soap")
 ALL = [name for name in neurms.available() if not is_torch(name) and name != "neurms"]
 
 
@@ -29,8 +31,12 @@ def assert_forms_agree(found: list[dict[str, Any]]) -> None:
         assert one["owner"]["local_bytes"] == one["owner"]["planned_bytes"]
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-@pytest.mark.parametrize("rule", ALL)
+@pytest.mark.parametrize("rule", [rule if rule in QUICK else slow(rule) for rule in ALL])
 def test_owners_make_what_replicas_make(pool: Ranks, rule: str, wrap: str) -> None:
     job = {"rule": rule, "settings": settings_of(rule), "wrap": wrap}
     assert_forms_agree(pool.run(2, owning.forms, **job))
@@ -54,8 +60,11 @@ def assert_goes_on(rule: str, found: list[Any], wanted: list[Any], *, alike: boo
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-@pytest.mark.parametrize("rule", DIVIDED)
+PAIRS = [(rule, wrap) for rule in DIVIDED for wrap in ("ddp", "fsdp")]
+FEW = [pair if pair in (("soap", "ddp"), ("muon", "fsdp")) else slow(*pair) for pair in PAIRS]
+
+
+@pytest.mark.parametrize(("rule", "wrap"), FEW)
 def test_checkpoints_of_owners_go_on_anywhere(
     pool: Ranks, rule: str, wrap: str, tmp_path: Path
 ) -> None:
@@ -96,8 +105,7 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-@pytest.mark.parametrize("rule", SHARED)
+@pytest.mark.parametrize(("rule", "wrap"), FEW)
 def test_four_ranks_have_about_a_quarter_each(pool: Ranks, rule: str, wrap: str) -> None:
     """State, and the operations of the steps: of products, and n^3 for each factorization."""
     settings = SHARED[rule] | {"distribute": "owner"}
@@ -113,7 +121,7 @@ def test_four_ranks_have_about_a_quarter_each(pool: Ranks, rule: str, wrap: str)
     assert total >= 0.999 * alone["operations"] > 0, "what nobody does would be a small share too"
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp", pytest.param("hsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", slow("hsdp")])
 @pytest.mark.parametrize("rule", ["muon", "soap", "lamb", "racs", "alice"])
 def test_what_is_sent_was_predicted(pool: Ranks, rule: str, wrap: str) -> None:
     settings = settings_of(rule) | {"distribute": "owner"}
@@ -129,3 +137,85 @@ def test_what_is_sent_was_predicted(pool: Ranks, rule: str, wrap: str) -> None:
         sent = sum(size for one in found for kind, size in one["step"] if kind == "all-to-all")
         read = 3 if rule == "lamb" else 2
         assert sent == 4 * read * sum(m * n for m, n in MATRICES), "there and back"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", "hsdp"])
+@pytest.mark.parametrize("rule", [*DIVIDED, "lamb", "racs"])
+def test_four_owners_make_what_replicas_make(pool: Ranks, rule: str, wrap: str) -> None:
+    job = {"rule": rule, "settings": settings_of(rule), "wrap": wrap}
+    assert_forms_agree(pool.run(4, owning.forms, **job))
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("rule", ["racs", "lamb", "muon"])
+def test_large_matrices_in_several_rounds(pool: Ranks, rule: str, wrap: str) -> None:
+    """Two are beyond what is stacked, so that DDP's take fused steps and go alone, in place."""
+    job = {"rule": rule, "settings": {}, "wrap": wrap, "dtype": "float32", "width": 3000}
+    assert_forms_agree(pool.run(2, owning.in_small_rounds, **job, limit=1, steps=2))
+
+
+@pytest.mark.parametrize("precision", ["nearest", "stochastic", "master"])
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_low_precision(pool: Ranks, wrap: str, precision: str) -> None:
+    settings = {"low_precision": precision}
+    for rule in ("muon", "lamb"):
+        job = {"rule": rule, "settings": settings, "wrap": wrap, "dtype": "bfloat16"}
+        assert_forms_agree(pool.run(2, owning.forms, **job))
+
+
+def test_owners_decide_which_gradients_are_there_and_good(pool: Ranks) -> None:
+    found = pool.run(2, owning.odd_gradients)
+    for one in found:
+        assert len(one["found"]) == 12
+        assert all(one["found"].values()), one["found"]
+        assert_same(one["weights"], found[0]["weights"])
+        assert one["steps"] == found[0]["steps"]
+    assert pool.run(2, owning.skipped) == [1, 1]
+
+
+@pytest.mark.parametrize("wrap", ["none", "fsdp"])
+def test_what_breaks_an_owner_is_told_to_all(pool: Ranks, wrap: str) -> None:
+    for message in pool.run(2, owning.broken, wrap=wrap):
+        assert "broken off half done" in message
+
+
+def test_owners_stay_when_parameters_come_and_when_copies_are_made(pool: Ranks) -> None:
+    for one in pool.run(2, owning.changes):
+        assert "owns it" not in one["before"]["down.weight"], "frozen"
+        for name in ("conv.weight", "up.weight"):
+            assert "owns it" in one["before"][name]
+            assert one["after"][name] == one["before"][name]
+        assert "of 2 owns it" in one["after"]["down.weight"]
+        assert "of 2 owns it" in one["after"]["later"]
+        assert one["twin"]
+        assert one["again"]
+        assert one["bytes"][0] < 0.9 * (one["bytes"][0] + one["bytes"][1])
+
+
+def test_refusals(pool: Ranks) -> None:
+    starts = (
+        "distribute=\"rows\": 'soap' needs the whole of",
+        "distribute=\"owner\": 'param_0' is not cut along one axis",
+        'distribute="owner" among 2 ranks, and neither',
+        "distribute='owner' means nothing to 'neurms'",
+        "distribute='owner' takes whole gradients",
+        'distribute="owner" has each matrix moved by one rank',
+    )
+    for messages in pool.run(2, owning.refusals):
+        assert len(messages) == len(starts)
+        for message, start in zip(messages, starts, strict=True):
+            assert message.startswith(start)
+            assert "; " in message, "a cure"
+
+
+@pytest.mark.parametrize("form", ["auto", "rows", "owner", "replicate"])
+def test_one_process_does_the_same_in_each_form(form: str) -> None:
+    for rule in ("soap", "racs", "neurms"):
+        found, wanted = (
+            train(rule=rule, settings={"distribute": each}, steps=2) for each in (form, "auto")
+        )
+        assert_same(found["weights"], wanted["weights"])
+        assert_same(found["state"], wanted["state"])
+    with pytest.raises(ValueError, match="distribute='ranks' is not known"):
+        neurms.SOAP(trainings.Network(), distribute="ranks")  # type: ignore[arg-type]
