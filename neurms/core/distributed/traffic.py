@@ -35,7 +35,8 @@ def step_exchanges(optimizer: PreconditionedOptimizer) -> list[Exchange]:
 
     Beside these the wrapper of the model (DDP, FSDP2) exchanges what it would with any optimizer.
     NeuRMS's variant B makes its calls by layer during backward; they are listed for one backward
-    pass.
+    pass. A weight that tensor parallelism and FSDP2 both cut, and that is gathered, torch gathers
+    along one axis of the mesh after the other; it is listed as one call.
 
     Args:
         optimizer: One of this library's optimizers; its parameters may be on the meta device.
@@ -106,7 +107,7 @@ def _moments(optimizer: NeuRMS, views: list[View]) -> Iterator[Exchange]:
         shard = shard_for(recipe, view.parameter, view.route.layout)
         if shard is not None:
             size = 8 * (sum(view.route.layout.matrix_shape) + (bias is not None))
-            sizes[shard.group] = sizes.get(shard.group, 0) + size
+            sizes[shard.groups] = sizes.get(shard.groups, 0) + size
             continue
         gathered = [view] if bias is None else [view, optimizer.view_of(bias.parameter)]
         for own in gathered:
@@ -115,8 +116,8 @@ def _moments(optimizer: NeuRMS, views: list[View]) -> Iterator[Exchange]:
         for own in gathered if view.group["momentum"] else ():
             size = _gathered_numbers(own.parameter) * compute_dtype(own.parameter).itemsize
             yield Exchange("all-gather", size, f"momentum of {own.route.name}")
-    for size in sizes.values():
-        yield Exchange("all-reduce", size, "sums over rows of all matrices")
+    for groups, size in sizes.items():
+        yield from (Exchange("all-reduce", size, "sums over rows of all matrices") for _ in groups)
 
 
 def _lengths(views: list[View]) -> Iterator[Exchange]:
@@ -126,7 +127,7 @@ def _lengths(views: list[View]) -> Iterator[Exchange]:
         if view.rule == NeuRMS.rule and view.sharded and view.group["normalize"]:
             shard = row_shard(view.parameter, view.route.layout)
             assert shard is not None, "other cuts are refused when layers are attached"
-            key = id(view.group), shard.group
+            key = id(view.group), shard.groups
             counts[key] = counts.get(key, 0) + 1
     for count in counts.values():
         yield Exchange("all-reduce", 8 * count, "lengths of the updates of a group")
@@ -174,7 +175,7 @@ def _work(recipe: Recipe, batch: list[View], sent: list[int]) -> tuple[Summing[T
     item, count = batch[0], len(batch)
     shard = row_shard(item.parameter, item.route.layout)
     assert shard is not None, "only what is cut by rows is worked on by rows"
-    counting = _Counting(shard.start, shard.rows, shard.total, shard.group, sent)
+    counting = _Counting(shard.start, shard.rows, shard.total, shard.groups, sent)
     shape = (shard.rows, item.route.layout.matrix_shape[1])
     dtype = compute_dtype(item.parameter)
     matrix = torch.empty(shape if count == 1 else (count, *shape), dtype=dtype, device="meta")
@@ -190,7 +191,7 @@ class _Counting(RowShard):
     sent: list[int] = field(default_factory=list)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        self.sent.append(tensor.numel() * tensor.element_size())
+        self.sent.extend([tensor.numel() * tensor.element_size()] * len(self.groups))
         return tensor
 
 

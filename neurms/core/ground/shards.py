@@ -73,13 +73,14 @@ class RowShard:
         start: Index of the first of them.
         rows: How many; 0 on ranks that a small matrix does not reach.
         total: m.
-        group: Process group of the ranks that hold the other rows.
+        groups: Process groups of the ranks that hold the other rows, one for each axis of the mesh
+            that cuts; summed over one after the other.
     """
 
     start: int
     rows: int
     total: int
-    group: Any
+    groups: tuple[Any, ...] = ()
 
     @property
     def slice(self) -> slice:
@@ -88,7 +89,8 @@ class RowShard:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks that hold the matrix, in place, and return it."""
-        torch.distributed.all_reduce(tensor, group=self.group)
+        for group in self.groups:
+            torch.distributed.all_reduce(tensor, group=group)
         return tensor
 
     def layout(self, layout: Layout) -> Layout:
@@ -123,15 +125,37 @@ def row_shard(parameter: Tensor, layout: Layout) -> RowShard | None:
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
     cuts = [dim for dim, placement in enumerate(placements) if placement != Replicate()]
     unit_axes = layout.unit_axes if parameter.ndim >= 2 else (0,)
-    if len(cuts) != 1 or len(unit_axes) != 1 or layout.grouped != "units":
+    if not cuts or len(unit_axes) != 1 or layout.grouped != "units":
         return None
     # Shard's subclasses hold rows in another order.
-    if type(placements[cuts[0]]) is not Shard or placements[cuts[0]].dim != unit_axes[0]:
+    inner, axis = cuts[-1], unit_axes[0]
+    if type(placements[inner]) is not Shard or placements[inner].dim != axis:
         return None
-    total, ranks = parameter.shape[unit_axes[0]], mesh.size(cuts[0])
+    total, ranks, place = parameter.shape[axis], mesh.size(inner), mesh.get_local_rank(inner)
+    if len(cuts) == 2:
+        # Rows cut by tensor parallelism, and each part once more by FSDP2, on an axis before it.
+        outer = cuts[0]
+        ranks *= mesh.size(outer)
+        if not _cuts_again(placements[outer], axis, mesh.size(inner)) or total % ranks:
+            return None
+        place = place * mesh.size(outer) + mesh.get_local_rank(outer)
+    elif len(cuts) > 2:
+        return None
     most = -(-total // ranks)
-    start = min(total, mesh.get_local_rank(cuts[0]) * most)
-    return RowShard(start, min(most, total - start), total, mesh.get_group(cuts[0]))
+    start = min(total, place * most)
+    groups = tuple(mesh.get_group(cut) for cut in cuts)
+    return RowShard(start, min(most, total - start), total, groups)
+
+
+def _cuts_again(placement: Any, axis: int, parts: int) -> bool:
+    """Return whether a placement cuts each of so many parts of an axis."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return (
+        isinstance(placement, _StridedShard)
+        and placement.dim == axis
+        and placement.split_factor == parts
+    )
 
 
 def wrapped_rows(
@@ -149,13 +173,21 @@ def wrapped_rows(
         total: Rows on all ranks.
     """
     from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
     wrapped = dict(state)
     for key, axis in row_axes.items():
         if axis is None:
             continue
-        own = [Shard(axis) if isinstance(place, Shard) else place for place in placements]
+        own = [
+            Shard(axis)
+            if isinstance(place, Shard)
+            else _StridedShard(axis, split_factor=place.split_factor)
+            if isinstance(place, _StridedShard)
+            else place
+            for place in placements
+        ]
         shape = list(state[key].shape)
         shape[axis] = total
         whole = torch.empty(shape, device="meta")

@@ -43,7 +43,7 @@ def by_itself(work: Summing[_T], summed: Callable[[Tensor], Tensor]) -> _T:
 def together(works: Sequence[tuple[Summing[_T], RowShard]]) -> list[_T]:
     """Return the results of works whose first sums are one exchange, whose second are one, and on.
 
-    There is one for each process group and dtype among them. What the results are does not depend
+    There is one for each set of ranks and dtype among them. What the results are does not depend
     on what else is on its way, but for the order in which an all-reduce of several ranks adds up.
 
     Args:
@@ -73,7 +73,7 @@ def _exchanged(
     """Return parts summed over ranks, those of a group and a dtype in one call."""
     alike: dict[Any, list[int]] = {}
     for place, (index, part) in enumerate(due):
-        key = works[index][1].group, part.dtype, part.device
+        key = works[index][1].groups, part.dtype, part.device
         alike.setdefault(key, []).append(place)
     wholes = [part for _, part in due]
     for places in alike.values():

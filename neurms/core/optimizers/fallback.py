@@ -40,8 +40,8 @@ class FallbackMover(Mover):
 
 def _move(views: Sequence[View], group: Mapping[str, Any]) -> None:
     targets = [view.target() for view in views]
-    states = [local_state(view.state) if view.sharded else view.state for view in views]
     gradients = [local(view.gradient) if view.sharded else view.gradient for view in views]
+    states = [local_state(view.state) if view.sharded else view.state for view in views]
     adamw_update_(
         targets,
         [
@@ -53,8 +53,8 @@ def _move(views: Sequence[View], group: Mapping[str, Any]) -> None:
         betas=tuple(group["fallback_betas"]),
         weight_decay=group["fallback_weight_decay"],
     )
-    for view, target, state in zip(views, targets, states, strict=True):
-        # Parts of a sharded state are in a dictionary of their own.
+    for view, state, target in zip(views, states, targets, strict=True):
+        # A sharded parameter's state is a copy there, which shares its tensors and no numbers.
         view.state["step"] = state["step"]
         view.written(target)
 

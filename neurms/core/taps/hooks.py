@@ -40,6 +40,11 @@ _NO_SCRIPT = (
     "torch.jit.script cannot compile the taps that NeuRMS has on a model; script a copy "
     "(copy.deepcopy(model)), which has none, or call optimizer.detach() first"
 )
+_PARALLEL = (
+    "a tapped weight is a DTensor while its layer multiplies (tensor parallelism), so that a rank "
+    'sees parts of D and H; use NeuRMS(variant="P"), which reads gradients alone, or name the '
+    "weight in exclude"
+)
 _BREAKS = "a neurms tap reads real tensors; detach it, or drop fullgraph=True"
 
 
@@ -238,6 +243,9 @@ class HookTap:
 
         Returns:
             None, save in a graph that is being recorded: the output as the graph goes on with it.
+
+        Raises:
+            UnsupportedTrainingError: The module multiplies by parts of the weight.
         """
         if not isinstance(kwargs, dict):
             # Somebody put another module in this one's place and took its hooks along, but not
@@ -359,6 +367,8 @@ class HookTap:
         if current is None:
             current = self._moved_weight(module)
         if current is self.weight:
+            if _is_sharded(current):
+                raise UnsupportedTrainingError(_PARALLEL)
             return current
         # FSDP2 lends the module an unsharded parameter for the length of a forward.
         return current if _is_sharded(self.weight) and type(current) is nn.Parameter else None

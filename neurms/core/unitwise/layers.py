@@ -84,11 +84,16 @@ def check_rows(route: Route) -> None:
     Raises:
         UnsupportedTrainingError: It is cut in another way, for which s has no part to act on.
     """
-    if is_sharded(route.parameter) and row_shard(route.parameter, route.layout) is None:
+    if not is_sharded(route.parameter):
+        return
+    shard = row_shard(route.parameter, route.layout)
+    # Two cuts of the rows are tensor parallelism beside FSDP2, whose layers show parts of D.
+    if shard is None or len(shard.groups) > 1:
         raise UnsupportedTrainingError(
             f"{route.name!r} is sharded as {route.parameter.placements}; "  # type: ignore[attr-defined]
             "NeuRMS needs Shard(0) over one axis of the mesh (fully_shard's default) so that each "
-            "rank holds whole units: shard it so, or name it in exclude"
+            'rank holds whole units: shard it so, use variant="P", which takes any cut, or name it '
+            "in exclude"
         )
 
 

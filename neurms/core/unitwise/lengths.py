@@ -77,7 +77,7 @@ def over_ranks(sums: Tensor, lengths: Sequence[Length]) -> Tensor:
     held: dict[Any, list[int]] = {}
     for index, length in enumerate(lengths):
         if length.shard is not None:
-            held.setdefault(length.shard.group, []).append(index)
+            held.setdefault(length.shard.groups, []).append(index)
     for indices in held.values():
         shard = lengths[indices[0]].shard
         assert shard is not None

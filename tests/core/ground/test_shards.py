@@ -24,7 +24,7 @@ def test_factors_of_a_grouped_convolution_cut_anywhere(start: int, rows: int) ->
     weight, s, c = torch.randn(6, 2, 3), torch.rand(6), torch.rand(4)
     wanted = layout.blocks(weight) * layout.unit_factors(s) * layout.feature_factors(c)
     wanted = wanted.reshape(6, 2, 3)[start : start + rows]
-    shard = RowShard(start, rows, 6, None)
+    shard = RowShard(start, rows, 6)
     own, own_s, own_c = shard.narrowed(layout, s, c)
     assert own_s is not None
     assert own_c is not None
@@ -34,7 +34,7 @@ def test_factors_of_a_grouped_convolution_cut_anywhere(start: int, rows: int) ->
 
 
 def test_a_bias_is_cut_like_its_units() -> None:
-    layout, s, c = RowShard(2, 2, 5, None).narrowed(
+    layout, s, c = RowShard(2, 2, 5).narrowed(
         default_layout(torch.ones(5)), torch.arange(5.0), None
     )
     assert layout.shape == (2,)
@@ -44,5 +44,5 @@ def test_a_bias_is_cut_like_its_units() -> None:
 
 
 def test_part_as_a_matrix() -> None:
-    layout = RowShard(0, 4, 6, None).layout(Layout((6, 2, 3), (0,), (1,), (2,), groups=2))
+    layout = RowShard(0, 4, 6).layout(Layout((6, 2, 3), (0,), (1,), (2,), groups=2))
     assert layout.matrix_shape == (4, 6)

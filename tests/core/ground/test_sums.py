@@ -19,12 +19,12 @@ class Others(RowShard):
     seen: list[tuple[str, torch.dtype, int]] = field(default_factory=list)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        self.seen.append((self.group, tensor.dtype, tensor.numel()))
+        self.seen.append((self.groups[0], tensor.dtype, tensor.numel()))
         return tensor.add_(10.0)
 
 
 def shard(seen: list[tuple[str, torch.dtype, int]], group: str = "all") -> Others:
-    return Others(0, 1, 1, group, seen)
+    return Others(0, 1, 1, (group,), seen)
 
 
 def rounds(start: Tensor, count: int) -> Summing[Tensor]:

@@ -161,7 +161,7 @@ class Thread(RowShard):
     rank: int = 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        summed: Tensor = self.group.sum_(self.rank, tensor)
+        summed: Tensor = self.groups[0].sum_(self.rank, tensor)
         return summed
 
 
@@ -170,7 +170,7 @@ def on_ranks(steps: Tensor, cuts: list[int], structure: GradientMoments) -> tupl
     exchange, found = Exchange(len(cuts)), {}
 
     def work(rank: int) -> None:
-        shard = Thread(sum(cuts[:rank]), cuts[rank], sum(cuts), exchange, rank)
+        shard = Thread(sum(cuts[:rank]), cuts[rank], sum(cuts), (exchange,), rank)
         own = steps[..., shard.slice, :]
         state: State = structure.init(own[0])
         updates = [
