@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import Distribute
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Route
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["HasShares", "Sharing", "refuse_division"]
 
@@ -252,18 +255,25 @@ class Sharing:
         spread = dict(states)
         if not self.divides:
             return spread
+        # Slow to load, and needed where there are several ranks.
+        from torch.distributed.device_mesh import DeviceMesh
+
+        meshes: dict[Crew, Any] = {}
         for view in optimizer.work():
             crew, state = self.crew_of(view.parameter), states.get(view.index)
             if crew is None or not state:
                 continue
-            form = optimizer.expected_state(
+            if crew not in meshes:
+                meshes[crew] = DeviceMesh.from_group(crew.group, view.device.type)
+            whole = optimizer.expected_state(
                 meta_like(view.parameter), view.parameter, view.group, state
             )
+            owner = self._owners[view.parameter]
             spread[view.index] = {
-                key: _spread(value, state.get(key), crew, self._owners[view.parameter], view.device)
-                if isinstance(value, Tensor) and not is_sharded(value)
+                key: _spread(form, state.get(key), meshes[crew], owner)
+                if isinstance(form, Tensor) and not is_sharded(form)
                 else state[key]
-                for key, value in form.items()
+                for key, form in whole.items()
             }
         return spread
 
@@ -337,17 +347,15 @@ def _load(optimizer: HasShares, view: View) -> Load:
     return Load.of(*view.route.layout.matrix_shape, tensor_bytes(own))
 
 
-def _spread(form: Tensor, value: Tensor | None, crew: Crew, owner: int, device: Any) -> Tensor:
+def _spread(form: Tensor, value: Tensor | None, mesh: DeviceMesh, owner: int) -> Tensor:
     """Return a tensor of an owner in even parts, or the same number on every rank."""
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     if value is None:
         # Of the right shape, and one number in memory.
-        value = torch.zeros((), dtype=form.dtype, device=device).expand(form.shape)
+        value = torch.zeros((), dtype=form.dtype, device=mesh.device_type).expand(form.shape)
     if form.ndim == 0:
         number = value.clone()
-        torch.distributed.broadcast(number, group=crew.group, group_src=owner)
+        torch.distributed.broadcast(number, group=mesh.get_group(), group_src=owner)
         return number
-    mesh = DeviceMesh.from_group(crew.group, device.type)
     return distribute_tensor(value.detach(), mesh, [Shard(0)], src_data_rank=owner)

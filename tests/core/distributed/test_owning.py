@@ -27,6 +27,8 @@ def settings_of(rule: str) -> dict[str, Any]:
 
 def assert_forms_agree(found: list[dict[str, Any]]) -> None:
     for one in found:
+        owned = {form: sum("owns it" in reason for reason in one[form]["reasons"]) for form in one}
+        assert owned == {"owner": 3, "replicate": 0}
         assert_same(one["owner"]["weights"], found[0]["replicate"]["weights"])
         assert one["owner"]["local_bytes"] == one["owner"]["planned_bytes"]
 
@@ -115,7 +117,8 @@ def test_four_ranks_have_about_a_quarter_each(pool: Ranks, rule: str, wrap: str)
         rule, wrap, [round(one[k] / alone[k], 3) for k in ("bytes", "operations") for one in found]
     )
     for one in found:
-        assert one["bytes"] == one["planned"] <= 0.30 * alone["bytes"]
+        assert one["bytes"] == one["planned"] == one["reported"] <= 0.30 * alone["bytes"]
+        assert one["reasons"] == found[0]["reasons"]
         assert one["operations"] <= 0.35 * alone["operations"]
     total = sum(one["operations"] for one in found)
     assert total >= 0.999 * alone["operations"] > 0, "what nobody does would be a small share too"
