@@ -3,11 +3,12 @@
     neurms bench overhead                     # every combination that the file does not hold yet
     neurms bench overhead --seconds 50        # as many as fit, the rest the next time
 
-Two equal linear layers with a ReLU between, under NeuRMS-F; the second one's times, from the same
-spans that the profiler reports, without its statistics. ``step`` scales in the optimizer's pass
-over the weight; ``backward`` scales D and H and writes their product into the weight; ``backward
-bf16`` multiplies them in bfloat16 and scales the sums on their way, which counts as update.
-``gemm_us`` is D^T H, once more by itself: in ``step`` autograd computes it in one node with D W.
+Two equal linear layers with a ReLU between, under NeuRMS-F or P; the second one's times, from the
+same spans that the profiler reports, without its statistics. F's ``step`` scales in the
+optimizer's pass over the weight; ``backward`` scales D and H and writes their product into the
+weight; ``backward bf16`` multiplies them in bfloat16 and scales the sums on their way, which counts
+as update. ``gemm_us`` is D^T H, once more by itself: in ``step`` autograd computes it in one node
+with D W.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ MODES: dict[str, dict[str, Any]] = {
     "step": {},
     "backward": {"update": "backward"},
     "backward bf16": {"update": "backward", "gemm": "bfloat16"},
+    "P step": {"variant": "P"},
+    "P backward": {"variant": "P", "update": "backward"},
 }
+"""Settings of what is measured, F's unless said otherwise."""
 PARTS = ("forward", "backward", "reduce", "scale", "update", "bookkeeping")
 
 
@@ -53,7 +57,7 @@ class Layer:
     def __init__(self, width: int, batch: int, mode: str) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
-        self.optimizer = neurms.NeuRMS(self.model, variant="F", lr=1e-4, **MODES[mode])
+        self.optimizer = neurms.NeuRMS(self.model, lr=1e-4, **{"variant": "F", **MODES[mode]})
         self.batch, self.width = batch, width
         self.timer = LayerTimer("layer")
         # After the optimizer's hooks, as a profiler's are.

@@ -4,7 +4,8 @@
     neurms bench planner --predict      # bytes and work, by plan() on parameters without storage
 
 What ``benchmarks.scale`` computes for 64 ranks, for the rules and ranks that one may choose on the
-page. Float32; under FSDP2 (``fully_shard``) each rank holds what belongs to its rows.
+page. Float32; under FSDP2 (``fully_shard``) each rank holds what belongs to its rows, or that of
+the matrices that it owns.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 import neurms
 from benchmarks.harness import RESULTS, Results
 from benchmarks.interleaved import interleaved, shown
-from benchmarks.scale import MATRIX, SIZES, Size, cost, llama, stepping
+from benchmarks.scale import MATRIX, SIZES, Size, cost, llama, stepping, work
 
 SHAPES = {"19M": Size(256, 4, 4, 688)} | {
     name: SIZES[name] for name in ("60M", "130M", "350M", "1.3B", "7B")
@@ -38,8 +39,6 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "Muon": ("muon", {}),
     "Alice": ("alice", {"rank": 256, "leading": 40}),
 }
-GATHERED = ("Muon", "Alice")
-"""Rules whose products of whole matrices are done on every rank."""
 
 
 def made(rule: str, model: nn.Module) -> Any:
@@ -49,7 +48,7 @@ def made(rule: str, model: nn.Module) -> Any:
 
 
 def predicted(rule: str, model: nn.Module, ranks: int) -> dict[str, Any]:
-    """Return a rank's bytes of state, and its work in the units of the rates.
+    """Return bytes of state and work, in the units of the rates, of the rank that has most.
 
     Args:
         rule: One of :data:`RULES`.
@@ -57,17 +56,11 @@ def predicted(rule: str, model: nn.Module, ranks: int) -> dict[str, Any]:
         ranks: Among how many.
     """
     optimizer = made(rule, model)
-    plan = optimizer.plan()
-    work = {"AdamW": 0.0, rule: 0.0}
-    for row in plan:
-        if row.rule == "fallback":
-            work["AdamW"] += torch.Size(row.shape).numel() / ranks
-        else:
-            kind = rule if rule in GATHERED else ""
-            work[rule] += cost(kind, (row.shape[0], row.shape[1])) / (1 if kind else ranks)
+    state = optimizer.plan().state_bytes + optimizer.sharing.beyond()
+    found = {"state_bytes": state, "work": work(rule, optimizer, ranks)}
     if rule.startswith("NeuRMS"):
         optimizer.detach()
-    return {"state_bytes": plan.state_bytes, "work": work}
+    return found
 
 
 def size(shape: Size, ranks: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ of torch's fake process group. Float32 throughout.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ SIZES = {
     "13B": Size(5120, 40, 40, 13824),
     "70B": Size(8192, 80, 64, 28672, 1024),
 }
+WAYS = ("ddp", "ddp, owners", "fsdp2")
+"""Replicas that repeat the work on matrices, replicas that divide it, and parts of parameters."""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW": ("rmnp", {"exclude": ("*",)}),
     "NeuRMS-U": ("neurms", {"variant": "U", "head": "fallback"}),
@@ -83,19 +85,19 @@ def llama(size: Size) -> nn.Module:
     return model
 
 
-def made(method: str, model: nn.Module) -> Any:
+def made(method: str, model: nn.Module, **more: Any) -> Any:
     """Return the method's optimizer."""
     rule, settings = METHODS[method]
-    return neurms.create(rule, model, **settings)
+    return neurms.create(rule, model, **settings, **more)
 
 
 # ------------------------------------------------------------------------------ on paper
 
 
 def predicted(method: str, size: Size) -> dict[str, Any]:
-    """Return state bytes of a rank, traffic and work units, by way of sharing the model."""
+    """Return state bytes of the fullest rank, traffic and work, by way of sharing the model."""
     found: dict[str, Any] = {}
-    for way in ("ddp", "fsdp2"):
+    for way in WAYS:
         with torch.device("meta"):
             model = llama(size)
         parameters = sum(p.numel() for p in model.parameters())
@@ -104,11 +106,14 @@ def predicted(method: str, size: Size) -> dict[str, Any]:
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
-        optimizer = made(method, model)
+        more: dict[str, Any] = {} if way == "fsdp2" else {"process_group": dist.group.WORLD}
+        if way == "ddp, owners" and not method.startswith("NeuRMS"):
+            more["distribute"] = "owner"
+        optimizer = made(method, model, **more)
         exchanges = step_exchanges(optimizer)
         found["parameters"] = parameters
         found[way] = {
-            "state_bytes": optimizer.plan().state_bytes,
+            "state_bytes": optimizer.plan().state_bytes + optimizer.sharing.beyond(),
             "calls": len(exchanges),
             "traffic_bytes": sum(exchange.bytes for exchange in exchanges),
             "work": work(method, optimizer, RANKS if way == "fsdp2" else 1),
@@ -117,23 +122,28 @@ def predicted(method: str, size: Size) -> dict[str, Any]:
 
 
 def work(method: str, optimizer: Any, ranks: int) -> dict[str, float]:
-    """Return how much each timed rate is to be multiplied with, on one rank.
+    """Return how much each timed rate is to be multiplied with, on the busiest rank.
 
     Elements for passes over memory, floating-point operations for products of matrices. A rule that
-    works on rows shares its work among ranks; one that gathers matrices does all of it on each.
+    works on rows shares its work among ranks, and owners share whole matrices.
     """
     units = {"AdamW": 0.0, method: 0.0}
-    for row in optimizer.plan():
-        m, *rest = row.shape
-        if row.rule == "fallback":
-            units["AdamW"] += m * (rest[0] if rest else 1) / ranks
+    owned: dict[int, float] = {}
+    for parameter, route in optimizer.routes.items():
+        if route.is_fallback:
+            units["AdamW"] += parameter.numel() / ranks
             continue
-        shared = ranks if method in ("NeuRMS-U", "NeuRMS-F", "RMNP", "RACS") else 1
-        units[method] += cost(method, (m, rest[0])) / shared
+        amount = cost(method, parameter.shape)
+        if optimizer.sharing.crew_of(parameter) is not None:
+            owner = optimizer.sharing.owner_of(parameter)
+            owned[owner] = owned.get(owner, 0.0) + amount
+        else:
+            units[method] += amount / ranks
+    units[method] += max(owned.values(), default=0.0)
     return units
 
 
-def cost(method: str, shape: tuple[int, int]) -> float:
+def cost(method: str, shape: Sequence[int]) -> float:
     """Return the work on one matrix, in the unit of its rate."""
     n, m = sorted(shape)
     if method in ("Muon", "SOAP"):

@@ -30,6 +30,7 @@ OLD = {
 
 MEASUREMENTS = (
     "again/llama_step",
+    "calls",
     "contest_step",
     "fault_matrix",
     "kernels",

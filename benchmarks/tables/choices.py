@@ -166,7 +166,7 @@ def _control(best: Choice) -> str:
     control, verdict = best.control
     words = {"open": "not told apart", "level": "level"}
     how = words.get(verdict.word, "ahead of this")
-    return f" AdamW with a second rate outside of the rule has {figure(control)}, {how}."
+    return f" With two rates AdamW has {figure(control)}, {how}."
 
 
 def _beside_control(best: Choice) -> str:
@@ -179,7 +179,7 @@ def _beside_control(best: Choice) -> str:
 
 def _memory(contents: Mapping[str, Content]) -> str:
     text = _least(contents, LANGUAGE, "on the same text")
-    images = _least(contents, IMAGES, "on the same images")
+    images = _least(contents, IMAGES, "on the same images", text.split(" keeps ")[0])
     if text and images:
         told = choice(contents, IMAGES)
         # The line before has said it, with the share.
@@ -187,10 +187,13 @@ def _memory(contents: Mapping[str, Content]) -> str:
     return " ".join(filter(None, (text, images))) or NOTHING
 
 
-def _least(contents: Mapping[str, Content], tasks: Sequence[str], same: str) -> str:
-    """Return which row keeps little state: not behind AdamW if there is one, else the least.
+def _least(
+    contents: Mapping[str, Content], tasks: Sequence[str], same: str, before: str = ""
+) -> str:
+    """Return which row keeps little state: of those ahead or level if any is, else not behind.
 
-    What the line for these comparisons has said of AdamW already, ``same`` stands for.
+    What the line for these comparisons has said of AdamW already, ``same`` stands for; a row that
+    the sentence ``before`` is about is "it".
     """
     said_of = choice(contents, tasks)
     for task in tasks:
@@ -198,15 +201,21 @@ def _least(contents: Mapping[str, Content], tasks: Sequence[str], same: str) -> 
         found = [c for c in choices(content) if (c.share or 1) < 1] if content else []
         if not found:
             continue
-        kept = [c for c in found if not c.verdict.word.startswith("behind")] or found
+        # What could not be told apart may be worse: it is no answer where another is ahead.
+        sure = [c for c in found if c.verdict.word.startswith(("ahead", "level"))]
+        kept = sure or [c for c in found if c.verdict.word == "open"] or found
         # To the percent: two rows that differ by some bytes are ordered by how well they train.
         best = min(kept, key=lambda c: round(c.share or 1, 2))
         where = f"where AdamW has {figure(best.base)} ({PLACES.get(best.task, best.task)})"
         if said_of is not None and said_of.task == best.task:
             where = same
+        how = f"{_word(best.verdict)}{_beside_control(best)}."
+        if where == same and called(best.row) == before:
+            where = f"{same[0].upper()}{same[1:]}"
+            return f"{where} it keeps {_percent(best.share or 1)}: {figure(best.row)}, {how}"
         return (
             f"{called(best.row)} keeps {_percent(best.share or 1)} of AdamW's state: "
-            f"{figure(best.row)} {where}, {_word(best.verdict)}{_beside_control(best)}."
+            f"{figure(best.row)} {where}, {how}"
         )
     return ""
 

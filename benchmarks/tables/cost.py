@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.overhead_plot import PICTURE
 from benchmarks.overhead_plot import draw as draw_overhead
+from benchmarks.tables.calls import calls
 from benchmarks.tables.memory import memory
 from benchmarks.tables.overhead import overhead, profiler
 from benchmarks.tables.peers import peers
@@ -14,7 +15,7 @@ from benchmarks.tables.startup import startup
 
 __all__ = ["NAMES", "draw", "page"]
 
-NAMES = ("overhead", "profiler_cost", "memory", "startup", "kernels")
+NAMES = ("overhead", "profiler_cost", "calls", "memory", "startup", "kernels")
 
 HEAD = """# Cost
 
@@ -24,6 +25,7 @@ Time and memory, from `benchmarks/results/`; see [Results](../results.md) for sp
 _SECTIONS = {
     "overhead": overhead,
     "profiler_cost": profiler,
+    "calls": calls,
     "memory": memory,
     "startup": startup,
     "kernels": peers,

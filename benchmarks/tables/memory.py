@@ -21,7 +21,8 @@ at once; what torch allocates is counted from its profiler's events.
 when the activations are gone, its own at the beginning, when they are all there. What forward
 leaves alive, {forward:.1f} MiB, no way of updating can stay below. Gradients and state of AdamW
 take {over_step:.2f} times what those of NeuRMS-F take, {over_backward:,.0f} times with
-`update="backward"`.
+`update="backward"`. There RMNP's gradients enter its momentum: its peak is {rmnp_resident:.1f} MiB
+below that with gradients in the resident set and {rmnp_allocated:.1f} MiB as allocated.
 """
 
 
@@ -38,6 +39,10 @@ def memory(content: dict[str, Any]) -> str:
         bytes_: float = found[f"NeuRMS-{variant} backward, {measure}_bytes below sgd"]
         return bytes_ / 2**20
 
+    def below_itself(measure: str) -> float:
+        bytes_: float = found[f"rmnp backward, {measure}_bytes below rmnp"]
+        return bytes_ / 2**20
+
     return MEMORY.format(
         sizes="-".join(map(str, settings["sizes"])),
         batch=settings["batch"],
@@ -48,6 +53,8 @@ def memory(content: dict[str, Any]) -> str:
         resident_f=below("F", "resident"),
         allocated=below("U", "allocated"),
         allocated_f=below("F", "allocated"),
+        rmnp_resident=below_itself("resident"),
+        rmnp_allocated=below_itself("allocated"),
         forward=content["runs"]["sgd"]["forward_bytes"] / 2**20,
         over_step=found["adamw over NeuRMS-F step"],
         over_backward=found["adamw over NeuRMS-F backward"],

@@ -11,8 +11,8 @@ from benchmarks.tables.provenance import made_by
 
 OVERHEAD = """## Overhead
 
-`neurms bench overhead`: the second of two equal linear layers under NeuRMS-F. Share of reduce and
-scale in the layer's step, in percent, 2 threads, by width:
+`neurms bench overhead`: the second of two equal linear layers under NeuRMS-F, or P where it says
+so. Share of reduce and scale in the layer's step, in percent, 2 threads, by width:
 
 {shares}
 
@@ -20,9 +20,9 @@ At width 1024, on 1 and 2 threads, it is {step_low:.1f} to {step_high:.1f} perce
 `update="step"` and {back_low:.1f} to {back_high:.1f} percent with `update="backward"`, which scales
 D and H in a pass of its own and saves that of the weight. `backward bf16` is that with
 `gemm="bfloat16"`: {bf16_low:.1f} to {bf16_high:.1f} percent of a shorter step, for its factors
-enter W with the product and count as update. Where the time goes, in microseconds, `update="step"`,
-batch 512, 2 threads (DᵀH is a part of backward; bookkeeping is all that is no kernel, the
-optimizer's own included):
+enter W with the product and count as update. {moments}Where the time goes, in microseconds,
+`update="step"`, batch 512, 2 threads (DᵀH is a part of backward; bookkeeping is all that is no
+kernel, the optimizer's own included):
 
 {parts}
 
@@ -86,6 +86,7 @@ def overhead(content: dict[str, Any]) -> str:
         back_high=max(at["backward"]),
         bf16_low=min(at["backward bf16"]),
         bf16_high=max(at["backward bf16"]),
+        moments=_moments(at["P step"], at["P backward"]),
         parts=_parts(runs),
         laws=_laws(content["laws"]),
         bandwidth=_bandwidth(content["runs"]),
@@ -94,6 +95,17 @@ def overhead(content: dict[str, Any]) -> str:
         unit=content["vectors"]["torch"],
         packed=sum(count for kind, count in native.items() if kind != "scalar"),
         all=sum(native.values()),
+    )
+
+
+def _moments(step: Sequence[float], backward: Sequence[float]) -> str:
+    """Say what variant P's share is, where it was measured."""
+    if not (step and backward):
+        return ""
+    return (
+        f"Variant P, which reads the gradient once for its sums, spends {min(step):.1f} to\n"
+        f"{max(step):.1f} percent there, and {min(backward):.1f} to {max(backward):.1f} percent on "
+        "probes without a gradient. "
     )
 
 
@@ -108,7 +120,8 @@ def _shares(runs: Sequence[Mapping[str, Any]]) -> str:
                 if (r["mode"], r["batch"], r["threads"]) == (mode, batch, 2)
             }
             cells = [f"{own[width]:.2f}" if width in own else "-" for width in widths]
-            lines.append([f"{mode}, batch {batch}", *cells])
+            if own:
+                lines.append([f"{mode}, batch {batch}", *cells])
     return markdown(["", *map(str, widths)], lines)
 
 

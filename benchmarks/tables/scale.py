@@ -11,28 +11,31 @@ PAGE = """# Scale, on paper
 
 What the optimizers would need for LLaMA of 60M to 70B parameters on {ranks} ranks, in float32. No
 large model was made: state comes from `optimizer.plan()` and traffic from `step_exchanges` on
-parameters without storage, under torch's fake process group. Each cell says DDP / FSDP2. Written by
-`python -m benchmarks.tables` from `benchmarks/results/scale.json`.
+parameters without storage, under torch's fake process group. Each cell says DDP / DDP with
+`distribute="owner"` / FSDP2. Written by `python -m benchmarks.tables` from
+`benchmarks/results/scale.json`.
 
-## State of one rank, GB
+## State of the fullest rank, GB
 
-Under DDP every rank holds all of it. Under FSDP2 it holds what belongs to its rows, and all of
-what was computed from gathered matrices (Alice, SOAP): those do not scale beyond what one rank can
-hold.
+Under DDP every rank holds all of it, or with owners that of its own matrices and all of AdamW's.
+Under FSDP2 it holds what belongs to its rows, and what was computed from whole matrices (Alice,
+SOAP) of those that it owns.
 
 {state}
 
 ## Sent in one step, MB (calls)
 
-Beside DDP's or FSDP2's own traffic. Under DDP only NeuRMS sends anything.
+Beside DDP's or FSDP2's own traffic, on rank 0. Under DDP only NeuRMS and owners send anything: an
+owner the weights of its matrices, once to all. Under FSDP2 a rank sends its parts of all gradients
+to their owners, and owners send parts of what they made.
 
 {traffic}
 
 ## Step of one rank, seconds on the machine below
 
 Work on one rank times the rate of one {m} x {n} matrix ({threads} threads, CPU): what counts is
-one column against another. Under FSDP2 work on rows is shared by the ranks; Alice's and Muon's
-products of matrices are done on every rank. Alice without its refreshes, NeuRMS without its
+one column against another. It is the busiest rank: under FSDP2 work on rows is shared by all, and
+products of matrices are done by owners. Alice without its refreshes, NeuRMS without its
 statistics, which come with the backward pass. SOAP was not timed.
 
 {steps}
@@ -49,7 +52,7 @@ simple picture: the last column says how good it is.
 {source}
 """
 
-WAYS = ("ddp", "fsdp2")
+WAYS = ("ddp", "ddp, owners", "fsdp2")
 Content = dict[str, Any]
 
 

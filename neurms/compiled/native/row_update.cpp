@@ -5,7 +5,9 @@
 
 namespace {
 
-constexpr int64_t kChunk = 256;  // elements summed in float32 before they enter a float64 total
+// Elements summed in float32 before they enter a float64 total, and fetched ahead together: 32 are too few to keep lines
+// under way, 256 are more than can be.
+constexpr int64_t kChunk = 128;
 constexpr int64_t kFlush = 32;   // rows summed in float32 before they enter the float64 totals
 constexpr int64_t kAlone = 1 << 14;  // elements below which one thread is faster than two
 

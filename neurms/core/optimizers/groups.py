@@ -36,7 +36,8 @@ def completed(param_group: Any, rule: str, defaults: Mapping[str, Any], rate: fl
     Raises:
         MissingParametersError: ``"params"`` is missing.
         ValueError: A setting is out of its range.
-        TypeError: It is no dictionary, or ``"params"`` has no order.
+        TypeError: It is no dictionary, ``"params"`` has no order, or a setting holds for the whole
+            optimizer.
     """
     needed = f"param_group={param_group!r} must be a dictionary with 'params'"
     if not isinstance(param_group, dict):
@@ -51,9 +52,15 @@ def completed(param_group: Any, rule: str, defaults: Mapping[str, Any], rate: fl
     else:
         group["params"] = list(group["params"])
     group.setdefault("rule", rule)
+    if group.get("update", "step") != "step":
+        raise TypeError(
+            f"a parameter group sets update={group['update']!r}, which holds for the whole "
+            "optimizer; pass it to the constructor"
+        )
     if group["rule"] not in (rule, FALLBACK):
         for key, value in default_settings(rule_class(group["rule"])).items():
-            group.setdefault(key, value)
+            if key != "update":
+                group.setdefault(key, value)
     for key, value in defaults.items():
         # torch adds it to the defaults when it unpickles.
         if key != "differentiable":

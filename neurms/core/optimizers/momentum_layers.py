@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from neurms.compiled.backends import use_backend
 from neurms.compiled.finite import within
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import is_sharded
@@ -88,6 +87,8 @@ class MomentumLayer:
         self.weight = route.parameter
         self.begun = False
         """Whether M holds a gradient that no step has taken."""
+        self.recipe: Recipe | None = None
+        """What M has been averaged by, and the step goes on with."""
         self.tap: BackwardUpdateTap | None = None
         self._layers = weakref.ref(layers)
         self._task: int | None = None
@@ -118,10 +119,10 @@ class MomentumLayer:
         owner.open(view)
         velocity = momentum.velocity(view.state)
         product = Product(errors, activations, backend=owner.backend)
-        with use_backend(owner.backend), span("update", [self.weight]):
+        with span("update", [self.weight]):
             gradient, weight = owner.entry(view, recipe, product)
             kept = 1.0 if self.begun else momentum.momentum
-            self.begun = True
+            self.begun, self.recipe = True, recipe
             add_product_(velocity, product, (None, None), -gradient, kept)
             if weight:
                 velocity.add_(view.weight, alpha=weight)
@@ -198,6 +199,18 @@ class MomentumLayers(TapSet[MomentumLayer, Owner]):
     def begun(self) -> list[str]:
         """Names of the layers whose momentum holds a gradient that no step has taken."""
         return [layer.route.name for layer in self if layer.begun]
+
+    def clear(self) -> None:
+        """Forget what no step has taken, and let backward begin anew."""
+        if self._once:
+            super().clear()
+            return
+        self._bad.clear()
+        self._updated.clear()
+        # Taps that count nothing need no word of it, after each step and once more in zero_grad.
+        for layer in self:
+            if layer.begun:
+                layer.clear()
 
     def forget(self) -> None:
         """Begin anew, along with gradients."""

@@ -47,10 +47,12 @@ class MomentumMover(RecipeMover):
 
     def move(self, views: Sequence[View]) -> None:
         """Move all that has a gradient or a momentum that holds one."""
-        owner = self._layers.owner
-        waiting = [owner.view_of(layer.weight) for layer in self._layers if layer.begun]
-        for view in waiting:
-            recipe = owner.recipe_of(view.group)
-            # The step lets go of it as of any gradient.
-            view.recipe, view.gradient = recipe.tail, recipe.momentum.velocity(view.state)
+        owner, waiting = self._layers.owner, []
+        for layer in self._layers:
+            if layer.begun:
+                assert layer.recipe is not None
+                view, recipe = owner.view_of(layer.weight), layer.recipe
+                # The step lets go of it as of any gradient.
+                view.recipe, view.gradient = recipe.tail, recipe.momentum.velocity(view.state)
+                waiting.append(view)
         super().move([*views, *waiting])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import Distribute
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Route
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["HasShares", "Sharing", "refuse_division"]
 
@@ -66,6 +69,7 @@ class Sharing:
     def _begin(self) -> None:
         self._crews: dict[Any, Crew] = {}
         self._loads: dict[Any, list[Load]] = {}
+        self._looked_at: tuple[Any, list[bool]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold; process groups cannot go along."""
@@ -100,6 +104,13 @@ class Sharing:
         crew = self.crew_of(parameter)
         return crew is not None and self._owners[parameter] != crew.rank
 
+    def beyond(self) -> int:
+        """Return how many bytes of state the fullest owner keeps more than this rank does."""
+        return sum(
+            int(max(load.size for load in held) - held[self._crews[key].rank].size)
+            for key, held in self._loads.items()
+        )
+
     def assign(self, optimizer: HasShares, *, strict: bool = False) -> None:
         """Choose owners of the matrices that can be divided and have none yet.
 
@@ -112,12 +123,20 @@ class Sharing:
         """
         if self.form in ("rows", "replicate") or world_size() == 1:
             return
+        work = optimizer.work()
+        trained = [view.parameter.requires_grad for view in work]
+        if self._looked_at is not None and self._looked_at == (work, trained):
+            return
         new: dict[Any, list[View]] = {}
-        for view in optimizer.work():
+        for view in work:
             if self.crew_of(view.parameter) is None and self._divides(optimizer, view):
                 new.setdefault(_key(view.parameter), []).append(view)
+        self._looked_at = (work, trained)
         for key, views in new.items():
             crew = self._crews.get(key) or self._crew(views, strict)
+            if crew is None:
+                # A wrapper may come later.
+                self._looked_at = None
             if crew is not None and crew.size > 1:
                 self._crews[key] = crew
                 # A copy of an optimizer knows the owners, and of crews nothing.
@@ -234,18 +253,27 @@ class Sharing:
             states: Parameter's place among all -> this rank's state.
         """
         spread = dict(states)
+        if not self.divides:
+            return spread
+        # Slow to load, and needed where there are several ranks.
+        from torch.distributed.device_mesh import DeviceMesh
+
+        meshes: dict[Crew, Any] = {}
         for view in optimizer.work():
             crew, state = self.crew_of(view.parameter), states.get(view.index)
             if crew is None or not state:
                 continue
-            form = optimizer.expected_state(
+            if crew not in meshes:
+                meshes[crew] = DeviceMesh.from_group(crew.group, view.device.type)
+            whole = optimizer.expected_state(
                 meta_like(view.parameter), view.parameter, view.group, state
             )
+            owner = self._owners[view.parameter]
             spread[view.index] = {
-                key: _spread(value, state.get(key), crew, self._owners[view.parameter], view.device)
-                if isinstance(value, Tensor) and not is_sharded(value)
+                key: _spread(form, state.get(key), meshes[crew], owner)
+                if isinstance(form, Tensor) and not is_sharded(form)
                 else state[key]
-                for key, value in form.items()
+                for key, form in whole.items()
             }
         return spread
 
@@ -319,17 +347,15 @@ def _load(optimizer: HasShares, view: View) -> Load:
     return Load.of(*view.route.layout.matrix_shape, tensor_bytes(own))
 
 
-def _spread(form: Tensor, value: Tensor | None, crew: Crew, owner: int, device: Any) -> Tensor:
+def _spread(form: Tensor, value: Tensor | None, mesh: DeviceMesh, owner: int) -> Tensor:
     """Return a tensor of an owner in even parts, or the same number on every rank."""
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     if value is None:
         # Of the right shape, and one number in memory.
-        value = torch.zeros((), dtype=form.dtype, device=device).expand(form.shape)
+        value = torch.zeros((), dtype=form.dtype, device=mesh.device_type).expand(form.shape)
     if form.ndim == 0:
         number = value.clone()
-        torch.distributed.broadcast(number, group=crew.group, group_src=owner)
+        torch.distributed.broadcast(number, group=mesh.get_group(), group_src=owner)
         return number
-    mesh = DeviceMesh.from_group(crew.group, device.type)
     return distribute_tensor(value.detach(), mesh, [Shard(0)], src_data_rank=owner)

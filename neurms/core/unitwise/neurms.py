@@ -111,7 +111,8 @@ class NeuRMS(PreconditionedOptimizer):
 
     Args:
         model: The model whose layers are tapped; parameters alone will do for P only.
-        lr: Learning rate.
+        lr: Learning rate. P's is on AdamW's scale; deep networks without norms or a warmup want a
+            tenth of the default.
         variant: ``"P"``, or the draft's ``"U"``, ``"B"`` and ``"F"``.
         beta: Decay of the second moments (.99, .995, .999 in the draft); None is .99, .95 for P.
         eps: Added to a second moment before its root.

@@ -107,8 +107,8 @@ def full_states(rank: int, ranks: int, *, rule: str, settings: dict[str, Any]) -
         for name, state in states["optimizer"]["state"].items()
     }
     before = result(inner, optimizer)
-    _, _, other = _made(rule, settings, ranks, "fsdp")
+    twin, _, other = _made(rule, settings, ranks, "fsdp")
     plain = {**states["optimizer"], "state": held}
     other.load_state_dict(plain)
-    again = whole_state(inner, other)
+    again = whole_state(twin, other)
     return {"state": before["state"], "full": list(held.values()), "again": again}

@@ -85,11 +85,14 @@ def shares(
         with counter:
             optimizer.step()
     del model
+    more = {"process_group": torch.distributed.group.WORLD} if wrap == "ddp" else {}
+    report = neurms.memory_report(inner, rule, head="rule", **settings, **more)
     return {
+        "reported": report.state_bytes,
         "bytes": optimizer.state_bytes(),
         "planned": optimizer.plan().state_bytes,
         "operations": counter.get_total_flops(),
-        "owners": [row.reason for row in optimizer.plan()],
+        "reasons": [row.reason for row in optimizer.plan()],
     }
 
 

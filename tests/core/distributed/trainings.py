@@ -69,6 +69,7 @@ def result(model: nn.Module, optimizer: Any) -> dict[str, Any]:
         "state": whole_state(model, optimizer),
         "local_bytes": optimizer.state_bytes(),
         "planned_bytes": optimizer.plan().state_bytes,
+        "reasons": [row.reason for row in optimizer.plan()],
         "local_sizes": [local(p).numel() for p in model.parameters()],
     }
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+import neurms
 from neurms import RMNP
 from neurms.core.ground.errors import UnsupportedTrainingError
 from tests.core.optimizers.momentum_models import (
@@ -159,6 +160,19 @@ class TestRefusals:
     def test_parameters_without_their_model(self, name: str) -> None:
         with pytest.raises(TypeError, match=r'params=list must be an nn\.Module.*update="step"'):
             made(name, list(network().parameters()), update="backward", head=None)  # type: ignore[arg-type]
+
+    def test_in_a_group(self) -> None:
+        for name in ("racs", "rmnp", "neurms"):
+            model = network()
+            groups = [{"params": model[4], "rule": "muon", "update": "backward"}]
+            with pytest.raises(TypeError, match="'update', which holds for the whole optimizer"):
+                neurms.create(name, model, groups=groups)
+            assert type(model[4]) is nn.Linear
+        alone = {"params": [model[4].weight], "rule": "muon", "update": "backward"}
+        with pytest.raises(TypeError, match="update='backward', which holds for the whole"):
+            neurms.RACS([alone])
+        groups = [{"params": model[4], "rule": "muon"}]
+        assert "update" not in neurms.create("racs", model, groups=groups).param_groups[0]
 
     def test_another_word(self) -> None:
         with pytest.raises(ValueError, match="update='forward'"):

@@ -1,0 +1,30 @@
+"""What a layer costs in Python calls: bounds that a change to the step's road would break."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.calls import OPTIMIZERS, added_calls
+
+# Of what stands in benchmarks/results/calls.json, with a little room for other versions of torch.
+MOST = {
+    "RMNP": 50,
+    "RACS": 55,
+    "NeuRMS-P": 155,
+    "NeuRMS-U": 225,
+    "NeuRMS-F": 280,
+    "NeuRMS-U backward": 400,
+    "RMNP backward": 290,
+    "Alice": 170,
+    "Muon": 170,
+}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_layer_makes_no_more_calls_than_it_did(name: str) -> None:
+    assert added_calls(OPTIMIZERS[name]) <= MOST[name]
+
+
+def test_torch_itself_is_counted_in_the_same_way() -> None:
+    """A count that missed built-in functions would find next to nothing of torch's AdamW."""
+    assert 30 <= added_calls(OPTIMIZERS["torch's AdamW"]) <= 70
