@@ -37,7 +37,7 @@ def forms(rank: int, ranks: int, *, settings: dict[str, Any], **job: Any) -> dic
 
 
 class Tower(nn.Module):
-    """Matrices of three shapes, under the rule all of them, and more than ranks."""
+    """Matrices of five shapes, under the rule all of them, and more than ranks."""
 
     def __init__(self) -> None:
         super().__init__()
