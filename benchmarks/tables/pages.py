@@ -19,6 +19,7 @@ from benchmarks.tables import (
     images_figures,
     planner,
     scale,
+    scale_times,
     text_figures,
     text_page,
 )
@@ -41,6 +42,7 @@ MADE: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Content]], str]]] = {
     "results/images.md": (images.NAMES, images.page),
     "results/text.md": (text_page.NAMES, text_page.page),
     "results/scale.md": (("scale",), scale.page),
+    "results/scale-times.md": (("scale_times",), scale_times.page),
     "results/cost.md": (cost.NAMES, cost.page),
     "results/again.md": (again.NAMES, again.page),
 }
