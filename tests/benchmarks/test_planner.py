@@ -41,8 +41,8 @@ def test_work_is_every_element_once_divided_by_the_ranks() -> None:
     for ranks in (1, 4):
         work = predicted("RACS", llama(SMALL), ranks)["work"]
         assert sum(work.values()) == pytest.approx(elements / ranks)
-    one, four = (predicted("Muon", llama(SMALL), ranks)["work"]["Muon"] for ranks in (1, 4))
-    assert one == four
+    one, four = (size(SMALL, ranks)["rules"]["Muon"]["work"]["Muon"] for ranks in (1, 4))
+    assert one / 4 <= four <= one / 2, "owners of whole matrices, of which one has most"
 
 
 def contents(rates: dict[str, float] | None) -> dict[str, dict[str, object]]:

@@ -146,7 +146,9 @@ class _Turn:
         if self._failed is not None:
             raise self._failed
         if failed:
-            raise torch.linalg.LinAlgError("on another rank")  # type: ignore[attr-defined]
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                "a factorization failed on another rank; see what that one says"
+            )
 
     def _is_mine(self, view: View) -> bool:
         return self._sharing.owner_of(view.parameter) == self._crew.rank

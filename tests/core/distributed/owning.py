@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from neurms.core.ground.shards import is_sharded, mesh_of
 from neurms.core.optimizers import by_owner
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.structures.base import Transform
+from tests.core.distributed import counting
 from tests.core.distributed.trainings import Network, sharded, train, whole
 
 FORMS = ("replicate", "owner")
@@ -34,7 +37,7 @@ def forms(rank: int, ranks: int, *, settings: dict[str, Any], **job: Any) -> dic
 
 
 class Tower(nn.Module):
-    """Matrices of three shapes, under the rule all of them, and more than ranks."""
+    """Matrices of five shapes, under the rule all of them, and more than ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,13 +99,26 @@ def shares(
     }
 
 
-def in_small_rounds(rank: int, ranks: int, *, limit: int, **job: Any) -> dict[str, Any]:
-    """Train once in each form, with few entries in a round."""
-    before, by_owner.ROUND_LIMIT = by_owner.ROUND_LIMIT, limit
+@contextmanager
+def small_rounds() -> Iterator[None]:
+    """Rounds of one matrix of each owner."""
+    before, by_owner.ROUND_LIMIT = by_owner.ROUND_LIMIT, 1
     try:
-        return forms(rank, ranks, **job)
+        yield
     finally:
         by_owner.ROUND_LIMIT = before
+
+
+def in_small_rounds(rank: int, ranks: int, **job: Any) -> dict[str, Any]:
+    """Train once in each form."""
+    with small_rounds():
+        return forms(rank, ranks, **job)
+
+
+def sent_in_small_rounds(rank: int, ranks: int, **job: Any) -> dict[str, Any]:
+    """Return the calls of a step."""
+    with small_rounds():
+        return counting.calls(rank, ranks, **job)
 
 
 def _replicas(**settings: Any) -> tuple[nn.Module, Any]:

@@ -124,6 +124,25 @@ def test_four_ranks_have_about_a_quarter_each(pool: Ranks, rule: str, wrap: str)
     assert total >= 0.999 * alone["operations"] > 0, "what nobody does would be a small share too"
 
 
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_gradients_of_the_next_round_travel_before_steps_of_this_one(
+    pool: Ranks, wrap: str
+) -> None:
+    settings = {"distribute": "owner"}
+    found = pool.run(2, owning.sent_in_small_rounds, rule="muon", settings=settings, wrap=wrap)
+    for one in found:
+        assert one["step"] == one["predicted"]
+    kinds = [kind for kind, _ in found[0]["step"]]
+    # Three matrices of two owners: a round of two and a round of one.
+    inner = ["all-to-all"] * 4 if wrap == "fsdp" else ["broadcast"] * 3
+    assert kinds == ["all-reduce", *inner, "all-reduce"]
+    if wrap == "fsdp":
+        _, there, next_there, back, next_back, _ = zip(
+            *([size for _, size in one["step"]] for one in found), strict=True
+        )
+        assert sum(there) == sum(back) > sum(next_there) == sum(next_back)
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp", slow("hsdp")])
 @pytest.mark.parametrize("rule", ["muon", "soap", "lamb", "racs", "alice"])
 def test_what_is_sent_was_predicted(pool: Ranks, rule: str, wrap: str) -> None:
@@ -155,7 +174,7 @@ def test_four_owners_make_what_replicas_make(pool: Ranks, rule: str, wrap: str) 
 def test_large_matrices_in_several_rounds(pool: Ranks, rule: str, wrap: str) -> None:
     """Two are beyond what is stacked, so that DDP's take fused steps and go alone, in place."""
     job = {"rule": rule, "settings": {}, "wrap": wrap, "dtype": "float32", "width": 3000}
-    assert_forms_agree(pool.run(2, owning.in_small_rounds, **job, limit=1, steps=2))
+    assert_forms_agree(pool.run(2, owning.in_small_rounds, **job, steps=2))
 
 
 @pytest.mark.parametrize("precision", ["nearest", "stochastic", "master"])
