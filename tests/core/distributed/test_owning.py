@@ -110,7 +110,7 @@ def test_every_other_rule_goes_on_with_fewer_ranks(pool: Ranks, rule: str, tmp_p
         elif rule not in DRAWN_OF_ROUNDING:
             for a, b in zip(found[0]["weights"], wanted[0]["weights"], strict=True):
                 # Roots of ill-conditioned blocks (BlockAdam) are 2e-10 apart.
-                    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("rule", ["soap", "muon"])
