@@ -37,7 +37,7 @@ DISTRIBUTED = {
     "lightning_ddp --shard": ACCURACY,
 }
 # Run by tests/core/distributed/test_programs.py, on several numbers of processes.
-OTHERWISE_RUN = {"torchrun", "pretraining"}
+OTHERWISE_RUN = ("pretraining", "torchrun")
 
 # What a program needs beside the developer's tools.
 NEEDS = {"lora": "peft", "timm_optimizer": "timm"}
