@@ -144,7 +144,7 @@ class Alice(PreconditionedOptimizer):
             settings["first_basis"],
             settings["switching"],
         )
-        rotate = settings["rotate_moments"]
+        rotate = check_choice("rotate_moments", settings["rotate_moments"], (None, True, False))
         if rotate is None:
             rotate = settings["first_basis"] == "gradient" and subspace.orthonormal
         extension = LowRank(

@@ -246,6 +246,7 @@ def test_apollo_mini_scales_the_whole_gradient() -> None:
         ("alice", {"switching": "full"}, "switching='full'"),
         ("alice", {"residual": "none"}, "residual='none'"),
         ("alice", {"switching": "gaussian", "rotate_moments": True}, "orthonormal"),
+        ("alice", {"rotate_moments": {}}, "rotate_moments=.* is not known"),
         ("eigen_adam", {"interval": 0}, "interval=0"),
         ("eigen_adam", {"betas": (0.9, -0.1, 0.9)}, r"betas\[1\]=-0.1"),
         ("soap", {"betas": (0.9,)}, "betas=.* must hold 2"),
