@@ -42,6 +42,7 @@ MEASUREMENTS = (
     "profiler/*",
     "profiler_cost",
     "scale",
+    "scale_times",
     "shapes",
     "soak",
     "startup",
