@@ -2,8 +2,9 @@
 
     neurms bench overhead                     # every combination that the file does not hold yet
     neurms bench overhead --seconds 50        # as many as fit, the rest the next time
+    neurms bench overhead --variant P         # variant P's, in a file of their own
 
-Two equal linear layers with a ReLU between, under NeuRMS-F or P; the second one's times, from the
+Two equal linear layers with a ReLU between, under NeuRMS; the second one's times, from the
 same spans that the profiler reports, without its statistics. F's ``step`` scales in the
 optimizer's pass over the weight; ``backward`` scales D and H and writes their product into the
 weight; ``backward bf16`` multiplies them in bfloat16 and scales the sums on their way, which counts
@@ -41,13 +42,14 @@ WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 BATCHES = (32, 128, 512, 2048)
 THREADS = (1, 2)
 MODES: dict[str, dict[str, Any]] = {
-    "step": {},
-    "backward": {"update": "backward"},
-    "backward bf16": {"update": "backward", "gemm": "bfloat16"},
+    "step": {"variant": "F"},
+    "backward": {"variant": "F", "update": "backward"},
+    "backward bf16": {"variant": "F", "update": "backward", "gemm": "bfloat16"},
+}
+MOMENTS: dict[str, dict[str, Any]] = {
     "P step": {"variant": "P"},
     "P backward": {"variant": "P", "update": "backward"},
 }
-"""Settings of what is measured, F's unless said otherwise."""
 PARTS = ("forward", "backward", "reduce", "scale", "update", "bookkeeping")
 
 
@@ -57,7 +59,7 @@ class Layer:
     def __init__(self, width: int, batch: int, mode: str) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
-        self.optimizer = neurms.NeuRMS(self.model, lr=1e-4, **{"variant": "F", **MODES[mode]})
+        self.optimizer = neurms.NeuRMS(self.model, lr=1e-4, **(MODES | MOMENTS)[mode])
         self.batch, self.width = batch, width
         self.timer = LayerTimer("layer")
         # After the optimizer's hooks, as a profiler's are.
@@ -117,9 +119,9 @@ def measured(width: int, batch: int, threads: int, mode: str) -> dict[str, Any]:
     }
 
 
-def combinations() -> list[tuple[int, int, int, str]]:
+def combinations(modes: Iterable[str] = MODES) -> list[tuple[int, int, int, str]]:
     """Return all combinations, the cheap ones first."""
-    every = itertools.product(WIDTHS, BATCHES, THREADS, MODES)
+    every = itertools.product(WIDTHS, BATCHES, THREADS, modes)
     return sorted(every, key=lambda c: c[0] ** 2 * c[1] / c[2])
 
 
@@ -131,7 +133,7 @@ def laws(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
     they cost the same whatever they work on.
     """
     found: dict[str, Any] = {}
-    for mode, threads in itertools.product(MODES, THREADS):
+    for mode, threads in itertools.product(MODES | MOMENTS, THREADS):
         own = [run for run in runs if (run["mode"], run["threads"]) == (mode, threads)]
         if not own:
             continue
@@ -155,17 +157,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, fit, draw and save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
+    parser.add_argument("--variant", choices=("F", "P"), default="F")
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
-    settings = {"widths": WIDTHS, "batches": BATCHES, "threads": THREADS, "variant": "F"}
-    results = Results(given.out, settings)
+    moments = given.variant == "P"
+    settings = {"widths": WIDTHS, "batches": BATCHES, "threads": THREADS, "variant": given.variant}
+    results = Results(
+        given.out or RESULTS / ("overhead_moments.json" if moments else "overhead.json"), settings
+    )
     end = time.monotonic() + given.seconds
     left = 0
     for shape, threads, cached in itertools.product(SHAPES, THREADS, (False, True)):
         where = "cache" if cached else "memory"
         key = f"bandwidth {shape[0]} x {shape[1]}, {threads} threads, {where}"
         results.run(key, partial(bandwidth, *shape, threads, cached=cached))
-    for combination in combinations():
+    for combination in combinations(MOMENTS if moments else MODES):
         width, batch, threads, mode = combination
         key = f"{width} x {batch}, {threads} threads, {mode}"
         if key in results.runs or time.monotonic() < end:
@@ -174,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             left += 1
     runs = [run for run in results.runs.values() if "mode" in run]
     results.save(laws=laws(runs), counters=counters(), vectors=vectors())
-    draw(runs, results.content["laws"])
+    if not moments:
+        draw(runs, results.content["laws"])
     print(f"{left} combinations left for the next time" if left else "complete")
 
 

@@ -38,6 +38,7 @@ MEASUREMENTS = (
     "llama_step",
     "memory",
     "overhead",
+    "overhead_moments",
     "planner",
     "profiler/*",
     "profiler_cost",
@@ -47,6 +48,7 @@ MEASUREMENTS = (
     "soak",
     "startup",
     "step",
+    "step_avx2",
     "step_times",
 )
 """Files of times, bytes and faults, which compare no losses."""

@@ -9,13 +9,13 @@ from benchmarks.overhead_plot import PICTURE
 from benchmarks.overhead_plot import draw as draw_overhead
 from benchmarks.tables.calls import calls
 from benchmarks.tables.memory import memory
-from benchmarks.tables.overhead import overhead, profiler
+from benchmarks.tables.overhead import moments, overhead, profiler
 from benchmarks.tables.peers import peers
 from benchmarks.tables.startup import startup
 
 __all__ = ["NAMES", "draw", "page"]
 
-NAMES = ("overhead", "profiler_cost", "calls", "memory", "startup", "kernels")
+NAMES = ("overhead", "overhead_moments", "profiler_cost", "calls", "memory", "startup", "kernels")
 
 HEAD = """# Cost
 
@@ -24,6 +24,7 @@ Time and memory, from `benchmarks/results/`; see [Results](../results.md) for sp
 
 _SECTIONS = {
     "overhead": overhead,
+    "overhead_moments": moments,
     "profiler_cost": profiler,
     "calls": calls,
     "memory": memory,

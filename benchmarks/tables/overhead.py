@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.overhead import MODES
+from benchmarks.overhead import MODES, MOMENTS
 from benchmarks.tables.markdown import markdown
 from benchmarks.tables.provenance import made_by
 
 OVERHEAD = """## Overhead
 
-`neurms bench overhead`: the second of two equal linear layers under NeuRMS-F, or P where it says
-so. Share of reduce and scale in the layer's step, in percent, 2 threads, by width:
+`neurms bench overhead`: the second of two equal linear layers under NeuRMS-F. Share of reduce and
+scale in the layer's step, in percent, 2 threads, by width:
 
 {shares}
 
@@ -20,7 +20,7 @@ At width 1024, on 1 and 2 threads, it is {step_low:.1f} to {step_high:.1f} perce
 `update="step"` and {back_low:.1f} to {back_high:.1f} percent with `update="backward"`, which scales
 D and H in a pass of its own and saves that of the weight. `backward bf16` is that with
 `gemm="bfloat16"`: {bf16_low:.1f} to {bf16_high:.1f} percent of a shorter step, for its factors
-enter W with the product and count as update. {moments}Where the time goes, in microseconds,
+enter W with the product and count as update. Where the time goes, in microseconds,
 `update="step"`, batch 512, 2 threads (DᵀH is a part of backward; bookkeeping is all that is no
 kernel, the optimizer's own included):
 
@@ -43,6 +43,19 @@ a copy and a scaling read and write:
 Counts of cache misses: {counters}. torch's vector unit is {unit}; of the {all} single-precision
 additions and multiplications in the native kernels' machine code (not of those that run) {packed}
 are packed.
+"""
+
+MOMENTS_TEXT = """## Overhead of variant P
+
+`neurms bench overhead --variant P`: the same for NeuRMS-P, which reads the gradient once for its
+sums. `backward` forms no gradient: its probes go through D and H.
+
+{shares}
+
+At width 1024, on 1 and 2 threads, {step_low:.1f} to {step_high:.1f} percent, from batch 512 on
+at most {large:.1f}; without a gradient {back_low:.1f} to {back_high:.1f}.
+
+{made}
 """
 
 PROFILER = """## Does the profiler tell it right?
@@ -86,7 +99,6 @@ def overhead(content: dict[str, Any]) -> str:
         back_high=max(at["backward"]),
         bf16_low=min(at["backward bf16"]),
         bf16_high=max(at["backward bf16"]),
-        moments=_moments(at["P step"], at["P backward"]),
         parts=_parts(runs),
         laws=_laws(content["laws"]),
         bandwidth=_bandwidth(content["runs"]),
@@ -98,21 +110,33 @@ def overhead(content: dict[str, Any]) -> str:
     )
 
 
-def _moments(step: Sequence[float], backward: Sequence[float]) -> str:
-    """Say what variant P's share is, where it was measured."""
-    if not (step and backward):
-        return ""
-    return (
-        f"Variant P, which reads the gradient once for its sums, spends {min(step):.1f} to\n"
-        f"{max(step):.1f} percent there, and {min(backward):.1f} to {max(backward):.1f} percent on "
-        "probes without a gradient. "
+def moments(content: dict[str, Any]) -> str:
+    """Return what variant P's reductions and scalings cost."""
+    runs = [run for run in content["runs"].values() if "mode" in run]
+    at = {
+        mode: [100 * r["share"] for r in runs if r["width"] == 1024 and r["mode"] == mode]
+        for mode in MOMENTS
+    }
+    large = [
+        100 * r["share"]
+        for r in runs
+        if (r["width"], r["mode"]) == (1024, "P step") and r["batch"] >= 512
+    ]
+    return MOMENTS_TEXT.format(
+        shares=_shares(runs, MOMENTS),
+        step_low=min(at["P step"]),
+        step_high=max(at["P step"]),
+        large=max(large),
+        back_low=min(at["P backward"]),
+        back_high=max(at["P backward"]),
+        made=made_by(content),
     )
 
 
-def _shares(runs: Sequence[Mapping[str, Any]]) -> str:
+def _shares(runs: Sequence[Mapping[str, Any]], modes: Iterable[str] = MODES) -> str:
     widths = sorted({run["width"] for run in runs})
     lines = []
-    for mode in MODES:
+    for mode in modes:
         for batch in sorted({run["batch"] for run in runs}):
             own = {
                 r["width"]: 100 * r["share"]
@@ -120,8 +144,7 @@ def _shares(runs: Sequence[Mapping[str, Any]]) -> str:
                 if (r["mode"], r["batch"], r["threads"]) == (mode, batch, 2)
             }
             cells = [f"{own[width]:.2f}" if width in own else "-" for width in widths]
-            if own:
-                lines.append([f"{mode}, batch {batch}", *cells])
+            lines.append([f"{mode}, batch {batch}", *cells])
     return markdown(["", *map(str, widths)], lines)
 
 

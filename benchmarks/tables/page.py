@@ -14,7 +14,7 @@ __all__ = ["OLDER", "SHOWN", "older", "page"]
 
 Content = dict[str, Any]
 
-SHOWN = (*headline.NAMES, *COSTS_OF)
+SHOWN = (*headline.NAMES, *COSTS_OF, "step_avx2")
 """The results files of the page."""
 
 OLDER = (*NAMES, "mnist")
@@ -48,7 +48,7 @@ def page(contents: Mapping[str, Content]) -> str:
         else "",
         contests.summary(judged),
         costs(contents),
-        speed(contents["kernels"], contents["step"]),
+        speed(contents["kernels"], contents["step"], contents.get("step_avx2")),
     ]
     return "\n".join([HEAD, *filter(None, sections)])
 

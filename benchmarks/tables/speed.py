@@ -25,11 +25,22 @@ and all others are in float32; in rows marked all in bf16 the model's own are, t
 {step}
 
 {made}
+{elsewhere}"""
+
+ELSEWHERE = """
+The same where the processor has no products of bfloat16 numbers (AVX2), with variant P, and RMNP
+whose gradients enter its momentum in backward:
+
+{step}
+
+{made}
 """
 
 
-def speed(kernels: dict[str, Any], step: dict[str, Any]) -> str:
-    """Return the section on speed."""
+def speed(
+    kernels: dict[str, Any], step: dict[str, Any], elsewhere: dict[str, Any] | None = None
+) -> str:
+    """Return the section on speed, with steps on another processor if they were timed there."""
 
     def table(content: dict[str, Any], cell: str) -> str:
         # Other libraries' have a table of their own.
@@ -46,4 +57,7 @@ def speed(kernels: dict[str, Any], step: dict[str, Any]) -> str:
         kernels=table(kernels, "{ms:.2f} (x{ratio:.2f})"),
         step=table(step, "x{ratio:.3f}"),
         made=made_by(step),
+        elsewhere=""
+        if elsewhere is None
+        else ELSEWHERE.format(step=table(elsewhere, "x{ratio:.3f}"), made=made_by(elsewhere)),
     )

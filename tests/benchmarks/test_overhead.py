@@ -11,7 +11,7 @@ from benchmarks import overhead
 from benchmarks.overhead_plot import draw
 
 
-@pytest.mark.parametrize("mode", overhead.MODES)
+@pytest.mark.parametrize("mode", overhead.MODES | overhead.MOMENTS)
 def test_shares_are_those_of_the_parts(mode: str) -> None:
     threads = torch.get_num_threads()
     try:
