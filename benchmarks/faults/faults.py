@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neurms.core.optimizers import fallback
-from neurms.core.unitwise import preconditioner
+from neurms.core.unitwise import moves
 
 Act = Callable[[Tensor], Tensor]
 
@@ -93,7 +93,7 @@ def _bad_gradient(parts: Parts) -> Iterator[None]:
 
 @contextmanager
 def _interrupted_step(parts: Parts) -> Iterator[None]:
-    places = [(fallback, "adamw_update_"), (preconditioner, "write_moves_")]
+    places = [(fallback, "adamw_update_"), (moves, "write_moves_")]
     kept = [getattr(module, name) for module, name in places]
 
     def pressing(original: Callable[..., Any], pressed: list[bool]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Ctrl-C during a step: the step is done, then comes the interrupt."""
+"""Ctrl-C during a step, or a lost child: the step is done, then comes what it raises."""
 
 # Only a block of several statements shows that the later ones run.
 # ruff: noqa: PT012
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -77,3 +78,52 @@ def test_other_threads_set_no_handler() -> None:
     thread.start()
     thread.join()
     assert not errors
+
+
+@pytest.fixture
+def lost() -> Iterator[list[int]]:
+    """Have a handler of SIGCHLD that raises, as a DataLoader with workers has."""
+    seen: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        seen.append(number)
+        raise RuntimeError("a worker has died")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    yield seen
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_lost_worker_is_told_after_the_step(lost: list[int]) -> None:
+    handler, done = signal.getsignal(signal.SIGCHLD), []
+    with pytest.raises(RuntimeError, match="died"), WholeStep():
+        signal.raise_signal(signal.SIGCHLD)
+        done.append(1)
+    assert done == [1]
+    assert lost == [signal.SIGCHLD]
+    assert signal.getsignal(signal.SIGCHLD) is handler
+
+
+def test_nested_steps_tell_of_it_once_at_the_outer_end(lost: list[int]) -> None:
+    done = []
+    with pytest.raises(RuntimeError, match="died"), WholeStep():
+        with WholeStep():
+            signal.raise_signal(signal.SIGCHLD)
+        done.append(1)
+    assert done == [1]
+    assert lost == [signal.SIGCHLD]
+
+
+def test_the_handler_stays_where_nothing_happens(lost: list[int]) -> None:
+    handler = signal.getsignal(signal.SIGCHLD)
+    with WholeStep():
+        pass
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    assert not lost
+
+
+def test_an_error_of_the_step_stands_before_a_lost_worker(lost: list[int]) -> None:
+    with pytest.raises(ZeroDivisionError), WholeStep():
+        signal.raise_signal(signal.SIGCHLD)
+        raise ZeroDivisionError
+    assert not lost
