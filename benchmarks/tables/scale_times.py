@@ -20,10 +20,10 @@ not in it. Rules that work by rows; float32. Written by `python -m benchmarks.ta
 A LLaMA of two layers, {elements:.0f}M parameters, on 1, 2 and 4 ranks of {cores} cores over gloo;
 L and B as small and large all-reduces had them at the same time. Each cell: CPU ms of a rank and
 what one rank's give for it, then ms by the clock and the model's share of them. Four ranks on two
-cores count as half a core each. The model is low, by 2 to 7 times here: with matrices this small a
-rank's CPU time is mostly calls, which no number of ranks divides (the first pair of figures), and
-the machine had other work, three to five times what its cores hold, for which ranks wait (the
-second). Latency could not be shaped: netem is no part of this machine's kernel.
+cores count as half a core each. The model is low in every cell: with matrices this small a part of
+a rank's CPU time is calls, which no number of ranks divides (the first pair of figures), and ranks
+wait for each other at every exchange (the second). Latency could not be shaped: netem is no part
+of this machine's kernel.
 
 {checks}
 
