@@ -13,7 +13,7 @@ from neurms.compiled.backends import Kernel, kernel
 from neurms.compiled.lists import list_kernel
 from neurms.compiled.native import addresses, is_plain, library, numbers, threads
 
-__all__ = ["are_stored", "square_sums", "vectors"]
+__all__ = ["are_stored", "averages_and_scales", "square_sums", "vectors"]
 
 
 def _sums_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,3 +95,10 @@ def _square_sums(gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor
 def vectors(like: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """Return vectors of the given sizes, parts of one new tensor."""
     return list(like.new_empty(sum(sizes), dtype=dtype).split(list(sizes)))
+
+
+def averages_and_scales(q: Sequence[Tensor], s: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return four lists of new float32 vectors, sized as q, s, q and s: averages and scales."""
+    units, features = [x.numel() for x in q], [x.numel() for x in s]
+    made, count = vectors(q[0], 2 * (units + features), torch.float32), len(q)
+    return [made[k * count : (k + 1) * count] for k in range(4)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from neurms.compiled.backends import Kernel, kernel
 from neurms.compiled.lists import list_kernel
 from neurms.compiled.native import addresses, are_plain, library, numbers, suits, threads
-from neurms.compiled.square_sums import are_stored, vectors
+from neurms.compiled.square_sums import are_stored, averages_and_scales
 
 __all__ = ["scaled_square_sum", "two_sided_fit", "two_sided_scales"]
 
@@ -176,17 +176,14 @@ def _two_sided_scales(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     kernels = library()
     assert kernels is not None
-    units, features = [x.numel() for x in q], [x.numel() for x in s]
-    made = vectors(q[0], 2 * (units + features), torch.float32)
-    count = len(q)
-    parts = [made[:count], made[count : 2 * count], made[2 * count : 3 * count], made[3 * count :]]
+    parts, count = averages_and_scales(q, s), len(q)
     new_q, new_s, left, right = parts
     norms = q[0].new_empty(count, dtype=torch.float64)
     kernels.neurms_two_sided_scales(
         count,
         addresses(gradients),
-        numbers("q", units),
-        numbers("q", features),
+        numbers("q", map(Tensor.numel, q)),
+        numbers("q", map(Tensor.numel, s)),
         numbers("q", [not gradient.is_contiguous() for gradient in gradients]),
         iterations,
         TOLERANCE,
