@@ -91,3 +91,12 @@ def assert_close(one: nn.Module, other: nn.Module, tolerance: float) -> None:
         torch.testing.assert_close(
             x, y, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def pair(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> list[Any]:
+    """Return two equal models with their optimizers: in backward, and at the step."""
+    made_of = []
+    for update in ("backward", "step"):
+        model = network(dtype)
+        made_of.append((model, made(name, model, update=update, **settings)))
+    return made_of

@@ -23,18 +23,10 @@ from tests.core.optimizers.momentum_models import (
     batch,
     made,
     network,
+    pair,
     snapshot,
     train,
 )
-
-
-def pair(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> list[Any]:
-    """Return two equal models with their optimizers: in backward, and at the step."""
-    made_of = []
-    for update in ("backward", "step"):
-        model = network(dtype)
-        made_of.append((model, made(name, model, update=update, **settings)))
-    return made_of
 
 
 class TestTaps:
