@@ -75,6 +75,13 @@ CASES: dict[str, Case] = {
         lambda g: ([like(g, 3)], [like(g, 4) * magnitude(g)], [0.1], [0.9], 1e-35)
     ),
     "square_sums": Case(lambda g: ([g, g[:5]],)),
+    "joint_square_sums": Case(
+        lambda g: (
+            [g, g[:5], g],
+            [units(g) * magnitude(g), None, None],
+            [g.shape[1] + 1, g.shape[1] + 1, g.shape[1]],
+        )
+    ),
     "gradient_factors": Case(
         lambda g: (
             [units(g).double() * magnitude(g) ** 2],
