@@ -31,6 +31,10 @@ void neurms_apply_updates(int64_t count, float* const* w, const float* const* g,
 void neurms_move_square_sums(int64_t count, const float* const* x, const int64_t* m, const int64_t* n,
                              const float* const* left, const float* const* right, double* sums, int threads);
 
+// channel_sums.cpp
+void neurms_channel_square_sum(const void* x, int rounded, int64_t images, int64_t channels, int64_t positions,
+                               float* squares, int threads);
+
 // update_gemm.cpp
 int neurms_bf16_engine();
 int neurms_update_gemm(float* w, float* velocity, int64_t m, int64_t n, const void* errors, const void* activations,
