@@ -67,6 +67,11 @@ void neurms_gradient_factors(int64_t count, const double* const* rows, const dou
                              const double* corrections, double beta, double kappa, float* const* new_q,
                              float* const* new_s, float* const* left, float* const* right);
 
+// probes.cpp
+void neurms_probe_products(const float* errors, const float* activations, int64_t rows, int64_t m, int64_t n,
+                           const float* right, const float* left, int64_t k, int ones, float* forth, float* back,
+                           int threads);
+
 // two_sided_once.cpp
 void neurms_two_sided_once(int64_t count, const float* const* g, const int64_t* m, const int64_t* n,
                            const int64_t* turned, const float* corrections, double beta, int tracked,
