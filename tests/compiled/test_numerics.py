@@ -82,6 +82,9 @@ CASES: dict[str, Case] = {
             [g.shape[1] + 1, g.shape[1] + 1, g.shape[1]],
         )
     ),
+    "probe_products": Case(
+        lambda g: (g, like(g, 3, g.shape[0], 9), like(g, 4, 10, 5), like(g, 5, g.shape[1], 5)),
+    ),
     "gradient_factors": Case(
         lambda g: (
             [units(g).double() * magnitude(g) ** 2],
@@ -139,7 +142,7 @@ CASES: dict[str, Case] = {
 }
 TRUTH_VALUES = ("within",)
 # Held to float64 by a file of its own.
-ELSEWHERE = ("move_square_sums",)
+ELSEWHERE = ("move_square_sums", "gradient_steps_")
 
 
 def found() -> dict[str, Kernel[..., Any]]:
