@@ -76,7 +76,7 @@ class ListKernel(Kernel[P, R]):
             return False
         if library() is None:
             return False
-        self._native(*args)
+        self._native(*args)  # type: ignore[call-arg]
         return True
 
     def _run_in_graph(self, *args: Any) -> R:
