@@ -10,7 +10,7 @@ from benchmarks.calls import OPTIMIZERS, added_calls
 MOST = {
     "RMNP": 26,
     "RACS": 32,
-    "NeuRMS-P": 140,
+    "NeuRMS-P": 4,
     "NeuRMS-U": 220,
     "NeuRMS-F": 275,
     "NeuRMS-U backward": 400,
