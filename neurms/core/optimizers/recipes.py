@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
@@ -42,12 +43,14 @@ class Recipes:
     def of(self, group: Mapping[str, Any]) -> Recipe:
         """Return the recipe of a parameter group under a rule."""
         maker = self.maker(group["rule"])
-        values = [group.get(name) for name in _setting_names(maker)]
-        key = (maker, *[tuple(v) if isinstance(v, list) else v for v in values])
         try:
+            key = (maker, *_settings_getter(maker)(group))
             made = self._made.get(key)
-        except TypeError:
-            made = None
+        except (KeyError, TypeError):
+            # One that is not there, or a list.
+            values = [group.get(name) for name in _setting_names(maker)]
+            key = (maker, *[tuple(v) if isinstance(v, list) else v for v in values])
+            made = _known(self._made, key)
         if made is None:
             made = self.checked(group)
             if len(self._made) > 64:
@@ -105,6 +108,19 @@ def _default(parameter: inspect.Parameter) -> Any:
 def _setting_names(maker: Any) -> tuple[str, ...]:
     # A schedule changes lr at every step, and no recipe depends on it.
     return (*[name for name in default_settings(maker) if name != "lr"], "weight_decay")
+
+
+@functools.cache
+def _settings_getter(maker: Any) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    # In one call: a step asks for the recipe of every group.
+    return operator.itemgetter(*_setting_names(maker))
+
+
+def _known(made: Mapping[Any, Recipe], key: Any) -> Recipe | None:
+    try:
+        return made.get(key)
+    except TypeError:
+        return None
 
 
 @functools.cache

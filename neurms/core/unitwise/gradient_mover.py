@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neurms.compiled.backends import PROMPT
 from neurms.compiled.gradient_factors import gradient_factors
+from neurms.compiled.gradient_steps import gradient_steps_
 from neurms.compiled.square_sums import joint_square_sums, with_bias
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.precision import compute_dtype
@@ -77,9 +78,41 @@ class GradientMover(RecipeMover):
             alike = self._found(views, backend)
             self._known.keep(views, alike)
         for own in alike:
+            if self._in_one_call(own, backend):
+                continue
             # Who measures wants each layer's time.
             for part in [[one] for one in own.layers] if is_observed() else [own.layers]:
                 self.write(part, self._scales(part, own.structure, backend), backend)
+
+    def _in_one_call(self, own: Alike, backend: str) -> bool:
+        """Move layers by one kernel, if it serves all of them; return whether it did."""
+        layers, structure = own.layers, own.structure
+        if backend != PROMPT or is_observed() or False in are_direct(layers):
+            return False
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        there = [bias for bias in biases if bias is not None]
+        targets, rates, decays = self._targets(weights, there)
+        count, own_biases = len(weights), iter(targets[len(weights) :])
+        bias_rates, bias_decays = iter(rates[count:]), iter(decays[count:])
+        momentum, states = structure.momentum, [weight.state for weight in weights]
+        return gradient_steps_.natively(
+            targets[:count],
+            [weight.gradient for weight in weights],
+            [state["momentum"] if momentum else None for state in states],
+            [None if bias is None else next(own_biases) for bias in biases],
+            [None if bias is None else bias.gradient for bias in biases],
+            [bias.state["momentum"] if bias and momentum else None for bias in biases],
+            [state["q"] for state in states],
+            [state["s"] for state in states],
+            [1.0 - structure.beta ** state["step"] for state in states],
+            rates[:count],
+            decays[:count],
+            [0.0 if bias is None else next(bias_rates) for bias in biases],
+            [0.0 if bias is None else next(bias_decays) for bias in biases],
+            structure.beta,
+            structure.kappa,
+            momentum,
+        )
 
     def _begin(self, views: Sequence[View]) -> None:
         """Count the step of views whose layers are known."""
