@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int64_t kStrip = 1024;    // columns taken together: their sums stay in the first-level cache
-constexpr int64_t kWide = 256;      // columns that narrow rows are taken together to
+constexpr int64_t kWide = 64;       // columns that narrow rows are taken together to
 constexpr int64_t kFlush = 32;      // rows summed in float32 before they enter the float64 totals
 constexpr int64_t kAlone = 1 << 14; // elements below which one thread is faster than two
 constexpr int64_t kBlock = 8192;    // elements looked at before a thread may stop
