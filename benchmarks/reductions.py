@@ -67,7 +67,9 @@ def speeds(x: Tensor, native: Reduce, eager: Reduce, rounds: int) -> dict[str, f
             run(x, out)
             if turn >= 4:
                 times[name].append(time.perf_counter() - start)
-    found = {name: moved / statistics.median(times[name]) / 1e9 for name, (_, moved) in work.items()}
+    found = {
+        name: moved / statistics.median(times[name]) / 1e9 for name, (_, moved) in work.items()
+    }
     return {**found, **{f"{name} of copy": found[name] / found["copy"] for name in list(found)[1:]}}
 
 

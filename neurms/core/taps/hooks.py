@@ -320,7 +320,9 @@ class HookTap:
             return
         if inputs is not None:
             own = self.activity.tokens is None
-            inputs, feature_rows = (inputs.clone(), feature_rows) if own else self._reduce_inputs(inputs)
+            inputs, feature_rows = (
+                (inputs.clone(), feature_rows) if own else self._reduce_inputs(inputs)
+            )
         with span("bookkeeping", [weight]):
             scale, units = _as_tensor(sink.loss_scale(), errors), len(unit_sums)
             if scale is None:
