@@ -329,7 +329,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             mover.prepare(own)
         # What a mover has learnt may have changed a route.
         shares = self._shares(views)
-        if bad := bad_names(views, [mover for mover, _ in shares]):
+        unread = [v for mover, own in shares if not mover.has_judged(own) for v in own]
+        if bad := bad_names(unread, [mover for mover, _ in shares]):
             self.on_nonfinite(bad)
             return False
         device = views[0].device if views else torch.device("cpu")
