@@ -1,4 +1,4 @@
-"""Variant P's step of matrices and their biases: sums, factors and moves in one call."""
+"""Variant P's step of matrices and their biases, from sums over gradients: factors and moves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.autograd.graph import increment_version
 from neurms.compiled.gradient_factors import gradient_factors
 from neurms.compiled.lists import list_kernel
 from neurms.compiled.native import addresses, are_plain, library, numbers, threads
-from neurms.compiled.square_sums import joint_square_sums
 from neurms.compiled.update import apply_updates_
 
 __all__ = ["gradient_steps_"]
@@ -26,6 +25,8 @@ def gradient_steps_(
     biases: Sequence[Tensor | None],
     bias_gradients: Sequence[Tensor | None],
     bias_velocities: Sequence[Tensor | None],
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
     q: Sequence[Tensor],
     s: Sequence[Tensor],
     corrections: Sequence[float],
@@ -40,8 +41,8 @@ def gradient_steps_(
     """Move matrices and biases by their scaled gradients, in place.
 
     With ``L, R`` the factors that :func:`~neurms.compiled.gradient_factors.gradient_factors` makes
-    of the sums of [G | g], ``W <- decay W - rate L G R`` and ``b <- decay b - rate (L r) g``, r the
-    last of R; with ``momentum`` of the averages of G and g instead.
+    of the sums of squares of [G | g], ``W <- decay W - rate L G R`` and ``b <- decay b - rate (L
+    r) g``, r the last of R; with ``momentum`` of the averages of G and g instead.
 
     Args:
         weights: Shape (m, n) each; overwritten.
@@ -50,6 +51,9 @@ def gradient_steps_(
         biases: Shape (m,) each, overwritten, or None.
         bias_gradients: The same shapes, None where there is no bias.
         bias_velocities: The same shapes, overwritten; None without a bias or momentum.
+        rows: Sums by row of every matrix, shape (m,), float64, as
+            :func:`~neurms.compiled.square_sums.joint_square_sums` makes them.
+        columns: Sums by column, shaped as s.
         q: Roots of averages by row, shape (m,); overwritten.
         s: Roots of averages by column, shape (n,), or (n + 1,) with a column for a bias.
         corrections: ``1 - beta^t`` of every matrix.
@@ -62,20 +66,20 @@ def gradient_steps_(
         momentum: What is kept of velocities, 0 for none.
 
     Reference:
-        NeuRMS's variant P. The native form makes the same calls as this definition.
+        NeuRMS's variant P. The native form makes the same calls as this definition. The sums come
+        from outside: they also tell, before anything is written, whether gradients are good.
 
     Example:
         >>> import torch
         >>> w, g, q, s = torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2), torch.zeros(2)
-        >>> no = [None]
-        >>> one = [1.0]
-        >>> gradient_steps_([w], [g], no, no, no, no, [q], [s], *[one] * 5, 0.0, 10.0, 0.0)
+        >>> no, one, sums = [None], [1.0], [torch.tensor([2.0, 2.0]).double()]
+        >>> sizes = [sums, sums, [q], [s]]
+        >>> gradient_steps_([w], [g], no, no, no, no, *sizes, *[one] * 5, 0.0, 10.0, 0.0)
         >>> w.round(decimals=4)
         tensor([[-1., -1.],
                 [-1., -1.]])
     """
-    sums = joint_square_sums(gradients, bias_gradients, [x.size(0) for x in s])
-    new_q, new_s, left, right = gradient_factors(*sums, q, s, corrections, beta, kappa)
+    new_q, new_s, left, right = gradient_factors(rows, columns, q, s, corrections, beta, kappa)
     torch._foreach_copy_([*q, *s], [*new_q, *new_s])
     there = [k for k, bias in enumerate(biases) if bias is not None]
     apply_updates_(
@@ -104,24 +108,32 @@ def _are_plain(
     biases: Sequence[Tensor | None],
     bias_gradients: Sequence[Tensor | None],
     bias_velocities: Sequence[Tensor | None],
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
     q: Sequence[Tensor],
     s: Sequence[Tensor],
-    *rates: Sequence[float],
+    *numbers_of_each: Sequence[float],
 ) -> list[bool]:
     """Return which items the native form serves; where they are plain, without a call for each."""
-    columns = weights, gradients, velocities, biases, bias_gradients, bias_velocities, q, s
-    if not are_plain([x for column in columns for x in column if x is not None]):
+    own = weights, gradients, velocities, biases, bias_gradients, bias_velocities, q, s
+    sums = [*rows, *columns]
+    if not (
+        are_plain([x for column in own for x in column if x is not None])
+        and {torch.float64}.issuperset([x.dtype for x in sums])
+        and all(map(Tensor.is_contiguous, sums))
+    ):
         return [False] * len(weights)
     return [
         w.ndim == 2
         and g.shape == w.shape
         and (v is None or v.shape == w.shape)
-        and rows.shape == w.shape[:1]
-        and columns.ndim == 1
-        and w.shape[1] + (b is not None) <= columns.shape[0] <= w.shape[1] + 1
+        and r.shape == up.shape == w.shape[:1]
+        and c.shape == across.shape
+        and across.ndim == 1
+        and w.shape[1] + (b is not None) <= across.shape[0] <= w.shape[1] + 1
         and (x is None if b is None else x is not None and x.shape == b.shape == w.shape[:1])
         and (y is None if v is None or b is None else y is not None and y.shape == b.shape)
-        for w, g, v, b, x, y, rows, columns in zip(*columns, strict=True)
+        for w, g, v, b, x, y, up, across, r, c in zip(*own, rows, columns, strict=True)
     ]
 
 
@@ -132,6 +144,8 @@ def _step_natively(
     biases: Sequence[Tensor | None],
     bias_gradients: Sequence[Tensor | None],
     bias_velocities: Sequence[Tensor | None],
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
     q: Sequence[Tensor],
     s: Sequence[Tensor],
     corrections: Sequence[float],
@@ -150,6 +164,7 @@ def _step_natively(
     kernels.neurms_gradient_steps(
         len(weights),
         addresses((*first, *last)),
+        addresses((*rows, *columns)),
         numbers("q", [w.shape[0] for w in weights]),
         numbers("q", [w.shape[1] for w in weights]),
         numbers("q", [x.shape[0] for x in s]),

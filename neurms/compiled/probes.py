@@ -17,8 +17,9 @@ def probe_products(
 ) -> tuple[Tensor, Tensor]:
     """Multiply ``G = D^T H`` by probes from both sides: ``G z = D^T (H z)``, ``G^T y = H^T (D y)``.
 
-    Four thin products, natively in one pass over D and H; nothing of the size of G is made. Where ``right`` has one row more than H
-    has features, H has a column of ones beside it, so that G has the bias's gradient ``D^T 1``.
+    Four thin products, natively in one pass over D and H; nothing of the size of G is made. Where
+    ``right`` has one row more than H has features, H has a column of ones beside it, so that G has
+    the bias's gradient ``D^T 1``.
 
     Args:
         errors: D, shape (rows, m), any floating dtype.

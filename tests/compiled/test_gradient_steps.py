@@ -28,7 +28,7 @@ def operands(momentum: float, dtype: torch.dtype = torch.float32) -> list[list[A
 
     sizes = list(zip(SHAPES, BIASED, strict=True))
     averaged = bool(momentum)
-    return [
+    columns: list[list[Any]] = [
         [made(*shape) for shape in SHAPES],
         [made(*shape) for shape in SHAPES],
         [made(*shape, there=averaged) for shape in SHAPES],
@@ -41,6 +41,18 @@ def operands(momentum: float, dtype: torch.dtype = torch.float32) -> list[list[A
         *([0.1, 0.19, 0.5, 1.0, 0.3], [0.1, 0.2, 0.3, 0.4, 0.5]),
         *([1.0, 0.9, 0.8, 0.0, 0.5], [0.5, 0.0, 0.4, 0.3, 0.0], [1.0, 0.0, 0.9, 0.0, 0.0]),
     ]
+    joint = joined(columns[1], columns[4], columns[7])
+    sums = [x.square().sum(1) for x in joint], [x.square().sum(0) for x in joint]
+    return [*columns[:6], *map(list, sums), *columns[6:]]
+
+
+def joined(gradients: list[Any], bias_gradients: list[Any], columns: list[Any]) -> list[Tensor]:
+    """Return [G | g] in float64, g of zeros where a bias has no gradient."""
+    both = zip(gradients, bias_gradients, columns, strict=True)
+    return [
+        torch.cat([g, torch.zeros(len(g), 1) if x is None else x[:, None]], 1).double()[:, : len(s)]
+        for g, x, s in both
+    ]
 
 
 def bounded(averages: Tensor) -> Tensor:
@@ -52,12 +64,11 @@ def bounded(averages: Tensor) -> Tensor:
 def truth(columns: list[list[Any]], momentum: float) -> list[dict[str, Tensor]]:
     """Return what every matrix becomes, of [W | b] and [G | g] as one matrix each."""
     found = []
-    for w, g, v, b, x, y, q, s, correction, rate, decay, bias_rate, bias_decay in zip(
+    for w, g, v, b, x, y, _, _, q, s, correction, rate, decay, bias_rate, bias_decay in zip(
         *columns, strict=True
     ):
         n = w.shape[1]
-        columns_of = [g, torch.zeros(len(g), 1) if x is None else x[:, None]]
-        joint = torch.cat(columns_of, 1).double()[:, : len(s)]
+        (joint,) = joined([g], [x], [s])
         rows = BETA * q.double().square() + (1 - BETA) * joint.square().sum(1)
         across = BETA * s.double().square() + (1 - BETA) * joint.square().sum(0)
         scale = ((rows.sum() + across.sum()) / 2 * correction).sqrt()
@@ -95,7 +106,7 @@ def test_the_step_is_the_formula(form: str, momentum: float) -> None:
     else:
         gradient_steps_.on(form)(*columns, BETA, KAPPA, momentum)
     for k, own in enumerate(expected):
-        for name, column in zip("wvbyqs", (0, 2, 3, 5, 6, 7), strict=True):
+        for name, column in zip("wvbyqs", (0, 2, 3, 5, 8, 9), strict=True):
             if name in own:
                 found = columns[column][k].double()
                 torch.testing.assert_close(found, own[name], rtol=2e-5, atol=2e-6)
@@ -103,14 +114,14 @@ def test_the_step_is_the_formula(form: str, momentum: float) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("column", range(8))
+@pytest.mark.parametrize("column", range(10))
 def test_what_does_not_fit_is_not_served(column: int) -> None:
     """Nor is anything changed then: a caller has another way."""
     columns = operands(0.5)
     columns[column][2] = torch.ones(7, 7)
     copies = [[x.clone() if isinstance(x, Tensor) else x for x in own] for own in columns]
     assert not gradient_steps_.natively(*columns, BETA, KAPPA, 0.5)
-    for own, copied in zip(columns[:8], copies, strict=False):
+    for own, copied in zip(columns[:10], copies, strict=False):
         pairs = zip(own, copied, strict=True)
         assert all(a is b if a is None else torch.equal(a, b) for a, b in pairs)
 

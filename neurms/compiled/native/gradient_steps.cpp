@@ -1,25 +1,9 @@
-// Variant P's step of many matrices and their biases in one call: sums, factors and moves, one after the other as
-// Python would ask for them. What lies between costs a small network more than the passes themselves.
+// Variant P's step of many matrices and their biases from their sums in one call: factors and moves, as Python would
+// ask for them. What lies between costs a small network more than the passes themselves.
 
 #include "common.h"
 
 namespace {
-
-// Vectors of several sizes in one piece of memory, for one after the other.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t size) : memory_(size), next_(memory_.data()) {}
-  T* take(int64_t size) {
-    T* const begin = next_;
-    next_ += size;
-    return begin;
-  }
-
- private:
-  std::vector<T> memory_;
-  T* next_;
-};
 
 int64_t total(int64_t count, const int64_t* sizes) {
   int64_t sum = 0;
@@ -33,9 +17,9 @@ extern "C" {
 
 // `tensors` are eight lists of `count` each, one after the other: weights, their gradients and velocities, biases, theirs,
 // and the roots q (m) and s (n, or n + 1 with a bias). Velocities may all be null pointers; so may what belongs to a bias.
-// `rates` are four lists: the rates of weights, what is kept of those, and the same of biases.
-void neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
-                           const int64_t* widths, const double* corrections, const float* rates, double beta,
+// `sums` are two lists: squares added up by row (m) and by column (as s). `rates` are four lists: the rates of weights, what is kept of those, and the same of biases.
+void neurms_gradient_steps(int64_t count, float* const* tensors, const double* const* sums, const int64_t* m,
+                           const int64_t* n, const int64_t* widths, const double* corrections, const float* rates, double beta,
                            double kappa, float momentum, float fresh, int threads) {
   float* const* const weights = tensors;
   float* const* const gradients = tensors + count;
@@ -46,20 +30,13 @@ void neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* 
   float* const* const q = tensors + 6 * count;
   float* const* const s = tensors + 7 * count;
 
-  const int64_t units = total(count, m), features = total(count, widths);
-  Scratch<double> sums(units + features);
-  Scratch<float> factors(2 * units + features);
-  std::vector<double*> rows(count), columns(count), last(count);
+  // Factors of rows, of columns, and of biases.
+  std::vector<float> factors(2 * total(count, m) + total(count, widths));
   std::vector<float*> left(count), right(count);
-  for (int64_t k = 0; k < count; ++k) {
-    rows[k] = sums.take(m[k]), columns[k] = sums.take(widths[k]);
-    last[k] = widths[k] > n[k] ? columns[k] + n[k] : nullptr;
-    left[k] = factors.take(m[k]), right[k] = factors.take(widths[k]);
-  }
-  neurms_square_sums(count, gradients, m, n, rows.data(), columns.data(), threads);
-  neurms_column_squares(count, bias_gradients, m, rows.data(), last.data());
-  neurms_gradient_factors(count, rows.data(), columns.data(), q, s, m, widths, corrections, beta, kappa, q, s,
-                          left.data(), right.data());
+  float* next = factors.data();
+  for (int64_t k = 0; k < count; ++k) left[k] = next, right[k] = next + m[k], next += m[k] + widths[k];
+  neurms_gradient_factors(count, sums, sums + count, q, s, m, widths, corrections, beta, kappa, q, s, left.data(),
+                          right.data());
 
   std::vector<float*> w(weights, weights + count), v(velocities, velocities + count);
   std::vector<const float*> g(gradients, gradients + count), l(left.begin(), left.end()), r(right.begin(), right.end());
@@ -68,7 +45,8 @@ void neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* 
   for (int64_t k = 0; k < count; ++k) {
     if (biases[k] == nullptr) continue;
     // A vector is one row, whose elements have factors of their own.
-    float* const own = factors.take(m[k]);
+    float* const own = next;
+    next += m[k];
     for (int64_t i = 0; i < m[k]; ++i) own[i] = left[k][i] * right[k][n[k]];
     w.push_back(biases[k]), g.push_back(bias_gradients[k]), v.push_back(bias_velocities[k]);
     l.push_back(nullptr), r.push_back(own);

@@ -75,8 +75,8 @@ void neurms_probe_products(const float* errors, const float* activations, int64_
                            int threads);
 
 // gradient_steps.cpp
-void neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
-                           const int64_t* widths, const double* corrections, const float* rates, double beta,
+void neurms_gradient_steps(int64_t count, float* const* tensors, const double* const* sums, const int64_t* m,
+                           const int64_t* n, const int64_t* widths, const double* corrections, const float* rates, double beta,
                            double kappa, float momentum, float fresh, int threads);
 
 // two_sided_once.cpp

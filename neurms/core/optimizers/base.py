@@ -338,7 +338,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if not all(map(is_, routes, [view.route for view in views])):
             # What a mover has learnt has changed one.
             shares = self._shares(views)
-        if bad := bad_names(views, [mover for mover, _ in shares]):
+        unread = [v for mover, own in shares if not mover.has_judged(own) for v in own]
+        if bad := bad_names(unread, [mover for mover, _ in shares]):
             self.on_nonfinite(bad)
             return False
         device = views[0].device if views else torch.device("cpu")

@@ -38,6 +38,11 @@ __all__ = ["Factors", "GradientMover", "Holder", "Target", "scales", "structure_
 
 State = dict[str, Any]
 Factors = tuple[Tensor, Tensor]
+Sums = tuple[Tensor, Tensor]
+
+_PLAINLY_GOOD = 1e60
+"""A sum of squares of numbers that are all far below the bound of any matrix. Gradients that have a
+larger one are looked at by themselves: the root of the sum might still be beyond float32."""
 
 
 class Holder(Protocol):
@@ -67,25 +72,54 @@ class GradientMover(RecipeMover):
         super().__init__(optimizer.recipe_of)
         self._optimizer = optimizer
         self._known = Known()
+        self._ahead: list[list[Sums]] | None = None
+
+    def prepare(self, views: Sequence[View]) -> None:
+        """Get ready; the sums over gradients of layers that are known are read here already."""
+        super().prepare(views)
+        self._ahead = None
+        alike = self._known.of(views)
+        # Who measures wants each layer's time; somebody may have dropped a state.
+        if not alike or is_observed() or not all([view.state for view in views]):
+            return
+        backend = self._backend(views)
+        sums = [_sums_of(own.layers, backend) for own in alike]
+        rows = [rows for own in sums for rows, _ in own]
+        # Sums of squares of float32 never leave float64, and a NaN is no less than anything.
+        if len({x.device for x in rows}) == 1 and bool((torch.cat(rows) <= _PLAINLY_GOOD).all()):
+            self._ahead = sums
+
+    def has_judged(self, views: Sequence[View]) -> bool:
+        """Return whether the sums have shown that these gradients are good."""
+        return self._ahead is not None
 
     def move(self, views: Sequence[View]) -> None:
         """Take the step of all layers: sums, factors and moves of each kind in one call."""
         backend = self._backend(views)
+        ahead, self._ahead = self._ahead, None
         alike = self._known.of(views)
         if alike is not None:
             self._begin(views)
         else:
-            alike = self._found(views, backend)
+            # What was read ahead was of other layers.
+            ahead, alike = None, self._found(views, backend)
             self._known.keep(views, alike)
-        for own in alike:
-            if self._in_one_call(own, backend):
+        for index, own in enumerate(alike):
+            sums = None if ahead is None else ahead[index]
+            if self._in_one_call(own, sums, backend):
                 continue
             # Who measures wants each layer's time.
             for part in [[one] for one in own.layers] if is_observed() else [own.layers]:
-                self.write(part, self._scales(part, own.structure, backend), backend)
+                self.write(part, self._scales(part, sums, own.structure, backend), backend)
 
-    def _in_one_call(self, own: Alike, backend: str) -> bool:
-        """Move layers by one kernel, if it serves all of them; return whether it did."""
+    def _in_one_call(self, own: Alike, sums: Sequence[Sums] | None, backend: str) -> bool:
+        """Move layers by one kernel, if it serves all of them; return whether it did.
+
+        Args:
+            own: The layers.
+            sums: Over their gradients; None reads them.
+            backend: How kernels run.
+        """
         layers, structure = own.layers, own.structure
         if backend != PROMPT or is_observed() or False in are_direct(layers):
             return False
@@ -95,6 +129,7 @@ class GradientMover(RecipeMover):
         count, own_biases = len(weights), iter(targets[len(weights) :])
         bias_rates, bias_decays = iter(rates[count:]), iter(decays[count:])
         momentum, states = structure.momentum, [weight.state for weight in weights]
+        sums = _sums_of(layers, backend) if sums is None else sums
         return gradient_steps_.natively(
             targets[:count],
             [weight.gradient for weight in weights],
@@ -102,6 +137,8 @@ class GradientMover(RecipeMover):
             [None if bias is None else next(own_biases) for bias in biases],
             [None if bias is None else bias.gradient for bias in biases],
             [bias.state["momentum"] if bias and momentum else None for bias in biases],
+            [rows for rows, _ in sums],
+            [columns for _, columns in sums],
             [state["q"] for state in states],
             [state["s"] for state in states],
             [1.0 - structure.beta ** state["step"] for state in states],
@@ -131,7 +168,8 @@ class GradientMover(RecipeMover):
                 cut.append(layer)
             elif layer.weight.sharded:
                 # At once: matrices that are gathered would all be whole together.
-                self.write([layer], self._scales([layer], layer.structure, backend), backend)
+                factors = self._scales([layer], None, layer.structure, backend)
+                self.write([layer], factors, backend)
             else:
                 whole.append(layer)
         self._move_rows(cut, backend)
@@ -199,12 +237,17 @@ class GradientMover(RecipeMover):
     # ---------------------------------------------------------------- moments and factors
 
     def _scales(
-        self, layers: Sequence[Layer], structure: GradientMoments, backend: str
+        self,
+        layers: Sequence[Layer],
+        sums: Sequence[Sums] | None,
+        structure: GradientMoments,
+        backend: str,
     ) -> list[Factors]:
         """Bring the moments of layers up to date and return the factors (m,) and (n [+ 1],)."""
         parameters = _parameters_of(layers)
-        with span("reduce", parameters):
-            sums = _sums_of(layers, backend)
+        if sums is None:
+            with span("reduce", parameters):
+                sums = _sums_of(layers, backend)
         with span("scale", parameters):
             return scales(layers, sums, structure, backend)
 
