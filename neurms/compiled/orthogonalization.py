@@ -60,16 +60,15 @@ def newton_schulz(
     else:
         for _ in range(steps):
             gram = _symmetric(x, x.mT)
-            x = a * x + (b * gram + c * _symmetric(gram, gram)) @ x
+            x = _added(x, a, _polynomial(gram, 0.0, b, c), x, 1.0)
     return x.mT if tall else x
 
 
 def _gram_rounds(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
     gram = _symmetric(x, x.mT)
-    eye = torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
-    polynomial = eye
+    polynomial = gram
     for step in range(steps):
-        factor = a * eye + b * gram + c * _symmetric(gram, gram)
+        factor = _polynomial(gram, a, b, c)
         # All of them commute, so that their products are symmetric.
         polynomial = factor if step == 0 else _symmetric(polynomial, factor)
         if step + 1 < steps:
@@ -77,15 +76,46 @@ def _gram_rounds(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
     return polynomial @ x
 
 
+def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """Return a I + b A + c A^2 for symmetric A (..., m, m)."""
+    if gram.dim() > 2 or _panel_count(gram.size(-1)) == 1:
+        result = _added(gram, b, gram, gram, c)
+    else:
+        result = _half_product(gram.clone(), gram, gram, b, c)
+    if a != 0.0:
+        result.diagonal(0, -2, -1).add_(a)
+    return result
+
+
+def _added(x: Tensor, share: float, y: Tensor, z: Tensor, factor: float) -> Tensor:
+    """Return ``share x + factor y @ z``, of single matrices without a further pass."""
+    if x.dim() == 2:
+        return torch.addmm(x, y, z, beta=share, alpha=factor)
+    return share * x + factor * (y @ z)
+
+
 def _symmetric(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``x @ y``, known to be symmetric: of a large one a corner is not computed twice."""
-    half = x.size(-2) // 2
-    # Below it cutting costs what it saves.
-    if half < 256:
+    """Return ``x @ y``, known to be symmetric: of a large one half is computed, and mirrored."""
+    if x.dim() > 2 or _panel_count(x.size(-2)) == 1:
         return x @ y
-    below = x[..., half:, :] @ y
-    corner = x[..., :half, :] @ y[..., :half]
-    return torch.cat([torch.cat([corner, below[..., :half].mT], -1), below], -2)
+    empty = torch.empty([x.size(-2), x.size(-2)], dtype=x.dtype, device=x.device)
+    return _half_product(empty, x, y, 0.0, 1.0)
+
+
+def _half_product(total: Tensor, x: Tensor, y: Tensor, keep: float, share: float) -> Tensor:
+    """Bring ``total`` to ``keep total + share x @ y``, which is symmetric, and return it."""
+    side, count = x.size(-2), _panel_count(x.size(-2))
+    for i in range(count):
+        begin, end = side * i // count, side * (i + 1) // count
+        total[begin:end, :end].addmm_(x[begin:end], y[:, :end], beta=keep, alpha=share)
+        total[:begin, begin:end] = total[begin:end, :begin].mT
+    return total
+
+
+def _panel_count(side: int) -> int:
+    """Return into how many panels of rows a symmetric product of that side is cut."""
+    # Below it, or into smaller ones, cutting costs what it saves.
+    return 1 if side < 256 else min(8, side // 128)
 
 
 def _low_rounds(x: Tensor, steps: int, a: float, b: float, c: float, native: bool) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.roots import inverse_root
+from neurms.compiled.symmetric import add_gram_
 from neurms.core.ground.errors import check_fraction, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 
@@ -63,7 +64,7 @@ class Kronecker(Structure):
         share = 1.0 if self.beta == 1.0 else 1.0 - self.beta
         for side in _sides(gradient):
             facing = gradient if side == "left" else gradient.mT
-            state[side].mul_(self.beta).add_(facing @ facing.mT, alpha=share)
+            add_gram_(state[side], facing, self.beta, share)
             if f"{side}_root" in state and is_due(context.step, self.interval):
                 state[f"{side}_root"].copy_(self._root(gradient, state[side], context.step))
 

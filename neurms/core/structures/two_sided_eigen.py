@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.bases import NOISE, descending_eigenvectors, orthogonal_iteration
+from neurms.compiled.symmetric import add_gram_
 from neurms.core.ground.errors import check_betas, check_fraction, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 from neurms.core.structures.eigen_basis import alive
@@ -116,7 +117,7 @@ class TwoSidedEigen(Structure):
     def _follow(self, gradient: Tensor, state: State, context: Context) -> None:
         beta = self.betas[1] if self.shampoo_beta is None else self.shampoo_beta
         for side, matrix in sides(gradient, state):
-            state[f"{side}_covariance"].lerp_(matrix @ matrix.mT, 1.0 - beta)
+            add_gram_(state[f"{side}_covariance"], matrix, beta, 1.0 - beta)
         if context.step == 1:
             for side, _ in sides(gradient, state):
                 basis = descending_eigenvectors(state[f"{side}_covariance"])
