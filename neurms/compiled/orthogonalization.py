@@ -51,16 +51,21 @@ def newton_schulz(
         >>> torch.allclose(x, torch.eye(2))
         True
     """
-    tall = matrix.size(-2) > matrix.size(-1)
+    tall = matrix.shape[-2] > matrix.shape[-1]
     x = _unit_norm(matrix.mT if tall else matrix)
     if bfloat16 > 0:
         x = _low_rounds(x.to(torch.bfloat16), steps, a, b, c, bfloat16 == 1).to(matrix.dtype)
-    elif x.size(-2) >= 128 and 2 * x.size(-1) >= 3 * x.size(-2):
+    elif x.shape[-2] >= 128 and 2 * x.shape[-1] >= 3 * x.shape[-2]:
         x = _gram_rounds(x, steps, a, b, c)
     else:
+        # No call for a product that is not cut, nor for a size: small matrices wait for calls.
+        cut = x.dim() == 2 and x.shape[-2] >= 256
         for _ in range(steps):
-            gram = _symmetric(x, x.mT)
-            x = _added(x, a, _polynomial(gram, 0.0, b, c), x, 1.0)
+            gram = _symmetric(x, x.mT) if cut else x @ x.mT
+            if cut:
+                x = torch.addmm(x, _polynomial(gram, 0.0, b, c), x, beta=a)
+            else:
+                x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
 
@@ -79,19 +84,12 @@ def _gram_rounds(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
 def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
     """Return a I + b A + c A^2 for symmetric A (..., m, m)."""
     if gram.dim() > 2 or _panel_count(gram.size(-1)) == 1:
-        result = _added(gram, b, gram, gram, c)
+        result = b * gram + c * (gram @ gram)
     else:
         result = _half_product(gram.clone(), gram, gram, b, c)
     if a != 0.0:
         result.diagonal(0, -2, -1).add_(a)
     return result
-
-
-def _added(x: Tensor, share: float, y: Tensor, z: Tensor, factor: float) -> Tensor:
-    """Return ``share x + factor y @ z``, of single matrices without a further pass."""
-    if x.dim() == 2:
-        return torch.addmm(x, y, z, beta=share, alpha=factor)
-    return share * x + factor * (y @ z)
 
 
 def _symmetric(x: Tensor, y: Tensor) -> Tensor:
