@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import kernel
+from neurms.compiled.symmetric import half_product_, panel_count
 
 __all__ = ["newton_schulz", "whiten"]
 
@@ -83,10 +84,10 @@ def _gram_rounds(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
 
 def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
     """Return a I + b A + c A^2 for symmetric A (..., m, m)."""
-    if gram.dim() > 2 or _panel_count(gram.size(-1)) == 1:
+    if gram.dim() > 2 or panel_count(gram.size(-1)) == 1:
         result = b * gram + c * (gram @ gram)
     else:
-        result = _half_product(gram.clone(), gram, gram, b, c)
+        result = half_product_(gram.clone(), gram, gram, b, c)
     if a != 0.0:
         result.diagonal(0, -2, -1).add_(a)
     return result
@@ -94,26 +95,10 @@ def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
 
 def _symmetric(x: Tensor, y: Tensor) -> Tensor:
     """Return ``x @ y``, known to be symmetric: of a large one half is computed, and mirrored."""
-    if x.dim() > 2 or _panel_count(x.size(-2)) == 1:
+    if x.dim() > 2 or panel_count(x.size(-2)) == 1:
         return x @ y
     empty = torch.empty([x.size(-2), x.size(-2)], dtype=x.dtype, device=x.device)
-    return _half_product(empty, x, y, 0.0, 1.0)
-
-
-def _half_product(total: Tensor, x: Tensor, y: Tensor, keep: float, share: float) -> Tensor:
-    """Bring ``total`` to ``keep total + share x @ y``, which is symmetric, and return it."""
-    side, count = x.size(-2), _panel_count(x.size(-2))
-    for i in range(count):
-        begin, end = side * i // count, side * (i + 1) // count
-        total[begin:end, :end].addmm_(x[begin:end], y[:, :end], beta=keep, alpha=share)
-        total[:begin, begin:end] = total[begin:end, :begin].mT
-    return total
-
-
-def _panel_count(side: int) -> int:
-    """Return into how many panels of rows a symmetric product of that side is cut."""
-    # Below it, or into smaller ones, cutting costs what it saves.
-    return 1 if side < 256 else min(8, side // 128)
+    return half_product_(empty, x, y, 0.0, 1.0)
 
 
 def _low_rounds(x: Tensor, steps: int, a: float, b: float, c: float, native: bool) -> Tensor:

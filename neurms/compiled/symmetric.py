@@ -9,25 +9,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_gram_", "panels"]
-
-LEAST = 256
-"""Sides below which cutting costs what it saves."""
-ROWS = 128
-"""Least rows of a panel: products of fewer are slower by more than they save."""
-MOST = 8
+__all__ = ["add_gram_", "half_product_", "panel_count"]
 
 
-def panels(side: int) -> list[tuple[int, int]]:
-    """Return beginning and end of the panels of rows of a symmetric product of that side.
+def panel_count(side: int) -> int:
+    """Return into how many panels of rows a symmetric product of that side is cut.
 
     Example:
-        >>> panels(200), panels(512)
-        ([(0, 200)], [(0, 128), (128, 256), (256, 384), (384, 512)])
+        >>> panel_count(200), panel_count(512), panel_count(4096)
+        (1, 4, 8)
     """
-    count = 1 if side < LEAST else min(MOST, side // ROWS)
-    edges = [side * i // count for i in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    # Below it, or into smaller ones, cutting costs what it saves.
+    return 1 if side < 256 else min(8, side // 128)
+
+
+def half_product_(total: Tensor, x: Tensor, y: Tensor, keep: float, share: float) -> Tensor:
+    """Bring ``total`` to ``keep total + share x @ y``, all of them known to be symmetric.
+
+    A kernel of TorchScript may call it.
+
+    Args:
+        total: Shape (m, m), overwritten; with ``keep`` = 0 whatever it holds.
+        x: Shape (m, n).
+        y: Shape (n, m).
+        keep: Factor of what is there.
+        share: Factor of the product.
+
+    Returns:
+        ``total``.
+    """
+    side, count = x.size(-2), panel_count(x.size(-2))
+    for i in range(count):
+        begin, end = side * i // count, side * (i + 1) // count
+        total[begin:end, :end].addmm_(x[begin:end], y[:, :end], beta=keep, alpha=share)
+        total[:begin, begin:end] = total[begin:end, :begin].mT
+    return total
 
 
 def add_gram_(total: Tensor, matrix: Tensor, keep: float, share: float) -> Tensor:
@@ -50,12 +66,7 @@ def add_gram_(total: Tensor, matrix: Tensor, keep: float, share: float) -> Tenso
         tensor([[1.0000, 1.0000],
                 [1.0000, 2.5000]])
     """
-    whole = total.ndim != 2 or not total.is_cpu or total.shape[-1] < LEAST
-    if whole or total.stride(-1) != 1:
-        return total.mul_(keep).add_(matrix @ matrix.mT, alpha=share)
-    for begin, end in panels(total.shape[-1]):
-        rows = matrix[begin:end]
-        total[begin:end, :end].addmm_(rows, matrix[:end].mT, beta=keep, alpha=share)
-        if begin:
-            total[:begin, begin:end] = total[begin:end, :begin].mT
-    return total
+    cut = total.ndim == 2 and total.is_cpu and total.stride(-1) == 1
+    if cut and panel_count(total.shape[-1]) > 1:
+        return half_product_(total, matrix, matrix.mT, keep, share)
+    return total.mul_(keep).add_(matrix @ matrix.mT, alpha=share)
