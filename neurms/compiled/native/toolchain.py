@@ -42,6 +42,8 @@ FLAGS = (
     "-O3",
     "-fPIC",
     "-fno-math-errno",
+    # Nobody catches floating-point exceptions. Choices between two numbers are vectorised then, without AVX-512 too.
+    "-fno-trapping-math",
     "-fvisibility=hidden",
     # An entry that kernels.h does not declare would be called with guessed arguments.
     "-Werror=missing-declarations",

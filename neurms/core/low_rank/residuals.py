@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from neurms.compiled.square_sums import square_sums
 from neurms.core.ground.errors import check_fraction, check_real
 from neurms.core.structures.base import Context, State
 from neurms.core.structures.norms import frobenius
@@ -155,11 +156,12 @@ class OptimalCompensation(Residual):
         gradient, basis, z = projection.gradient, projection.basis, projection.z
         if not (orthonormal and gradient.ndim == 2 and gradient.is_cpu) or gradient.numel() < LARGE:
             return super().joined(projection, state, context, orthonormal=orthonormal)
-        whole, within = _column_squares(gradient), _column_squares(z)
-        sample = whole - within
-        doubtful = (sample < _SURE * whole).nonzero()[:, 0]
+        whole, within = square_sums([gradient, z])[1]
+        outside = whole - within
+        doubtful = (outside < _SURE * whole).nonzero()[:, 0]
+        sample = outside.to(gradient.dtype)
         own = gradient[:, doubtful] - basis @ z[:, doubtful]
-        sample[doubtful] = _column_squares(own)
+        sample[doubtful] = own.square().sum(0)
         p = state["residual_energy"].lerp_(sample, 1.0 - self.beta)
         scale = self._scale(p, self._energy(projection, state, context), gradient, z)
         norm = (sample * scale.square()).sum().sqrt()
@@ -233,11 +235,6 @@ class ScaledResidual(Residual):
         within = frobenius(projection.update)
         ratio = torch.where(norm > 0, self.compensation * within / norm, 0.0)
         return residual * ratio[..., None, None]
-
-
-def _column_squares(matrix: Tensor) -> Tensor:
-    """Return colsum(X.^2) (n) of one matrix (m, n)."""
-    return torch.linalg.vector_norm(matrix, dim=0).square_()
 
 
 def column_scale(direction: Tensor, z: Tensor) -> Tensor:
