@@ -38,7 +38,7 @@ RANK = 16
 CHUNK = 10
 """Steps of a turn."""
 SLOW = 4000.0
-"""Milliseconds of a step above which a tenth of the interval will do: it is torch's Muon."""
+"""Milliseconds above which fewer repetitions will do: products of bfloat16 without hardware."""
 
 
 class Turns:
@@ -89,31 +89,41 @@ def measured(
         kind: One of :data:`KINDS`.
         scale: The model.
         arguments: ``rounds``, ``interval`` and ``threads``.
-        known: The method's run in float32, whose steps autocast shares.
+        known: The runs so far. Forward and backward of methods without taps are fused AdamW's, and
+            with autocast their steps are those of float32.
     """
+    own = _is_tapped(name) or name == BASELINE
+    rounds = arguments.rounds if own else 0
     with ExitStack() as stack:
         names = (BASELINE, name)
         pair = [stack.enter_context(Turns(n, kind, scale, arguments.threads)) for n in names]
-        trained = [[], []]  # type: list[list[list[float]]]
-        for number in range(arguments.rounds + 2):
+        trained: list[list[list[float]]] = [[], []]
+        if kind == "bfloat16" and own and pair[0].ask("train")[0] > SLOW:
+            # A processor without products of bfloat16 numbers: 40 times the time of float32.
+            rounds = 2
+        for number in range(rounds + 2):
             for index in (0, 1) if number % 2 else (1, 0):
                 spent = pair[index].ask("train")
                 trained[index] += [spent] if number >= 2 else []
         memory = pair[1].ask("memory")
-        passes = [statistics.median(row[0] for row in rows) for rows in trained]
-        steps = [[row[1] for row in rows] for rows in trained]
-        tapped = _is_tapped(name)
-        if not tapped:
-            passes[1] = passes[0]
-            steps = known.get("steps") or _alternating(pair, arguments.interval)
-    return _summary(passes, steps, scale, tapped) | memory
+        if own:
+            passes = [statistics.median(row[0] for row in rows) for rows in trained]
+        else:
+            passes = [known[f"{kind} {BASELINE}"]["passes_ms"]] * 2
+        if _is_tapped(name):
+            steps = [[row[1] for row in rows] for rows in trained]
+            return summary(passes, steps, scale) | memory
+        before = known.get(f"float32 {name}", {}) if kind == "bfloat16" else {}
+        steps = before.get("steps") or alternating(pair, arguments.interval)
+    rounded = [[round(ms, 3) for ms in times] for times in steps]
+    return summary(passes, steps, scale) | memory | {"steps": rounded}
 
 
 def _is_tapped(name: str) -> bool:
     return METHODS[name][0] == "neurms"
 
 
-def _alternating(pair: Sequence[Turns], interval: int) -> list[list[float]]:
+def alternating(pair: Sequence[Turns], interval: int) -> list[list[float]]:
     """Return the milliseconds of an interval's steps of both, a chunk of each in turn."""
     if max(pair[1].ask("steps", 2)) > SLOW and min(pair[1].ask("steps", 2)) > SLOW:
         interval //= 10
@@ -124,12 +134,19 @@ def _alternating(pair: Sequence[Turns], interval: int) -> list[list[float]]:
     return steps
 
 
-def _summary(
-    passes: Sequence[float], steps: Sequence[Sequence[float]], scale: Scale, tapped: bool
+def summary(
+    passes: Sequence[float], steps: Sequence[Sequence[float]], scale: Scale
 ) -> dict[str, Any]:
+    """Return what a method's times and fused AdamW's come to.
+
+    Args:
+        passes: Milliseconds of forward and backward, fused AdamW's first.
+        steps: Milliseconds of steps, likewise.
+        scale: How many tokens a step has.
+    """
     means = [statistics.fmean(own) for own in steps]
     whole, own = (p + s for p, s in zip(passes, means, strict=True))
-    found: dict[str, Any] = {
+    return {
         "passes_ms": passes[1],
         "passes_ratio": passes[1] / passes[0],
         "step_ms": means[1],
@@ -139,9 +156,6 @@ def _summary(
         "ratio": own / whole,
         "tokens_per_s": 1e3 * scale.batch * scale.context / own,
     }
-    if not tapped:
-        found["steps"] = [[round(ms, 3) for ms in times] for times in steps]
-    return found
 
 
 def main() -> None:
@@ -165,13 +179,13 @@ def main() -> None:
     runs = [
         (kind, name)
         for kind in kinds
-        for name in names
+        for name in dict.fromkeys([BASELINE, *names])
         if name in (ADAPTERS if kind == "LoRA" else METHODS)
     ]
     record.expect(len(runs))
     for kind, name in runs:
-        known = record.runs.get(f"float32 {name}", {}) if kind == "bfloat16" else {}
-        record.run(f"{kind} {name}", partial(measured, name, kind, SCALE, arguments, known))
+        work = partial(measured, name, kind, SCALE, arguments, record.runs)
+        record.run(f"{kind} {name}", work)
     return None
 
 

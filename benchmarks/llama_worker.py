@@ -42,35 +42,40 @@ METHODS: dict[str, Method] = {
     "Muon bf16": ("muon", {"precision": "bfloat16"}),
     "torch's Muon": ("torch muon", {}),
     "SOAP": ("soap", {}),
+    "SOAP, one basis": ("soap", {"max_preconditioned_dim": 1024}),
     "Shampoo": ("shampoo", {"interval": 20}),
 }
 """By name: the rule and what differs from its defaults. SharedBasis's rank is 32, Alice-0's and
-GaLore's 128 with an interval of 200, SOAP's interval 10."""
+GaLore's 128 with an interval of 200, SOAP's interval 10. With one basis SOAP leaves the sides of
+1,376 alone."""
 
 ADAPTERS = {
     name: method
     for name, method in METHODS.items()
-    if name not in ("Muon bf16", "Alice-0", "GaLore", "SharedBasis")
+    if name not in ("Muon bf16", "Alice-0", "GaLore", "SharedBasis", "SOAP, one basis")
 }
 """Of fine-tuning: adapters are low-rank themselves, so that projecting them has no point."""
 
 
-def torch_muon(model: nn.Module) -> Callable[[], None]:
-    """Return the step of torch's own Muon on hidden matrices, and fused AdamW on the rest."""
-    routed = neurms.create("muon", model)
-    outside = {row.name for row in routed.plan() if row.rule == "fallback"}  # type: ignore[attr-defined]
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    rest = [p for name, p in trained.items() if name in outside]
-    both = [torch.optim.Muon([p for name, p in trained.items() if name not in outside], lr=1e-4)]
-    if rest:
-        both.append(torch.optim.AdamW(rest, lr=1e-4, fused=True))  # type: ignore[arg-type]
+class TorchMuon:
+    """Torch's own Muon on hidden matrices, and fused AdamW on the rest.
 
-    def step() -> None:
-        for optimizer in both:
-            optimizer.step()
+    Args:
+        model: Its parameters without gradients are left alone.
+    """
 
-    step.state = lambda: [own.state for own in both]  # type: ignore[attr-defined]
-    return step
+    def __init__(self, model: nn.Module) -> None:
+        outside = {row.name for row in neurms.Muon(model).plan() if row.rule == "fallback"}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        rest = [p for name, p in trained.items() if name in outside]
+        hidden = [p for name, p in trained.items() if name not in outside]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.Muon(hidden, lr=1e-4)]
+        self.parts += [torch.optim.AdamW(rest, lr=1e-4, fused=True)] if rest else []
+
+    def step(self) -> None:
+        """Take both steps."""
+        for part in self.parts:
+            part.step()
 
 
 class Worker:
@@ -88,12 +93,12 @@ class Worker:
         self.model = adapt(scale.model(0), rank) if rank else scale.model(0)
         rule, settings = method
         if rule == "torch muon":
-            self.step = torch_muon(self.model)
-            self.states = self.step.state  # type: ignore[attr-defined]
+            self.optimizer: Any = TorchMuon(self.model)
+            self.parts = self.optimizer.parts
         else:
             outside = {} if rule in ("adamw", "sgd") else {"fallback_lr": 1e-4}
-            optimizer = neurms.create(rule, self.model, lr=1e-4, **outside, **settings)
-            self.step, self.states = optimizer.step, lambda: [optimizer.state]
+            self.optimizer = neurms.create(rule, self.model, lr=1e-4, **outside, **settings)
+            self.parts = [self.optimizer]
         self.generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(256, (100_000,), generator=self.generator, dtype=torch.uint8)
         self.asked: Mapping[str, Callable[[int], Any]] = {
@@ -115,7 +120,7 @@ class Worker:
             loss = loss_of(self.model, inputs, targets)
         loss.backward()
         middle = time.perf_counter()
-        self.step()
+        self.optimizer.step()
         return [1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)]
 
     def steps(self, count: int) -> list[float]:
@@ -129,13 +134,13 @@ class Worker:
                 # Rolled noise is another matrix, at a tenth of what it costs to draw one.
                 grad.lerp_(own.roll(number * 131 + 1).mul_(size), 0.5)
             start = time.perf_counter()
-            self.step()
+            self.optimizer.step()
             spent.append(1e3 * (time.perf_counter() - start))
         return spent
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of state, and the most that the process has held so far."""
-        state = sum(tensor_bytes(dict(entry)) for own in self.states() for entry in own.values())
+        state = sum(tensor_bytes(dict(entry)) for own in self.parts for entry in own.state.values())
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {"state_bytes": state, "gradient_bytes": gradients, "peak_bytes": peak}

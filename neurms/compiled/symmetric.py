@@ -6,7 +6,6 @@ BLAS has them as syrk, which torch does not call. A product of m x m blocks with
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = ["add_gram_", "half_product_", "panel_count"]

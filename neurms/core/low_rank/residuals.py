@@ -16,7 +16,14 @@ from neurms.core.structures.base import Context, State
 from neurms.core.structures.norms import frobenius
 from neurms.core.transforms.safeguards import growth_factor, limited
 
-__all__ = ["LARGE", "OptimalCompensation", "Projection", "Residual", "ScaledResidual", "column_scale"]
+__all__ = [
+    "LARGE",
+    "OptimalCompensation",
+    "Projection",
+    "Residual",
+    "ScaledResidual",
+    "column_scale",
+]
 
 LARGE = 1 << 15
 """Elements from which products cost more than the calls that save one."""

@@ -149,7 +149,7 @@ class Alice(PreconditionedOptimizer):
         if rotate is None:
             rotate = settings["first_basis"] == "gradient" and subspace.orthonormal
         residual = _residual(settings, b1)
-        # Where both parts can take alpha in small tensors, no pass over the update is needed for it.
+        # Where both parts take alpha in small tensors, no pass over the update is needed for it.
         taken = not isinstance(residual, ScaledResidual)
         if isinstance(residual, OptimalCompensation):
             residual = replace(residual, compensation=residual.compensation * settings["alpha"])
