@@ -42,7 +42,7 @@ FLAGS = (
     "-O3",
     "-fPIC",
     "-fno-math-errno",
-    # Nobody catches floating-point exceptions. Choices between two numbers are vectorised then, without AVX-512 too.
+    # Nobody catches floating-point exceptions; choices of numbers are vectorised then, on AVX2 too.
     "-fno-trapping-math",
     "-fvisibility=hidden",
     # An entry that kernels.h does not declare would be called with guessed arguments.

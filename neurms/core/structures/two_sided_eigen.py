@@ -10,9 +10,16 @@ from torch import Tensor
 
 from neurms.compiled.bases import NOISE, descending_eigenvectors, orthogonal_iteration
 from neurms.compiled.symmetric import add_gram_
-from neurms.core.ground.errors import check_betas, check_fraction, check_positive_int, check_real
+from neurms.core.ground.errors import (
+    check_betas,
+    check_choice,
+    check_fraction,
+    check_positive_int,
+    check_real,
+)
 from neurms.core.structures.base import Context, State, Structure
 from neurms.core.structures.eigen_basis import alive
+from neurms.core.structures.kronecker import is_due, staggered
 
 __all__ = ["TwoSidedEigen"]
 
@@ -34,6 +41,9 @@ class TwoSidedEigen(Structure):
         interval: Updates from one round of the bases to the next.
         max_preconditioned_dim: A side longer than this keeps the identity as its basis, and no
             state.
+        stagger: Turn the bases of different matrices at different steps; see
+            :func:`~neurms.core.structures.kronecker.staggered`. For single matrices, not for a
+            batch of them.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -52,6 +62,7 @@ class TwoSidedEigen(Structure):
     eps: float = 1e-8
     interval: int = 10
     max_preconditioned_dim: int = 10000
+    stagger: bool = False
 
     def __post_init__(self) -> None:
         check_betas("betas", self.betas, 2)
@@ -60,6 +71,7 @@ class TwoSidedEigen(Structure):
         check_real("eps", self.eps)
         check_positive_int("interval", self.interval)
         check_positive_int("max_preconditioned_dim", self.max_preconditioned_dim)
+        check_choice("stagger", self.stagger, (True, False))
 
     def init(self, matrix: Tensor) -> State:
         """Return the moments (..., m, n), and for each side its covariance and its basis."""
@@ -122,7 +134,7 @@ class TwoSidedEigen(Structure):
             for side, _ in sides(gradient, state):
                 basis = descending_eigenvectors(state[f"{side}_covariance"])
                 state[f"{side}_basis"].copy_(basis)
-        elif (context.step - 1) % self.interval == 0:
+        elif is_due(staggered(context, self.interval, self.stagger), self.interval):
             self._turn(gradient, state)
 
     def _turn(self, gradient: Tensor, state: State) -> None:
