@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,11 @@ class BackwardUpdateTap:
         >>> tap.detach()
     """
 
+    leaves_gradient: ClassVar[bool] = False
+    """Whether the weight has a gradient all the same."""
+    changed: ClassVar[str] = ""
+    """What has become of the module's weight, in words: what changes it is refused."""
+
     def __init__(
         self,
         module: nn.Linear,
@@ -118,6 +123,8 @@ class BackwardUpdateTap:
         self.name = name or f"Linear({module.in_features}, {module.out_features})"
         self.fired = False
         self.spent = False
+        self.used = False
+        """Whether :meth:`rearm` has something to do."""
         self._writes = writes
         self._once = writes if once is None else once
         self.weight = module.weight
@@ -169,7 +176,7 @@ class BackwardUpdateTap:
         A forward that still waits (it may have been broken off, with an exception that keeps its
         graph alive) gives way to the next one.
         """
-        self.spent = False
+        self.spent = self.used = False
         waiting = self._waiting() if self._waiting is not None else None
         if waiting is not None:
             waiting.left = True
@@ -227,6 +234,7 @@ class BackwardUpdateTap:
         # A recomputation stands in for the use that waits, which must stay on record.
         if not pending:
             self._waiting = weakref.ref(use)
+            self.used = True
         return use
 
     def _refuse_ranks(self) -> None:
@@ -267,7 +275,7 @@ class BackwardUpdateTap:
         # No rows are no step; but an average takes their gradient, which is zero.
         if sink is not None and (errors.shape[0] or not self._writes):
             sums = sink.update(errors, activations)
-        self.spent = self.fired = True
+        self.spent = self.fired = self.used = True
         return sums
 
     def _rescaled(self, errors: Tensor) -> Tensor:

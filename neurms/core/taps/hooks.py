@@ -15,8 +15,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from neurms.core.taps.probe import Probe
 from neurms.core.taps.protocol import Sink, Sums
 from neurms.core.taps.weights import held_weight, is_remade
 
-__all__ = ["HookTap", "InertTap", "forget_compiled_graphs"]
+__all__ = ["HookTap", "InertTap", "forget_compiled_graphs", "removed_taps"]
 
 _NO_SCRIPT = (
     "torch.jit.script cannot compile the taps that NeuRMS has on a model; script a copy "
@@ -135,6 +135,10 @@ class HookTap:
 
     private = True
     """Whether copies of the module leave this hook out."""
+    leaves_gradient: ClassVar[bool] = True
+    """Whether the weight has a gradient all the same."""
+    used: ClassVar[bool] = False
+    """Whether :meth:`rearm` has something to do."""
 
     def __init__(
         self,
@@ -212,6 +216,9 @@ class HookTap:
             self._handle = None
             if module is not None:
                 own_again(module)
+
+    def rearm(self) -> None:
+        """Do nothing: a hook counts no backward passes."""
 
     def _move_to(self, module: nn.Module) -> None:
         """Tap another module, which has the weight now."""
@@ -414,6 +421,19 @@ def _never_compile_alone(function: Any) -> None:
 
 
 _never_compile_alone(HookTap.__call__)
+
+
+def removed_taps(taps: Iterable[Any]) -> list[HookTap]:
+    """Return those that somebody else has taken off their modules, without a call for each."""
+    return [
+        tap
+        for tap in taps
+        if tap is not None
+        and tap.leaves_gradient
+        and (handle := tap._handle) is not None
+        and (module := tap._module()) is not None
+        and (handle.id not in module._forward_hooks or module._forward_hooks[handle.id] is not tap)
+    ]
 
 
 def forget_compiled_graphs() -> None:

@@ -24,6 +24,8 @@ class Layer(Protocol):
 
     route: Route
     weight: Tensor
+    dirty: bool
+    """Whether there is something that :meth:`clear` forgets."""
 
     @property
     def tap(self) -> HookTap | BackwardUpdateTap | None:
@@ -150,10 +152,13 @@ class TapSet(Generic[L, Held]):
         """Drop what no step has taken, and let backward updates begin anew."""
         self._bad.clear()
         self._updated.clear()
-        for layer in self:
-            layer.clear()
-            if isinstance(layer.tap, BackwardUpdateTap):
-                layer.tap.rearm()
+        # After each step and once more in zero_grad: layers that have seen nothing cost no call.
+        for layer in self._layers.values():
+            if layer.dirty:
+                layer.clear()
+            tap = layer.tap
+            if tap is not None and tap.used:
+                tap.rearm()
 
     def forget(self) -> None:
         """As :meth:`clear`, along with gradients."""

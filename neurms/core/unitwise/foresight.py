@@ -13,7 +13,7 @@ from neurms.core.ground.spans import span
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.rule import LossReduction
-from neurms.core.unitwise.statistics import Basis, Factors, PendingSums
+from neurms.core.unitwise.statistics import Basis, Factors, PendingSums, basis_of, is_basis
 
 __all__ = ["Foresight", "foresee"]
 
@@ -44,7 +44,7 @@ class Foresight(NamedTuple):
         return (
             pending.units is self.sums.unit_square_sum
             and pending.features is self.sums.feature_square_sum
-            and self.basis.holds(structure, state)
+            and is_basis(self.basis, structure, state)
         )
 
 
@@ -81,7 +81,7 @@ def foresee(
         q, total, v_next, s, d = observe(
             errors, v, reduction == "mean", *root, structure.s_min, structure.s_max, scale
         )
-    sums, basis = Sums(q, rows), Basis.of(structure, state)
+    sums, basis = Sums(q, rows), basis_of(structure, state)
     if u is None or not structure.factored:
         scaled = (d, activations) if scale else None
         return Foresight(sums, basis, (v_next,), (s, None), total, scaled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from neurms.core.optimizers.fallback import adamw_state
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.view import View
 from neurms.core.routing import FALLBACK, Route
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.unitwise.engine import Engine
 from neurms.core.unitwise.lengths import length_like
 from neurms.core.unitwise.moves import Scaled, move_
@@ -38,6 +39,33 @@ class Reroutes(Protocol):
         """Return a parameter's state, made if it is not there."""
 
 
+Seat = tuple[TappedLayer, View | None, View | None]
+"""A layer, with the views of its weight and its bias where those have a gradient."""
+
+
+class Seats:
+    """Which views of a step are of which layer.
+
+    Args:
+        views: The views.
+        layers: All layers.
+    """
+
+    def __init__(self, views: Sequence[View], layers: list[TappedLayer]) -> None:
+        self.layers = layers
+        self.moving = {id(view.parameter) for view in views}
+        self._views = list(views)
+        of = {id(view.parameter): view for view in views}
+        self._seats = [(x, of.get(id(x.weight)), of.get(id(x.bias))) for x in layers]
+
+    def hold(self, views: Sequence[View], layers: Sequence[TappedLayer]) -> bool:
+        """Return whether views and layers are the same. Of both, equal is identical."""
+        return self._views == views and self.layers == layers
+
+    def __iter__(self) -> Iterator[Seat]:
+        return iter(self._seats)
+
+
 class UnitwiseMover(Mover):
     """Commits what tapped layers have seen, and moves weights and biases by their factors.
 
@@ -56,12 +84,14 @@ class UnitwiseMover(Mover):
         self._optimizer = optimizer
         self._engine = engine
         self._rules = rules
+        self._seats = Seats([], [])
 
     def prepare(self, views: Sequence[View]) -> None:
         """Sum statistics over ranks; give to AdamW what no backward pass has shown."""
         engine = self._engine
-        moving = {id(view.parameter) for view in views}
-        engine.prepare(list(engine), moving)
+        seats = self._seated(views)
+        moving = seats.moving
+        engine.prepare(seats.layers, moving)
         unseen = engine.unseen()
         for layer in [x for x in unseen if _is_lost(x, moving)]:
             warn_user(
@@ -80,10 +110,19 @@ class UnitwiseMover(Mover):
                 "in exclude"
             )
             bias_to_fallback(self._optimizer, layer)
+        group: Mapping[str, Any] | None = None
         for view in views:
-            rule = self._rules.of(view.group)
+            if view.group is not group:
+                group, rule = view.group, self._rules.of(view.group)
             if view.recipe is not rule and not view.route.is_fallback:
                 view.recipe, view.bound = rule, rule.greatest(view.parameter)
+
+    def _seated(self, views: Sequence[View]) -> Seats:
+        """Return which views are of which layer; nothing changes from step to step, as a rule."""
+        layers = list(self._engine)
+        if not self._seats.hold(views, layers):
+            self._seats = Seats(views, layers)
+        return self._seats
 
     def look_at(self) -> tuple[list[Tensor], list[float]]:
         """Return the statistics of all layers."""
@@ -95,35 +134,49 @@ class UnitwiseMover(Mover):
 
     def move(self, views: Sequence[View]) -> None:
         """Commit the statistics of layers that move, then move their weights and biases."""
-        engine, own = self._engine, {id(view.parameter): view for view in views}
-        engine.warn_of_still(engine, own)
-        engine.commit(
-            layer
-            for layer in engine
-            if layer.observed.rows and (layer.weight.grad is not None or layer.updated_in_backward)
+        engine, seats = self._engine, self._seated(views)
+        engine.warn_of_still(seats.layers, seats.moving)
+        engine.commit_seats(
+            [
+                self._seat(seat)
+                for seat in seats
+                if seat[0].observed.rows
+                and (seat[0].weight.grad is not None or seat[0].updated_in_backward)
+            ]
         )
         alike: dict[int, list[Scaled]] = {}
-        for layer in engine:
-            weight, bias = own.get(id(layer.weight)), own.get(id(layer.bias))
+        group: Mapping[str, Any] | None = None
+        own: list[Scaled] = []
+        for layer, weight, bias in seats:
             state = layer.state if weight is None else weight.state
-            step = state.get("step")
-            if not step or (weight is None and bias is None):
+            if not ("step" in state and state["step"]) or (weight is None and bias is None):
                 continue
             rule = layer.rule if weight is None else weight.recipe
             factors = layer.factors_of(rule.structure, state)
-            if weight is not None:
-                alike.setdefault(id(weight.group), []).append(Scaled(weight, factors, step))
-            if bias is not None:
-                bias.state["step"] += 1
-                part = Scaled(bias, (factors[0], None), bias.state["step"])
-                alike.setdefault(id(bias.group), []).append(part)
+            for view in (weight, bias):
+                if view is None:
+                    continue
+                if view.group is not group:
+                    group, own = view.group, alike.setdefault(id(view.group), [])
+                if view is bias:
+                    bias.state["step"] += 1
+                    own += ((bias, (factors[0], None), bias.state["step"]),)
+                else:
+                    own += ((view, factors, state["step"]),)
         for parts in alike.values():
-            rule = parts[0].view.recipe
+            rule = parts[0][0].recipe
             if rule.momentum or rule.normalize:
-                for part in parts:
+                for view, _, _ in parts:
                     # Either may have been switched on since the state was made.
-                    self._optimizer.opened_state(part.view.parameter)
+                    self._optimizer.opened_state(view.parameter)
             move_(parts, rule, engine.backend)
+
+    def _seat(self, seat: Seat) -> tuple[UnitFeatureDiagonal, TappedLayer, dict[str, Any]]:
+        """Return what the engine commits of a seat."""
+        layer, weight, _ = seat
+        if weight is not None and not (weight.recipe.momentum or weight.recipe.normalize):
+            return weight.recipe.structure, layer, weight.state
+        return layer.rule.structure, layer, self._optimizer.opened_state(layer.weight)
 
     # ---------------------------------------------------------------- state
 

@@ -310,7 +310,7 @@ class GradientPreconditioner:
             self.layers.commit(layer for layer in layers if layer.observed.rows)
             parts = [part for layer in layers for part in self._parts_of(layer, views)]
             move_(parts, self._rule, self.layers.backend, into_gradients=True)
-            self._decay((part.view.parameter for part in parts), moving)
+            self._decay((view.parameter for view, _, _ in parts), moving)
         self._groups = {}
         if self._in_backward:
             self.layers.clear()
@@ -375,7 +375,7 @@ class GradientPreconditioner:
             view = views.get(id(parameter))
             if view is not None:
                 view.state = self.opened_state(view.parameter)
-                yield Scaled(view, factors, step)
+                yield view, factors, step
 
     def _decay(self, scaled: Iterable[Tensor], moving: Mapping[Tensor, Any]) -> None:
         decay = self.settings["weight_decay"]
