@@ -63,8 +63,12 @@ def suits(matrix: Tensor, *others: Tensor | None) -> bool:
 
 def is_signal(tensor: Tensor) -> bool:
     """Return whether a tensor is plain, or would be in float32 and is bfloat16."""
-    stored = tensor.dtype is torch.bfloat16 and tensor.is_cpu and tensor.is_contiguous()
-    return is_plain(tensor) or (stored and type(tensor) in _PLAIN)
+    return (
+        type(tensor) in _PLAIN
+        and (tensor.dtype is torch.float32 or tensor.dtype is torch.bfloat16)
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+    )
 
 
 def reads(*signals: Tensor) -> bool:

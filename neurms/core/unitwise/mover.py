@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -136,34 +136,8 @@ class UnitwiseMover(Mover):
         """Commit the statistics of layers that move, then move their weights and biases."""
         engine, seats = self._engine, self._seated(views)
         engine.warn_of_still(seats.layers, seats.moving)
-        engine.commit_seats(
-            [
-                self._seat(seat)
-                for seat in seats
-                if seat[0].observed.rows
-                and (seat[0].weight.grad is not None or seat[0].updated_in_backward)
-            ]
-        )
-        alike: dict[int, list[Scaled]] = {}
-        group: Mapping[str, Any] | None = None
-        own: list[Scaled] = []
-        for layer, weight, bias in seats:
-            state = layer.state if weight is None else weight.state
-            if not ("step" in state and state["step"]) or (weight is None and bias is None):
-                continue
-            rule = layer.rule if weight is None else weight.recipe
-            factors = layer.factors_of(rule.structure, state)
-            for view in (weight, bias):
-                if view is None:
-                    continue
-                if view.group is not group:
-                    group, own = view.group, alike.setdefault(id(view.group), [])
-                if view is bias:
-                    bias.state["step"] += 1
-                    own += ((bias, (factors[0], None), bias.state["step"]),)
-                else:
-                    own += ((view, factors, state["step"]),)
-        for parts in alike.values():
+        fresh = self._commit(seats)
+        for parts in self._parts(seats, fresh):
             rule = parts[0][0].recipe
             if rule.momentum or rule.normalize:
                 for view, _, _ in parts:
@@ -171,12 +145,55 @@ class UnitwiseMover(Mover):
                     self._optimizer.opened_state(view.parameter)
             move_(parts, rule, engine.backend)
 
-    def _seat(self, seat: Seat) -> tuple[UnitFeatureDiagonal, TappedLayer, dict[str, Any]]:
-        """Return what the engine commits of a seat."""
-        layer, weight, _ = seat
-        if weight is not None and not (weight.recipe.momentum or weight.recipe.normalize):
-            return weight.recipe.structure, layer, weight.state
-        return layer.rule.structure, layer, self._optimizer.opened_state(layer.weight)
+    def _commit(self, seats: Seats) -> list[bool]:
+        """Have the engine commit what layers have seen; return which of them it was."""
+        seen = [
+            layer.observed.rows > 0
+            and (
+                layer.weight.grad is not None
+                or (layer.tap is not None and not layer.tap.leaves_gradient)
+            )
+            for layer, _, _ in seats
+        ]
+        due: list[tuple[UnitFeatureDiagonal, TappedLayer, dict[str, Any]]] = []
+        for (layer, weight, _), own in zip(seats, seen, strict=True):
+            if not own:
+                continue
+            rule = layer.rule if weight is None else weight.recipe
+            if weight is None or rule.momentum or rule.normalize:
+                state = self._optimizer.opened_state(layer.weight)
+            else:
+                state = weight.state
+            due += ((rule.structure, layer, state),)
+        self._engine.commit_seats(due)
+        return seen
+
+    def _parts(self, seats: Seats, fresh: Sequence[bool]) -> Iterable[list[Scaled]]:
+        """Return what moves, group by group."""
+        alike: dict[int, list[Scaled]] = {}
+        group: Mapping[str, Any] | None = None
+        own: list[Scaled] = []
+        for (layer, weight, bias), committed in zip(seats, fresh, strict=True):
+            state = layer.state if weight is None else weight.state
+            if not state or not state["step"] or (weight is None and bias is None):
+                continue
+            rule = layer.rule if weight is None else weight.recipe
+            # What was committed just now is not asked whether it still holds.
+            known = layer.standing if committed else None
+            if known is not None and known[0][0] is rule.structure:
+                factors = known[1]
+            else:
+                factors = layer.factors_of(rule.structure, state)
+            if weight is not None:
+                if weight.group is not group:
+                    group, own = weight.group, alike.setdefault(id(weight.group), [])
+                own += ((weight, factors, state["step"]),)
+            if bias is not None:
+                if bias.group is not group:
+                    group, own = bias.group, alike.setdefault(id(bias.group), [])
+                step = bias.state["step"] = bias.state["step"] + 1
+                own += ((bias, (factors[0], None), step),)
+        return alike.values()
 
     # ---------------------------------------------------------------- state
 

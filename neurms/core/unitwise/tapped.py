@@ -15,7 +15,6 @@ from neurms.core.ground.spans import span, spanned
 from neurms.core.routing import Route
 from neurms.core.structures.base import Moments
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.protocol import Sums
@@ -124,7 +123,7 @@ class TappedLayer:
     @property
     def rule(self) -> UnitwiseRule:
         """What the current settings say of the layer."""
-        return self.engine.owner.rule_of(self.weight)
+        return (self._engine() or self.engine).owner.rule_of(self.weight)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -165,7 +164,7 @@ class TappedLayer:
 
     def loss_scale(self) -> Tensor | float | None:
         """Return the factor that the loss carries; D is divided by it."""
-        engine = self.engine
+        engine = self._engine() or self.engine
         return None if engine.loss_scale is None else engine.current_loss_scale()
 
     def add(self, sums: Sums) -> None:
@@ -183,7 +182,7 @@ class TappedLayer:
     def rescale(self, sums: Sums) -> Tensor | None:
         """Return variant B's factors (units,) for D, from v with this pass blended in."""
         self._rescaled = None
-        if not self.rule.upstream:
+        if not (self._engine() or self.engine).owner.rule_of(self.weight).upstream:
             return None
         self._follow_gradient()
         self._rescaled, self.dirty = self._summed_over_ranks(sums), True
@@ -255,7 +254,7 @@ class TappedLayer:
         That happens after a GradScaler's overflow or a bad step, by ``model.zero_grad()``: the
         gradient is None then, or zero.
         """
-        task, gradient = graph_task(), self.weight.grad
+        task, gradient = torch._C._current_graph_task_id(), self.weight.grad
         if task == self._task or not self.follows_gradient:
             return
         self._task = task
@@ -324,15 +323,6 @@ class TappedLayer:
         ahead = moved(self.rule.structure, [part], engine.loss_reduction, engine.backend)
         return ahead.s[0], ahead.c[0]
 
-    def known(
-        self, structure: UnitFeatureDiagonal, state: Mapping[str, Any]
-    ) -> tuple[tuple[Tensor, ...], Factors] | None:
-        """Return v, u and the factors of the next commit, where backward has worked them out."""
-        ahead = self.foresight
-        if ahead is None or not ahead.holds(structure, state, self.observed):
-            return None
-        return ahead.moments, ahead.factors
-
     @property
     def stands_still(self) -> bool:
         """Whether the weight has a gradient of which nothing was seen, and nothing committed."""
@@ -372,13 +362,13 @@ def commit(
     settled: list[tuple[TappedLayer, dict[str, Any], Factors]] = []
     rest: list[Seat] = []
     for layer, state in seats:
-        own = layer.known(structure, state) if layer.foresight is not None else None
-        if own is None:
-            rest.append((layer, state))
+        ahead = layer.foresight
+        if ahead is None or not ahead.holds(structure, state, layer.observed):
+            rest += ((layer, state),)
             continue
-        kept += [state["v"], state["u"]] if len(own[0]) > 1 else [state["v"]]
-        fresh += own[0]
-        settled.append((layer, state, own[1]))
+        kept += (state["v"], state["u"]) if structure.factored else (state["v"],)
+        fresh += ahead.moments
+        settled += ((layer, state, ahead.factors),)
     parts: list[AnyPart] = [
         (state, layer.observed, layer.features, layer.heads) for layer, state in rest
     ]
