@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from neurms.compiled.backends import PROMPT, use_backend
+from neurms.compiled.finite import are_small, within
 from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.ground.ranks import ALONE, Ranks, ranks_of, world_size
-from neurms.core.ground.spans import is_observed, span
+from neurms.core.ground.spans import is_observed, span, spanning
 from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import Route, RoutedModel
@@ -44,6 +45,9 @@ class Owner(Protocol):
     def rule_of(self, weight: Tensor) -> UnitwiseRule:
         """Return what the current settings say of a weight."""
 
+    def seat_of(self, weight: Tensor) -> tuple[UnitwiseRule, dict[str, Any]]:
+        """Return a weight's rule and its state."""
+
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
         """Return a parameter's state, empty before its first step."""
 
@@ -51,7 +55,12 @@ class Owner(Protocol):
         """Return a parameter's state, made if it is not there, with a velocity where one is due."""
 
     def write_in_backward(
-        self, layer: TappedLayer, rule: UnitwiseRule, product: Product, factors: Factors
+        self,
+        layer: TappedLayer,
+        rule: UnitwiseRule,
+        state: dict[str, Any],
+        product: Product,
+        factors: Factors,
     ) -> None:
         """Write the update of a layer whose weight has no gradient."""
 
@@ -315,35 +324,47 @@ class Engine(TapSet[TappedLayer, Owner]):
         self,
         layer: TappedLayer,
         rule: UnitwiseRule,
+        state: dict[str, Any],
         errors: Tensor,
         activations: Tensor,
         sums: Sums,
+        scaled: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Have a layer's update written if its D and H are finite."""
-        if not self.accepts(layer, *_seen_of(layer, sums, activations)):
+        if not self.judges(layer, self._are_good(layer, sums, activations)):
             return
-        owner = self.owner
-        owner.opened_state(layer.weight)
-        factors = layer.foreseen(sums)
-        layer.add(sums)
-        product = Product(errors, activations, layer.scaled, self.gemm, self.backend)
+        owner = self.owner_ref() or self.owner
+        if not state or rule.momentum or rule.normalize:
+            state = owner.opened_state(layer.weight)
+        ahead = layer.foresight
+        if ahead is not None and ahead.sums is sums:
+            factors = ahead.factors
+        else:
+            factors = layer.foreseen(sums)
+        layer.take(sums)
+        product = Product(errors, activations, scaled, self.gemm, self.backend)
+        write = owner.write_in_backward
+        given = layer, rule, state, product, factors
+        if not (rule.momentum or rule.normalize):
+            spanning("update", [layer.weight], write, *given)
+            return
+        # Which form a velocity's kernels take is for the context to say.
         with torch.no_grad(), use_backend(owner.backend), span("update", [layer.weight]):
-            owner.write_in_backward(layer, rule, product, factors)
+            write(*given)
+
+    def _are_good(self, layer: TappedLayer, sums: Sums, activations: Tensor) -> bool:
+        """Return whether D and H are finite: told by their sums of squares, or by H without one."""
+        units, features = sums.unit_square_sum, sums.feature_square_sum
+        room = 4.0 * max(layer.pending.rows + sums.rows, 1)
+        seen, bounds = [units], [GREATEST[units.dtype] / room]
+        if features is not None:
+            seen, bounds = [units, features], [*bounds, GREATEST[features.dtype] / room]
+        else:
+            # What is finite may round to an infinity, but not where its square is finite.
+            dtype = torch.bfloat16 if self.gemm == "bfloat16" else activations.dtype
+            seen, bounds = [units, activations], [*bounds, torch.finfo(dtype).max]
+        return are_small(seen, bounds) or within(seen, bounds)
 
     def unseen(self) -> list[TappedLayer]:
         """Return layers of which no rank has ever seen an error signal."""
         return [x for x in self._layers.values() if not x.observed.rows and not x.state]
-
-
-def _seen_of(
-    layer: TappedLayer, sums: Sums, activations: Tensor
-) -> tuple[list[Tensor], list[float]]:
-    """Return what shows whether D and H are finite: their sums of squares, or H without one."""
-    rows = max(layer.pending.rows + sums.rows, 1)
-    squares = [s for s in (sums.unit_square_sum, sums.feature_square_sum) if s is not None]
-    bounds = [torch.finfo(s.dtype).max / (4.0 * rows) for s in squares]
-    if sums.feature_square_sum is not None:
-        return squares, bounds
-    # What is finite may round to an infinity, but not where its square is finite.
-    dtype = torch.bfloat16 if layer.engine.gemm == "bfloat16" else activations.dtype
-    return [*squares, activations], [*bounds, torch.finfo(dtype).max]

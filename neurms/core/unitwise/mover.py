@@ -14,6 +14,7 @@ from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.fallback import adamw_state
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.view import View
+from neurms.core.optimizers.work import Work
 from neurms.core.routing import FALLBACK, Route
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.unitwise.engine import Engine
@@ -32,6 +33,9 @@ class Reroutes(Protocol):
 
     routes: dict[Tensor, Route]
 
+    def work(self) -> Work:
+        """Return the views of all parameters."""
+
     def reroute(self, route: Route) -> None:
         """Give a parameter to another rule."""
 
@@ -39,8 +43,8 @@ class Reroutes(Protocol):
         """Return a parameter's state, made if it is not there."""
 
 
-Seat = tuple[TappedLayer, View | None, View | None]
-"""A layer, with the views of its weight and its bias where those have a gradient."""
+Seat = tuple[TappedLayer, View, View | None, View | None]
+"""A layer, its weight's view, and the views of weight and bias where those have a gradient."""
 
 
 class Seats:
@@ -49,18 +53,24 @@ class Seats:
     Args:
         views: The views.
         layers: All layers.
+        work: The views of all parameters.
     """
 
-    def __init__(self, views: Sequence[View], layers: list[TappedLayer]) -> None:
+    def __init__(self, views: Sequence[View], layers: list[TappedLayer], work: Work) -> None:
         self.layers = layers
+        self._work = work
         self.moving = {id(view.parameter) for view in views}
         self._views = list(views)
         of = {id(view.parameter): view for view in views}
-        self._seats = [(x, of.get(id(x.weight)), of.get(id(x.bias))) for x in layers]
+        self._seats: list[Seat] = [
+            (x, work.view_of(x.weight), of.get(id(x.weight)), of.get(id(x.bias))) for x in layers
+        ]
+        self.without = [view for _, view, moving, _ in self._seats if moving is None]
+        """Views of weights that have no gradient."""
 
-    def hold(self, views: Sequence[View], layers: Sequence[TappedLayer]) -> bool:
+    def hold(self, views: Sequence[View], layers: Sequence[TappedLayer], work: Work) -> bool:
         """Return whether views and layers are the same. Of both, equal is identical."""
-        return self._views == views and self.layers == layers
+        return self._work is work and self._views == views and self.layers == layers
 
     def __iter__(self) -> Iterator[Seat]:
         return iter(self._seats)
@@ -84,7 +94,7 @@ class UnitwiseMover(Mover):
         self._optimizer = optimizer
         self._engine = engine
         self._rules = rules
-        self._seats = Seats([], [])
+        self._seats: Seats | None = None
 
     def prepare(self, views: Sequence[View]) -> None:
         """Sum statistics over ranks; give to AdamW what no backward pass has shown."""
@@ -111,7 +121,7 @@ class UnitwiseMover(Mover):
             )
             bias_to_fallback(self._optimizer, layer)
         group: Mapping[str, Any] | None = None
-        for view in views:
+        for view in [*views, *seats.without]:
             if view.group is not group:
                 group, rule = view.group, self._rules.of(view.group)
             if view.recipe is not rule and not view.route.is_fallback:
@@ -119,9 +129,9 @@ class UnitwiseMover(Mover):
 
     def _seated(self, views: Sequence[View]) -> Seats:
         """Return which views are of which layer; nothing changes from step to step, as a rule."""
-        layers = list(self._engine)
-        if not self._seats.hold(views, layers):
-            self._seats = Seats(views, layers)
+        layers, work = list(self._engine), self._optimizer.work()
+        if self._seats is None or not self._seats.hold(views, layers, work):
+            self._seats = Seats(views, layers, work)
         return self._seats
 
     def look_at(self) -> tuple[list[Tensor], list[float]]:
@@ -153,17 +163,16 @@ class UnitwiseMover(Mover):
                 layer.weight.grad is not None
                 or (layer.tap is not None and not layer.tap.leaves_gradient)
             )
-            for layer, _, _ in seats
+            for layer, _, _, _ in seats
         ]
         due: list[tuple[UnitFeatureDiagonal, TappedLayer, dict[str, Any]]] = []
-        for (layer, weight, _), own in zip(seats, seen, strict=True):
+        for (layer, view, weight, _), own in zip(seats, seen, strict=True):
             if not own:
                 continue
-            rule = layer.rule if weight is None else weight.recipe
-            if weight is None or rule.momentum or rule.normalize:
+            rule, state = view.recipe, view.state
+            # Without a gradient the state is the one that backward had, if it wrote an update.
+            if rule.momentum or rule.normalize or (weight is None and layer.foresight is None):
                 state = self._optimizer.opened_state(layer.weight)
-            else:
-                state = weight.state
             due += ((rule.structure, layer, state),)
         self._engine.commit_seats(due)
         return seen
@@ -173,11 +182,13 @@ class UnitwiseMover(Mover):
         alike: dict[int, list[Scaled]] = {}
         group: Mapping[str, Any] | None = None
         own: list[Scaled] = []
-        for (layer, weight, bias), committed in zip(seats, fresh, strict=True):
-            state = layer.state if weight is None else weight.state
-            if not state or not state["step"] or (weight is None and bias is None):
+        for (layer, view, weight, bias), committed in zip(seats, fresh, strict=True):
+            if weight is None and bias is None:
                 continue
-            rule = layer.rule if weight is None else weight.recipe
+            state = view.state if committed or weight is not None else layer.state
+            if not state or not state["step"]:
+                continue
+            rule = view.recipe
             # What was committed just now is not asked whether it still holds.
             known = layer.standing if committed else None
             if known is not None and known[0][0] is rule.structure:

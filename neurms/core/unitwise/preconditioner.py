@@ -221,6 +221,10 @@ class GradientPreconditioner:
             return self._rule
         return replace(self._rule, momentum=momentum)
 
+    def seat_of(self, weight: Tensor) -> tuple[UnitwiseRule, dict[str, Any]]:
+        """Return a weight's rule and its state."""
+        return self.rule_of(weight), self.state_of(weight)
+
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
         """Return a parameter's state, empty before its first step."""
         return self.state.get(parameter, {})
@@ -232,12 +236,17 @@ class GradientPreconditioner:
         return self.state[parameter]
 
     def write_in_backward(
-        self, layer: TappedLayer, rule: UnitwiseRule, product: Product, factors: Factors
+        self,
+        layer: TappedLayer,
+        rule: UnitwiseRule,
+        state: dict[str, Any],
+        product: Product,
+        factors: Factors,
     ) -> None:
         """Write W -= lr (D S)^T H C with the settings of the SGD that holds the weight."""
         rate = float(self._group_of(layer.weight)["lr"])
         decay = 1.0 - rate * self.settings["weight_decay"]
-        velocity = self.state[layer.weight].get("momentum")
+        velocity = state.get("momentum")
         length = length_of(layer) if rule.normalize else None
         write_product_(layer.weight, product, factors, rule, velocity, rate, decay, length)
 

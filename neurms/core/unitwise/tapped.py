@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neurms.compiled.reductions import column_square_sum
 from neurms.core.ground.ranks import Ranks
-from neurms.core.ground.spans import span, spanned
+from neurms.core.ground.spans import span, spanned, spanning
 from neurms.core.routing import Route
 from neurms.core.structures.base import Moments
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
@@ -42,6 +42,9 @@ class HasRules(Protocol):
     def rule_of(self, weight: Tensor) -> UnitwiseRule:
         """Return what the current settings say of a weight."""
 
+    def seat_of(self, weight: Tensor) -> tuple[UnitwiseRule, dict[str, Any]]:
+        """Return a weight's rule and its state."""
+
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
         """Return a parameter's state, empty before its first step."""
 
@@ -53,6 +56,8 @@ class Holder(Protocol):
     loss_reduction: LossReduction
     loss_scale: Callable[[], Tensor | float] | None
     gemm: Gemm
+
+    owner_ref: Callable[[], HasRules | None]
 
     @property
     def owner(self) -> HasRules:
@@ -69,9 +74,11 @@ class Holder(Protocol):
         self,
         layer: TappedLayer,
         rule: UnitwiseRule,
+        state: dict[str, Any],
         errors: Tensor,
         activations: Tensor,
         sums: Sums,
+        scaled: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Have a layer's update written if its D and H are finite."""
 
@@ -105,6 +112,7 @@ class TappedLayer:
         self._version: int | None = None
         self._everywhere = self.pending
         self._rescaled: Sums | None = None
+        self._seat: tuple[UnitwiseRule, dict[str, Any]] | None = None
         self.foresight: Foresight | None = None
         """What backward has worked out already of the next commit."""
         self.standing: tuple[Basis, Factors] | None = None
@@ -123,7 +131,8 @@ class TappedLayer:
     @property
     def rule(self) -> UnitwiseRule:
         """What the current settings say of the layer."""
-        return (self._engine() or self.engine).owner.rule_of(self.weight)
+        engine = self._engine() or self.engine
+        return (engine.owner_ref() or engine.owner).rule_of(self.weight)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -170,6 +179,10 @@ class TappedLayer:
     def add(self, sums: Sums) -> None:
         """Take one backward firing whose gradient accumulates into the weight."""
         self._follow_gradient()
+        self.take(sums)
+
+    def take(self, sums: Sums) -> None:
+        """As :meth:`add`, of a firing whose gradient was looked after."""
         if not sums.rows and self.rule.upstream:
             # Nothing to rescale here, but ranks whose batch is not empty wait in their all-reduce.
             self._rescaled = self._summed_over_ranks(sums)
@@ -182,7 +195,8 @@ class TappedLayer:
     def rescale(self, sums: Sums) -> Tensor | None:
         """Return variant B's factors (units,) for D, from v with this pass blended in."""
         self._rescaled = None
-        if not (self._engine() or self.engine).owner.rule_of(self.weight).upstream:
+        engine = self._engine() or self.engine
+        if not (engine.owner_ref() or engine.owner).rule_of(self.weight).upstream:
             return None
         self._follow_gradient()
         self._rescaled, self.dirty = self._summed_over_ranks(sums), True
@@ -191,7 +205,10 @@ class TappedLayer:
 
     def rescale_errors(self, errors: Tensor) -> Tensor | None:
         """Return D S for variant B (``update="backward"``), else None."""
-        if not self.rule.upstream:
+        # Asked once for this and for the update that follows.
+        engine = self._engine() or self.engine
+        self._seat = (engine.owner_ref() or engine.owner).seat_of(self.weight)
+        if not self._seat[0].upstream:
             self._rescaled = None
             return None
         factors = self.rescale(self._unit_sums(errors))
@@ -206,47 +223,48 @@ class TappedLayer:
         Returns:
             The column sums of D where they came along, else None.
         """
-        with span("bookkeeping", [self.weight]):
-            self._follow_gradient()
-            # Asked once: finding the settings of now takes many calls.
-            rule = self.rule
-            ahead = self._foresee(rule, errors, activations)
-            if ahead is None:
-                sums = self._rescaled or self._unit_sums(errors)
-                if rule.structure.factored:
-                    with span("reduce"):
-                        features = column_square_sum.on(self.backend)(activations)
-                    rows = activations.shape[0]
-                    sums = sums._replace(feature_square_sum=features, feature_rows=rows)
-                self.engine.write_in_backward(self, rule, errors, activations, sums)
-                return None
-            self.foresight = ahead
-            try:
-                self.engine.write_in_backward(self, rule, errors, activations, ahead.sums)
-            finally:
-                # A copy of the layer's signals must not outlive their use.
-                if self.foresight is ahead and ahead.scaled is not None:
-                    self.foresight = ahead._replace(scaled=None)
-            return ahead.error_sum
+        return spanning("bookkeeping", [self.weight], self._update, errors, activations)
 
-    def _foresee(self, rule: UnitwiseRule, errors: Tensor, activations: Tensor) -> Foresight | None:
+    def _update(self, errors: Tensor, activations: Tensor) -> Tensor | None:
+        self._follow_gradient()
+        engine = self._engine() or self.engine
+        seat, self._seat, self.dirty = self._seat, None, True
+        rule, state = seat or (engine.owner_ref() or engine.owner).seat_of(self.weight)
+        ahead = self._foresee(engine, rule, state, errors, activations)
+        if ahead is None:
+            sums = self._rescaled or self._unit_sums(errors)
+            if rule.structure.factored:
+                with span("reduce"):
+                    features = column_square_sum.on(self.backend)(activations)
+                rows = activations.shape[0]
+                sums = sums._replace(feature_square_sum=features, feature_rows=rows)
+            engine.write_in_backward(self, rule, state, errors, activations, sums)
+            return None
+        # A copy of the layer's signals must not outlive their use.
+        foresight, scaled = ahead
+        self.foresight = foresight
+        engine.write_in_backward(self, rule, state, errors, activations, foresight.sums, scaled)
+        return foresight.error_sum
+
+    def _foresee(
+        self,
+        engine: Holder,
+        rule: UnitwiseRule,
+        state: Mapping[str, Any],
+        errors: Tensor,
+        activations: Tensor,
+    ) -> tuple[Foresight, tuple[Tensor, Tensor] | None] | None:
         """Work everything out in one pass over D and H, where nothing else has a say in it."""
         seen = self._everywhere.rows or self._rescaled is not None
-        if self.heads or seen or rule.upstream:
+        if self.heads or seen or rule.upstream or not state:
             return None
-        engine = self.engine
         # Where the product is of bfloat16 numbers its factors are applied to its sums.
         rounded = errors.dtype is activations.dtype is torch.bfloat16
         scale = engine.gemm == "float32" and not rounded
         return foresee(
-            errors, activations, rule.structure, self.state, engine.loss_reduction, engine.backend,
+            errors, activations, rule.structure, state, engine.loss_reduction, engine.backend,
             scale=scale,
         )  # fmt: skip
-
-    @property
-    def scaled(self) -> tuple[Tensor, Tensor] | None:
-        """D S and H C of the firing that is being written, if they are at hand."""
-        return None if self.foresight is None else self.foresight.scaled
 
     def _follow_gradient(self) -> None:
         """At a backward's first firing, drop sums whose gradient was dropped without a step.
@@ -302,7 +320,7 @@ class TappedLayer:
         pending.units = pending.features = None
         pending.rows = pending.feature_rows = 0
         self.observed = self._everywhere = pending
-        self._rescaled = self.foresight = None
+        self._rescaled = self.foresight = self._seat = None
         self.dirty = False
 
     def moments(self, pending: PendingSums) -> Moments:
