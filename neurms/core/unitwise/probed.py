@@ -94,6 +94,7 @@ class ProbedLayer:
         self.foreseen: Foreseen | None = None
         self.products: tuple[Tensor, Tensor] | None = None
         self.tap: BackwardUpdateTap | None = None
+        self.dirty = False
         self._layers = weakref.ref(layers)
         self._probes: tuple[Tensor, Tensor] | None = None
 
@@ -116,6 +117,7 @@ class ProbedLayer:
     @torch.no_grad()
     def update(self, errors: Tensor, activations: Tensor) -> None:
         """Take D and H of one backward."""
+        self.dirty = True
         owner = self.layers.owner
         view = owner.view_of(self.weight)
         view.state = owner.opened_state(self.weight)
@@ -186,6 +188,7 @@ class ProbedLayer:
     def clear(self) -> None:
         """Forget what no step has committed."""
         self.foreseen = self.products = self._probes = None
+        self.dirty = False
 
 
 class ProbedLayers(TapSet[ProbedLayer, Owner]):
