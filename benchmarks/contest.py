@@ -10,17 +10,19 @@ may work on the same file at the same time.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import tyro
 
-from benchmarks.evidence import contest, demo, entrants, images, text
+from benchmarks.evidence import contest, demo, entrants, images, perceptrons, text
 from benchmarks.evidence.ledger import rows
 from benchmarks.harness import RESULTS
 
-TASKS = text.TASKS | images.TASKS | demo.TASKS
+TASKS: dict[str, Callable[[], contest.Task]] = {**text.TASKS, **images.TASKS, **demo.TASKS}
+"""Tasks whose runs are equally long in steps, by name; perceptrons' are in time."""
 
 
 def begun(methods: dict[str, entrants.Entrant], smaller: Path) -> dict[str, entrants.Entrant]:
@@ -45,6 +47,8 @@ def entrants_of(task: str) -> dict[str, entrants.Entrant]:
         return {name: known[name] for name in demo.ROWS}
     if task in text.TASKS:
         return entrants.text()
+    if task in perceptrons.PLACES:
+        return perceptrons.rows()
     return entrants.images(norms=task != "mnist")
 
 
@@ -59,15 +63,19 @@ def main(
         threads: Of the process.
         out: Where results are kept; by default benchmarks/results/contests/TASK.json.
     """
-    if task not in TASKS:
-        raise SystemExit(f"error: --task {task} not known; choose from {list(TASKS)}")
+    if task not in (names := [*TASKS, *perceptrons.PLACES]):
+        raise SystemExit(f"error: --task {task} not known; choose from {names}")
     known = entrants_of(task)
     if unknown := sorted(set(methods) - set(known)):
         raise SystemExit(f"error: --methods {unknown} not known; choose from {list(known)}")
     torch.set_num_threads(threads)
     chosen = {name: known[name] for name in methods or known}
     path = out or RESULTS / "contests" / f"{task}.json"
-    if not contest.run(TASKS[task](), chosen, path):
+    if task in TASKS:
+        tasks: contest.Task | dict[str, contest.Task] = TASKS[task]()
+    else:
+        tasks = {name: perceptrons.task(task, name) for name in chosen}
+    if not contest.run(tasks, chosen, path):
         print("the rest is being worked on by another process")
 
 

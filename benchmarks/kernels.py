@@ -2,7 +2,9 @@
 
     neurms bench kernels --threads 2
 
-Fresh gradients in every round, denormals flushed, medians of interleaved rounds.
+Fresh gradients in every round, denormals flushed, medians of interleaved rounds. ``reach`` is how
+near a step comes to its limit, the bytes that it must move at the speed of a plain copy in the same
+rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +25,21 @@ from benchmarks.peers import GROUPS, against_peers
 SHAPES = ((1024, 1024), (4096, 1024), (4096, 4096))
 OURS = ("rmnp", "racs")
 FITS = ("tracked", "sums")
+MOMENTS = "NeuRMS-P"
+
+COPY = "copy"
+PASSES = {
+    "adamw fused": 7,
+    "sgd fused": 3,
+    "rmnp": 5,
+    "racs": 8,
+    "racs tracked": 4,
+    "racs sums": 4,
+    MOMENTS: 4,
+    COPY: 2,
+}
+"""Reads and writes of a matrix that a step cannot do without: RACS as published reads G five times
+for its fit, and all read G and read and write W to move it."""
 
 
 def turn(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Turn:
@@ -35,12 +52,38 @@ def turn(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Tur
     return prepare  # type: ignore[return-value]
 
 
+def copying(parameter: torch.nn.Parameter) -> Turn:
+    """Return a turn that copies a fresh matrix over another one."""
+    target = parameter.detach()
+
+    def prepare(number: int) -> object:
+        source = torch.randn_like(target)
+        return lambda: target.copy_(source)
+
+    return prepare  # type: ignore[return-value]
+
+
+def with_reach(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Add to each row the time that its bytes take in a copy, over its own."""
+    one = found[COPY]["ms"] / PASSES[COPY]
+    return {
+        name: {**row, "reach": PASSES[name] * one / row["ms"]} if name in PASSES else row
+        for name, row in found.items()
+    }
+
+
 def contenders(shape: tuple[int, int]) -> dict[str, Turn]:
     """Return what is compared at one shape; each has a matrix of its own."""
     made: dict[str, Turn] = {}
     fits, eager = [f"racs {fit}" for fit in FITS], [f"{name} eager" for name in OURS]
-    for name in ("adamw fused", "adamw", "sgd fused", *OURS, *fits, *eager):
+    for name in ("adamw fused", "adamw", "sgd fused", *OURS, *fits, MOMENTS, *eager, COPY):
         parameter = torch.nn.Parameter(0.02 * torch.randn(shape))
+        if name == COPY:
+            made[name] = copying(parameter)
+            continue
+        if name == MOMENTS:
+            made[name] = turn(neurms.NeuRMS([parameter], lr=1e-3), parameter)
+            continue
         kind, _, form = name.partition(" ")
         ours = kind in OURS
         settings: dict[str, Any] = {"fit": form} if form in FITS else {"backend": form or "auto"}
@@ -77,7 +120,8 @@ def main() -> None:
         return
     for shape in SHAPES:
         torch.manual_seed(0)
-        found = interleaved(contenders(shape), "adamw fused", rounds=arguments.rounds)
+        timed = interleaved(contenders(shape), "adamw fused", rounds=arguments.rounds)
+        found = with_reach(timed)
         key = f"{shape[0]}x{shape[1]}"
         print(f"{key}, {arguments.threads} threads\n{shown(found)}", flush=True)
         results.runs[key] = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -33,11 +34,11 @@ class Task(Protocol):
         """Train once and return the figure under the name of the split that gave it."""
 
 
-def run(task: Task, entrants: Mapping[str, Entrant], out: Path) -> bool:
+def run(tasks: Task | Mapping[str, Task], entrants: Mapping[str, Entrant], out: Path) -> bool:
     """Do what is missing of a comparison.
 
     Args:
-        task: What is trained.
+        tasks: What is trained, the same by all or by the name of a row; one design for all.
         entrants: The methods, by the name of their row.
         out: The results file.
 
@@ -45,10 +46,12 @@ def run(task: Task, entrants: Mapping[str, Entrant], out: Path) -> bool:
         Whether everything is done; False where another process is still at work on some of it.
     """
     rows = {name: entrant.recorded() for name, entrant in entrants.items()}
-    record = Results(out, {"design": task.design.recorded(), "rows": rows})
+    own = tasks if isinstance(tasks, Mapping) else dict.fromkeys(entrants, tasks)
+    (design,) = {json.dumps(task.design.recorded()): task.design for task in own.values()}.values()
+    record = Results(out, {"design": design.recorded(), "rows": rows})
     waiting = list(entrants)
     while waiting:
-        left = [name for name in waiting if not _row(record, task, name, entrants[name])]
+        left = [name for name in waiting if not _row(record, own[name], name, entrants[name])]
         if len(left) == len(waiting):
             return False
         waiting = left

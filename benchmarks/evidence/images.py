@@ -14,7 +14,7 @@ from benchmarks import cifar, vision
 from benchmarks.evidence.design import NETWORK_SEEDS, PERCEPTRON_SEEDS, Design
 from neurms.cli.data import Split, hold_out, load
 
-__all__ = ["TASKS", "Images"]
+__all__ = ["TASKS", "Images", "Plan", "handwritten"]
 
 Parts = Mapping[Literal["validation", "test"], tuple[Split, Split]]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -77,7 +77,7 @@ class Images:
         )
         diverged = found["loss"] is None or not math.isfinite(found["loss"])
         judged = None if diverged and not reported else found["accuracy"]
-        return {part: judged, "loss": found["loss"]} | (
+        return {part: judged, "loss": found["loss"], "steps": found["steps"]} | (
             {"state_bytes": found["state_bytes"]} if reported else {}
         )
 
@@ -86,7 +86,8 @@ CHOOSING = 5_000
 """Training images that choose a convolutional network's settings."""
 
 
-def _handwritten(name: str) -> Parts:
+def handwritten(name: str) -> Parts:
+    """Return flat images of 28 x 28 points, a sixth of the training images held out to choose."""
     data = load(name)
     if data.test is None:
         raise SystemExit(f"error: {name} has no test part; choose mnist or fashion_mnist")
@@ -111,9 +112,7 @@ def _photographs() -> Parts:
     return {"validation": hold_out(train, CHOOSING, seed=0), "test": (train, test)}
 
 
-MNIST = Plan(
-    lambda: vision.perceptron((784, 512, 512, 10)), lambda: _handwritten("mnist"), 936, 128
-)
+MNIST = Plan(lambda: vision.perceptron((784, 512, 512, 10)), lambda: handwritten("mnist"), 936, 128)
 CLOTHES = Plan(lambda: cifar.small(channels=1), _clothes, 300, 64)
 RESNET = Plan(cifar.resnet20, _photographs, 300, 64, cifar.flip)
 

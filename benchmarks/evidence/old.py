@@ -50,6 +50,7 @@ MEASUREMENTS = (
     "step",
     "step_avx2",
     "step_times",
+    "zero_adapter",
 )
 """Files of times, bytes and faults, which compare no losses."""
 

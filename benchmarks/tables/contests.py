@@ -10,6 +10,7 @@ from benchmarks.evidence.claims import CLAIMS, outcomes
 from benchmarks.evidence.ledger import Row, rows
 from benchmarks.evidence.verdicts import SURE, Verdict, verdicts
 from benchmarks.significance import spread
+from benchmarks.tables import equal_time
 from benchmarks.tables.markdown import markdown, p_said, p_value
 from benchmarks.tables.provenance import made_by
 
@@ -27,7 +28,7 @@ NAMES = tuple(
 )
 """The results files of what is compared; the first results page shows them in short."""
 
-SHOWN = (*NAMES, "contests/demo")
+SHOWN = (*NAMES, "contests/demo", *equal_time.NAMES)
 """The results files of the page."""
 
 HEAD = """# Comparisons
@@ -72,7 +73,9 @@ def page(contents: Mapping[str, Content]) -> str:
     Args:
         contents: Of the results files of :data:`SHOWN` that exist, by name.
     """
-    return "\n".join([HEAD, *(section(contents[name]) for name in SHOWN if name in contents)])
+    single = [name for name in SHOWN if name in contents and name not in equal_time.NAMES]
+    made = [*(section(contents[name]) for name in single), equal_time.section(contents)]
+    return "\n".join([HEAD, *filter(None, made)])
 
 
 def section(content: Content) -> str:

@@ -12,10 +12,20 @@ from benchmarks.tables.memory import memory
 from benchmarks.tables.overhead import moments, overhead, profiler
 from benchmarks.tables.peers import peers
 from benchmarks.tables.startup import startup
+from benchmarks.tables.zero_adapter import zero_adapter
 
 __all__ = ["NAMES", "draw", "page"]
 
-NAMES = ("overhead", "overhead_moments", "profiler_cost", "calls", "memory", "startup", "kernels")
+NAMES = (
+    "overhead",
+    "overhead_moments",
+    "zero_adapter",
+    "profiler_cost",
+    "calls",
+    "memory",
+    "startup",
+    "kernels",
+)
 
 HEAD = """# Cost
 
@@ -25,6 +35,7 @@ Time and memory, from `benchmarks/results/`; see [Results](../results.md) for sp
 _SECTIONS = {
     "overhead": overhead,
     "overhead_moments": moments,
+    "zero_adapter": zero_adapter,
     "profiler_cost": profiler,
     "calls": calls,
     "memory": memory,

@@ -9,7 +9,7 @@ take lists of tensors, and ``row_update`` has a form that does: a single layer i
 ``moments``                        second moments moved, and the scale factors they give
 ``update``                         the optimizer's pass over weights
 ``row_update``                     RMNP's step in one walk
-``square_sums``                    a gradient's row and column sums of squares
+``square_sums``                    a gradient's row and column sums of squares, a bias's with it
 ``gradient_factors``               the factors that its own moments give
 ``two_sided``, ``two_sided_once``  RACS's rank-one fits
 ``agc``                            row-wise clipping of an update

@@ -16,6 +16,9 @@ from neurms.compiled.square_sums import vectors
 __all__ = ["factors_of_moments", "gradient_factors", "moved_moments"]
 
 
+_DOUBLE = frozenset((torch.float64,))
+
+
 def moved_moments(roots: Tensor, squares: Tensor, beta: float) -> Tensor:
     """Return ``roots^2 + (1 - beta) (squares - roots^2)``, shape (..., k), float64."""
     return torch.lerp(roots.to(torch.float64).square(), squares.to(torch.float64), 1.0 - beta)
@@ -125,6 +128,8 @@ def _are_vectors(
     s: Sequence[Tensor],
     corrections: Sequence[float],
 ) -> list[bool]:
+    if are_plain([*q, *s]) and are_plain([*rows, *columns], _DOUBLE):
+        return [a.ndim == 1 for a in rows]
     return [
         a.dim() == 1
         and are_plain([c, d])
@@ -145,7 +150,7 @@ def _gradient_factors(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     kernels = library()
     assert kernels is not None
-    units, features = [x.numel() for x in q], [x.numel() for x in s]
+    units, features = list(map(Tensor.numel, q)), list(map(Tensor.numel, s))
     made = vectors(q[0], 2 * (units + features), torch.float32)
     count = len(q)
     parts = [made[:count], made[count : 2 * count], made[2 * count : 3 * count], made[3 * count :]]

@@ -51,16 +51,19 @@ def newton_schulz(
         >>> torch.allclose(x, torch.eye(2))
         True
     """
-    tall = matrix.size(-2) > matrix.size(-1)
+    tall = matrix.shape[-2] > matrix.shape[-1]
     x = _unit_norm(matrix.mT if tall else matrix)
     if bfloat16 > 0:
         x = _low_rounds(x.to(torch.bfloat16), steps, a, b, c, bfloat16 == 1).to(matrix.dtype)
-    elif x.size(-2) >= 128 and 2 * x.size(-1) >= 3 * x.size(-2):
+    elif x.shape[-2] >= 128 and 2 * x.shape[-1] >= 3 * x.shape[-2]:
         x = _gram_rounds(x, steps, a, b, c)
     else:
+        # No call for a product that is not cut, nor for a size: small matrices wait for calls.
+        cut = x.shape[-2] >= 512
         for _ in range(steps):
-            gram = _symmetric(x, x.mT)
-            x = a * x + (b * gram + c * _symmetric(gram, gram)) @ x
+            gram = _symmetric(x, x.mT) if cut else x @ x.mT
+            square = _symmetric(gram, gram) if cut else gram @ gram
+            x = a * x + (b * gram + c * square) @ x
     return x.mT if tall else x
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neurms.compiled.backends import kernel
+from neurms.compiled.native import LEAST_ELEMENTS, fits, library, threads
+
 __all__ = ["mean_squares", "probe_products"]
 
 
+@kernel
 def probe_products(
     errors: Tensor, activations: Tensor, right: Tensor, left: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Multiply ``G = D^T H`` by probes from both sides: ``G z = D^T (H z)``, ``G^T y = H^T (D y)``.
 
-    Four thin products; nothing of the size of G is made. Where ``right`` has one row more than H
-    has features, H has a column of ones beside it, so that G has the bias's gradient ``D^T 1``.
+    Four thin products, natively in one pass over D and H; nothing of the size of G is made. Where
+    ``right`` has one row more than H has features, H has a column of ones beside it, so that G has
+    the bias's gradient ``D^T 1``.
 
     Args:
         errors: D, shape (rows, m), any floating dtype.
@@ -46,6 +51,41 @@ def probe_products(
         seen = seen + right[features]
         products = torch.cat([products, back.sum(0, keepdim=True)])
     return errors.mT @ seen, products
+
+
+def _fits(errors: Tensor, activations: Tensor, right: Tensor, left: Tensor) -> bool:
+    alike = right.size(1) == left.size(1) > 0 and errors.dim() == activations.dim() == 2
+    return alike and errors.size(0) > 0 and fits(errors, activations, right, left)
+
+
+def _suits(errors: Tensor, activations: Tensor, right: Tensor, left: Tensor) -> bool:
+    worth = errors.numel() + activations.numel() >= LEAST_ELEMENTS
+    return worth and _fits(errors, activations, right, left)
+
+
+@probe_products.native(_suits, fits=_fits)
+def _probe_products(
+    errors: Tensor, activations: Tensor, right: Tensor, left: Tensor
+) -> tuple[Tensor, Tensor]:
+    kernels = library()
+    assert kernels is not None
+    (rows, m), n, k = errors.shape, activations.size(1), left.size(1)
+    forth, back = errors.new_empty(m, k), errors.new_empty(right.size(0), k)
+    kernels.neurms_probe_products(
+        errors.data_ptr(),
+        activations.data_ptr(),
+        rows,
+        m,
+        n,
+        right.data_ptr(),
+        left.data_ptr(),
+        k,
+        int(right.size(0) > n),
+        forth.data_ptr(),
+        back.data_ptr(),
+        threads(),
+    )
+    return forth, back
 
 
 def mean_squares(products: Tensor) -> Tensor:

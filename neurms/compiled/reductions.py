@@ -140,6 +140,33 @@ def channel_square_sum(x: Tensor, axis: int = 1, scale: Tensor | None = None) ->
     return total
 
 
+def _has_channels(x: Tensor, axis: int, scale: Tensor | None) -> bool:
+    return x.numel() >= LEAST_ELEMENTS and _has_plain_channels(x, axis, scale)
+
+
+def _has_plain_channels(x: Tensor, axis: int, scale: Tensor | None) -> bool:
+    if scale is not None or not x.numel():
+        return False
+    return reads(x if x.is_contiguous() else x.movedim(axis, -1))
+
+
+@channel_square_sum.native(_has_channels, fits=_has_plain_channels)
+def _channel_square_sum(x: Tensor, axis: int, scale: Tensor | None) -> Tensor:
+    channels = x.shape[axis]
+    images = math.prod(x.shape[: axis % x.dim()])
+    positions = x.numel() // (images * channels)
+    if positions == 1 or not x.is_contiguous():
+        return _column_square_sum(x.movedim(axis, -1), scale)
+    kernels = library()
+    assert kernels is not None
+    squares = x.new_empty(channels, dtype=torch.float32)
+    rounded = x.dtype is torch.bfloat16
+    kernels.neurms_channel_square_sum(
+        *(x.data_ptr(), rounded, images, channels, positions, squares.data_ptr(), threads())
+    )
+    return squares
+
+
 def axes_square_sum(
     x: Tensor, axes: tuple[int, ...], scale: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, int]:

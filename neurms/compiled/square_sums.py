@@ -11,9 +11,23 @@ from torch import Tensor
 from neurms.compiled._tiles import is_tiled, tile_length
 from neurms.compiled.backends import Kernel, kernel
 from neurms.compiled.lists import list_kernel
-from neurms.compiled.native import addresses, is_plain, library, numbers, threads
+from neurms.compiled.native import (
+    addresses,
+    are_plain,
+    is_plain,
+    library,
+    numbers,
+    threads,
+)
 
-__all__ = ["are_stored", "averages_and_scales", "square_sums", "vectors"]
+__all__ = [
+    "are_stored",
+    "averages_and_scales",
+    "joint_square_sums",
+    "square_sums",
+    "vectors",
+    "with_bias",
+]
 
 
 def _sums_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,31 +78,129 @@ def square_sums(gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]
 
 def are_stored(gradients: Sequence[Tensor]) -> list[bool]:
     """Return which matrices native kernels read: plain float32, by rows or by columns."""
+    if are_plain(gradients):
+        return [g.ndim == 2 for g in gradients]
     return [g.dim() == 2 and (is_plain(g) or is_plain(g.mT)) for g in gradients]
 
 
 @square_sums.native(are_stored)
 def _square_sums(gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return _read(gradients, [g.shape[1] for g in gradients])
+
+
+def _read(gradients: Sequence[Tensor], widths: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return row sums, and column sums at the beginning of vectors of ``widths``."""
     kernels = library()
     assert kernels is not None
+    rows = vectors(gradients[0], [g.shape[0] for g in gradients], torch.float64)
+    columns = vectors(gradients[0], widths, torch.float64)
     # One that is stored by columns is read as its transpose: its rows are the columns.
-    turned = [not gradient.is_contiguous() for gradient in gradients]
-    sizes = [g.shape[::-1] if turn else g.shape for g, turn in zip(gradients, turned, strict=True)]
-    units, features = [m for m, _ in sizes], [n for _, n in sizes]
-    rows = vectors(gradients[0], units, torch.float64)
-    columns = vectors(gradients[0], features, torch.float64)
+    stored = list(map(Tensor.is_contiguous, gradients))
+    sizes = [g.shape if own else g.shape[::-1] for g, own in zip(gradients, stored, strict=True)]
+    pairs = [(r, c) if own else (c, r) for r, c, own in zip(rows, columns, stored, strict=True)]
     kernels.neurms_square_sums(
         len(gradients),
         addresses(gradients),
-        numbers("q", units),
-        numbers("q", features),
-        addresses(rows),
-        addresses(columns),
+        numbers("q", [m for m, _ in sizes]),
+        numbers("q", [n for _, n in sizes]),
+        addresses([first for first, _ in pairs]),
+        addresses([second for _, second in pairs]),
         threads(),
     )
-    for i, turn in enumerate(turned):
-        if turn:
-            rows[i], columns[i] = columns[i], rows[i]
+    return rows, columns
+
+
+def with_bias(rows: Tensor, columns: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of [G | g], a matrix with a bias's gradient as one more column.
+
+    Args:
+        rows: G's row sums of squares, shape (..., m).
+        columns: G's column sums of squares, shape (..., n).
+        bias: g, shape (..., m).
+
+    Returns:
+        Row sums (..., m) and column sums (..., n + 1).
+
+    Example:
+        >>> import torch
+        >>> with_bias(torch.tensor([1.0, 4.0]), torch.tensor([5.0]), torch.tensor([1.0, 2.0]))
+        (tensor([2., 8.], dtype=torch.float64), tensor([5., 5.], dtype=torch.float64))
+    """
+    squares = bias.to(torch.float64).square()
+    last = squares.sum(-1, keepdim=True)
+    return rows.to(torch.float64) + squares, torch.cat([columns.to(torch.float64), last], -1)
+
+
+@list_kernel
+def joint_square_sums(
+    gradients: Sequence[Tensor], biases: Sequence[Tensor | None], widths: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Row sums and column sums of the squares of [G | g], biases being one more column.
+
+    Args:
+        gradients: Matrices G, each of shape (m, n), float32 or float64, any strides.
+        biases: g of every matrix, shape (m,), or None for none.
+        widths: Column sums of every matrix that are asked for: n, or n + 1 with a bias; without
+            one the last is zero.
+
+    Returns:
+        Row sums of every matrix, shape (m,), and column sums, shape (width,), float64.
+
+    Reference:
+        The statistic of NeuRMS's variant P, whose biases are weights of an input of 1.
+
+    Example:
+        >>> import torch
+        >>> g, b = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 2.0])
+        >>> joint_square_sums([g, g], [b, None], [3, 3])[1]
+        [tensor([10., 20.,  5.], dtype=torch.float64), tensor([10., 20.,  0.], dtype=torch.float64)]
+    """
+    each = zip(gradients, biases, widths, strict=True)
+    made = [_joint(_sums(gradient), bias, width) for gradient, bias, width in each]
+    return [rows for rows, _ in made], [columns for _, columns in made]
+
+
+def _joint(sums: tuple[Tensor, Tensor], bias: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    rows, columns = sums
+    if bias is not None:
+        return with_bias(rows, columns, bias)
+    missing = width - columns.numel()
+    return rows, torch.cat([columns, columns.new_zeros(missing)]) if missing else columns
+
+
+def _are_joint(
+    gradients: Sequence[Tensor], biases: Sequence[Tensor | None], widths: Sequence[int]
+) -> list[bool]:
+    plain = are_plain([bias for bias in biases if bias is not None])
+    return [
+        good
+        and g.shape[1] <= width <= g.shape[1] + 1
+        and (
+            bias is None
+            or ((plain or is_plain(bias)) and bias.shape == g.shape[:1] and width > g.shape[1])
+        )
+        for good, g, bias, width in zip(
+            are_stored(gradients), gradients, biases, widths, strict=True
+        )
+    ]
+
+
+@joint_square_sums.native(_are_joint)
+def _joint_square_sums(
+    gradients: Sequence[Tensor], biases: Sequence[Tensor | None], widths: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    kernels = library()
+    assert kernels is not None
+    rows, columns = _read(gradients, widths)
+    units, features = [g.shape[0] for g in gradients], [g.shape[1] for g in gradients]
+    starts = list(map(Tensor.data_ptr, columns))
+    last = [
+        start + 8 * n if width > n else 0
+        for start, n, width in zip(starts, features, widths, strict=True)
+    ]
+    kernels.neurms_column_squares(
+        len(units), addresses(biases), numbers("q", units), addresses(rows), numbers("Q", last)
+    )
     return rows, columns
 
 

@@ -8,15 +8,15 @@ from benchmarks.calls import OPTIMIZERS, added_calls
 
 # Of what stands in benchmarks/results/calls.json, with a little room for other versions of torch.
 MOST = {
-    "RMNP": 50,
-    "RACS": 55,
-    "NeuRMS-P": 155,
-    "NeuRMS-U": 225,
-    "NeuRMS-F": 280,
+    "RMNP": 26,
+    "RACS": 32,
+    "NeuRMS-P": 4,
+    "NeuRMS-U": 220,
+    "NeuRMS-F": 275,
     "NeuRMS-U backward": 400,
-    "RMNP backward": 290,
-    "Alice": 170,
-    "Muon": 170,
+    "RMNP backward": 250,
+    "Alice": 72,
+    "Muon": 52,
 }
 
 

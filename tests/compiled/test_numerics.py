@@ -75,6 +75,18 @@ CASES: dict[str, Case] = {
         lambda g: ([like(g, 3)], [like(g, 4) * magnitude(g)], [0.1], [0.9], 1e-35)
     ),
     "square_sums": Case(lambda g: ([g, g[:5]],)),
+    "probe_products": Case(
+        lambda g: (g, like(g, 3, g.shape[0], 9), like(g, 4, 10, 5), like(g, 5, g.shape[1], 5)),
+        # Sums of products of both signs.
+        rounding=1e-5,
+    ),
+    "joint_square_sums": Case(
+        lambda g: (
+            [g, g[:5], g],
+            [units(g) * magnitude(g), None, None],
+            [g.shape[1] + 1, g.shape[1] + 1, g.shape[1]],
+        )
+    ),
     "gradient_factors": Case(
         lambda g: (
             [units(g).double() * magnitude(g) ** 2],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
+import pytest
 import torch
 from torch import Tensor
 
+from neurms.compiled.backends import PROMPT
 from neurms.compiled.probes import mean_squares, probe_products
 from neurms.core.unitwise.probed import drawn_probes
 
@@ -40,6 +42,26 @@ def test_products_are_those_of_the_gradient() -> None:
     torch.testing.assert_close(columns, gradient.T @ left)
     without, _ = probe_products(d, h, right[:6], left)
     torch.testing.assert_close(without, d.T @ h @ right[:6])
+
+
+@pytest.mark.parametrize("ones", [0, 1])
+@pytest.mark.parametrize("probes", [1, 3, 4, 6])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 9), (130, 40, 300)])
+def test_the_native_pass_is_that_of_four_products(
+    shape: tuple[int, int, int], probes: int, ones: int
+) -> None:
+    rows, m, n = shape
+    generator = torch.Generator().manual_seed(1)
+    d, h = torch.randn(rows, m, generator=generator), torch.randn(rows, n, generator=generator)
+    right, left = drawn_probes(5, 1, (n + ones, m), probes, d)
+    found = probe_products.on(PROMPT)(d, h, right, left)
+    inputs = with_ones(h) if ones else h
+    gradient = d.double().T @ inputs.double()
+    for own, wanted in zip(
+        found, (gradient @ right.double(), gradient.T @ left.double()), strict=True
+    ):
+        size = float(wanted.abs().max())
+        torch.testing.assert_close(own.double(), wanted, rtol=0, atol=3e-6 * size)
 
 
 def test_a_full_orthogonal_set_gives_the_sums() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from neurms.compiled import use_backend
 from neurms.compiled.native import compiler, suits
-from neurms.compiled.square_sums import square_sums
+from neurms.compiled.square_sums import joint_square_sums, square_sums
 
 
 def matrix(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -68,3 +68,36 @@ def test_many_small_matrices_in_one_call() -> None:
     for x, row, column in zip(xs, rows, columns, strict=True):
         torch.testing.assert_close(row, x.double().square().sum(1), rtol=1e-12, atol=0)
         torch.testing.assert_close(column, x.double().square().sum(0), rtol=1e-12, atol=0)
+
+
+def joint_truth(x: Tensor, bias: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    column = x.new_zeros(x.shape[0]) if bias is None else bias
+    wide = torch.cat([x, column[:, None]], 1).double()
+    rows, columns = torch.einsum("ij,ij->i", wide, wide), torch.einsum("ij,ij->j", wide, wide)
+    return rows, columns[:width]
+
+
+@pytest.mark.parametrize("form", ["eager", "auto", "prompt", "inductor"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_a_bias_is_one_more_column(form: str, scale: float) -> None:
+    shapes = [(64, 65), (5, 3), (40, 128), (1, 1), (300, 70)]
+    xs = [matrix(*shape, scale=scale, seed=i) for i, shape in enumerate(shapes)]
+    xs[2] = xs[2].mT
+    biases = [matrix(len(x), scale=scale, seed=9) if i % 2 else None for i, x in enumerate(xs)]
+    # The last one's bias has no gradient and is a column of zeros, as a frozen one.
+    widths = [x.shape[1] + (b is not None) for x, b in zip(xs, biases, strict=True)]
+    widths[-1] += 1
+    rows, columns = joint_square_sums.on(form)(xs, biases, widths)
+    for i, (x, bias, width) in enumerate(zip(xs, biases, widths, strict=True)):
+        row, column = joint_truth(x, bias, width)
+        torch.testing.assert_close(rows[i], row, rtol=1e-12, atol=0)
+        torch.testing.assert_close(columns[i], column, rtol=1e-12, atol=0)
+
+
+def test_what_does_not_fit_is_left_to_the_definition() -> None:
+    x, y = matrix(4, 3), matrix(5, 3)
+    wrong = [matrix(3), matrix(5)], [4, 4]
+    assert joint_square_sums._serve([x, y], *wrong) == [False, True]
+    assert joint_square_sums._serve([x, y], [matrix(4), None], [3, 5]) == [False, False]
+    with pytest.raises(RuntimeError, match="size"):
+        joint_square_sums.on("prompt")([x, y], *wrong)

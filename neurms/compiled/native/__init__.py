@@ -132,11 +132,16 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Return whether all tensors are plain, in as many calls for ten as for one."""
+def are_plain(tensors: Sequence[Tensor], dtypes: frozenset[torch.dtype] = _FLOAT) -> bool:
+    """Return whether all tensors are plain, in as many calls for ten as for one.
+
+    Args:
+        tensors: The tensors.
+        dtypes: What their dtypes may be.
+    """
     return (
         _PLAIN.issuperset(map(type, tensors))
-        and _FLOAT.issuperset(map(_dtype, tensors))
+        and dtypes.issuperset(map(_dtype, tensors))
         and all(map(_is_cpu, tensors))
         and all(map(Tensor.is_contiguous, tensors))
     )

@@ -31,6 +31,10 @@ void neurms_apply_updates(int64_t count, float* const* w, const float* const* g,
 void neurms_move_square_sums(int64_t count, const float* const* x, const int64_t* m, const int64_t* n,
                              const float* const* left, const float* const* right, double* sums, int threads);
 
+// channel_sums.cpp
+void neurms_channel_square_sum(const void* x, int rounded, int64_t images, int64_t channels, int64_t positions,
+                               float* squares, int threads);
+
 // update_gemm.cpp
 int neurms_bf16_engine();
 int neurms_update_gemm(float* w, float* velocity, int64_t m, int64_t n, const void* errors, const void* activations,
@@ -58,10 +62,17 @@ double neurms_scaled_square_sum(const float* g, int64_t m, int64_t n, const floa
 // square_sums.cpp
 void neurms_square_sums(int64_t count, const float* const* g, const int64_t* m, const int64_t* n, double* const* rows,
                         double* const* columns, int threads);
+void neurms_column_squares(int64_t count, const float* const* g, const int64_t* m, double* const* rows,
+                           double* const* sums);
 void neurms_gradient_factors(int64_t count, const double* const* rows, const double* const* columns,
                              const float* const* q, const float* const* s, const int64_t* m, const int64_t* n,
                              const double* corrections, double beta, double kappa, float* const* new_q,
                              float* const* new_s, float* const* left, float* const* right);
+
+// probes.cpp
+void neurms_probe_products(const float* errors, const float* activations, int64_t rows, int64_t m, int64_t n,
+                           const float* right, const float* left, int64_t k, int ones, float* forth, float* back,
+                           int threads);
 
 // two_sided_once.cpp
 void neurms_two_sided_once(int64_t count, const float* const* g, const int64_t* m, const int64_t* n,

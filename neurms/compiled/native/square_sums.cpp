@@ -103,6 +103,24 @@ void neurms_square_sums(int64_t count, const float* const* g, const int64_t* m, 
   }
 }
 
+// One more column for each of several matrices, a null pointer for one of zeros: its squares are added to the sums of the
+// rows, and up. A matrix that has no such column has a null pointer for its sum.
+void neurms_column_squares(int64_t count, const float* const* g, const int64_t* m, double* const* rows,
+                           double* const* sums) {
+  for (int64_t k = 0; k < count; ++k) {
+    double sum = 0;
+    if (g[k] != nullptr) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < m[k]; ++i) {
+        const double x = g[k][i];
+        rows[k][i] += x * x;
+        sum += x * x;
+      }
+    }
+    if (sums[k] != nullptr) *sums[k] = sum;
+  }
+}
+
 // The roots q (m) and s (n) of several matrices' averages moved towards the sums, and the factors that they then give.
 void neurms_gradient_factors(int64_t count, const double* const* rows, const double* const* columns,
                              const float* const* q, const float* const* s, const int64_t* m, const int64_t* n,

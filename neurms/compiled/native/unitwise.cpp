@@ -6,17 +6,18 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include <omp.h>
 
 #include "common.h"
 #include "move.h"
+#include "rounded.h"
 
 namespace {
 
 constexpr int64_t kStrip = 1024;    // columns taken together: their sums stay in the first-level cache
+constexpr int64_t kNarrow = 128;    // columns below which several rows are taken as one
 constexpr int64_t kFlush = 32;      // rows summed in float32 before they enter the float64 totals
 constexpr int64_t kAlone = 1 << 14; // elements below which one thread is faster than two
 constexpr int64_t kBlock = 8192;    // elements looked at before a thread may stop
@@ -25,26 +26,13 @@ struct Moments {
   double beta, weight, correction, eps, v_min, low, high, kappa;
 };
 
-// A bfloat16 number is the upper half of a float32's bits.
-inline uint32_t bits(float x) {
-  uint32_t found;
-  std::memcpy(&found, &x, sizeof x);
-  return found;
-}
-inline uint32_t bits(uint16_t x) { return static_cast<uint32_t>(x) << 16; }
-inline float value(float x) { return x; }
-inline float value(uint16_t x) {
-  const uint32_t wide = bits(x);
-  float found;
-  std::memcpy(&found, &wide, sizeof found);
-  return found;
-}
-
 // Adds the squares of `width` columns, and the elements themselves if so asked, to totals.
 template <bool kWithSums, typename Number>
 void add_columns(const Number* x, int64_t rows, int64_t stride, int64_t width, double* squares, double* sums) {
   for (int64_t first = 0; first < rows; first += kFlush) {
-    float a[kStrip] = {0}, b[kStrip] = {0};
+    float a[kStrip], b[kStrip];
+    std::fill(a, a + width, 0.0f);
+    if (kWithSums) std::fill(b, b + width, 0.0f);
     const int64_t last = std::min(rows, first + kFlush);
     int64_t i = first;
     for (; i + 4 <= last; i += 4) {
@@ -73,6 +61,26 @@ void add_columns(const Number* x, int64_t rows, int64_t stride, int64_t width, d
   }
 }
 
+// The same of whole rows. Those of few columns are too short for a loop: as many as make a strip are one row of it.
+template <bool kWithSums, typename Number>
+void add_rows(const Number* x, int64_t rows, int64_t columns, double* squares, double* sums) {
+  const int64_t times = columns < kNarrow ? std::min(rows, kStrip / columns) : 1;
+  if (times < 2) {
+    for (int64_t j = 0; j < columns; j += kStrip)
+      add_columns<kWithSums>(x + j, rows, columns, std::min(kStrip, columns - j), squares + j, sums + j);
+    return;
+  }
+  double a[kStrip] = {0}, b[kStrip] = {0};
+  const int64_t width = times * columns, whole = rows / times;
+  add_columns<kWithSums>(x, whole, width, width, a, b);
+  add_columns<kWithSums>(x + whole * width, 1, 0, rows % times * columns, a, b);
+  for (int64_t first = 0; first < width; first += columns)
+    for (int64_t j = 0; j < columns; ++j) {
+      squares[j] += a[first + j];
+      if (kWithSums) sums[j] += b[first + j];
+    }
+}
+
 // Totals of each thread's rows, and what is made of them once all threads are through. Called by every thread of a
 // team; `made(j, width)` is called for a part of the columns whose `squares` and `sums` are complete.
 template <bool kWithSums, typename Number, typename Made>
@@ -82,9 +90,7 @@ void sum_columns(const Number* x, int64_t rows, int64_t columns, std::vector<dou
   const Range own = share(rows, part, parts, kFlush);
   double* mine = totals.data() + part * 2 * columns;
   std::fill(mine, mine + 2 * columns, 0.0);
-  for (int64_t j = 0; j < columns; j += kStrip)
-    add_columns<kWithSums>(x + own.begin * columns + j, own.end - own.begin, columns, std::min(kStrip, columns - j),
-                           mine + j, mine + columns + j);
+  add_rows<kWithSums>(x + own.begin * columns, own.end - own.begin, columns, mine, mine + columns);
 #pragma omp barrier
   const Range part_of = share(columns, part, parts, kLine);
   for (int64_t j = part_of.begin; j < part_of.end; ++j) {

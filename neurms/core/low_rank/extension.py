@@ -124,7 +124,9 @@ class LowRank(Structure):
         """Return the structure's update from within plus the residual's, shape (..., m, n)."""
         wide = update.mT if flips(update, self.transpose) else update
         basis, z = self._project(wide, state, context, flipped=wide is not update)
-        direction = self.structure(z, state, replace(context, weight=None))
+        # As it is, if it can be: to replace a field takes ten calls.
+        own = context if context.weight is None else replace(context, weight=None)
+        direction = self.structure(z, state, own)
         result = basis @ direction
         if self.scale != 1.0:
             result = result * self.scale

@@ -338,14 +338,13 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _shares(self, views: Sequence[View]) -> list[tuple[Mover, list[View]]]:
         """Return the views of each mover, the fallback's first."""
-        by_rule: dict[str, list[View]] = {FALLBACK: []}
-        for view in views:
-            rule = view.route.rule
-            if rule in by_rule:
-                by_rule[rule].append(view)
-            else:
-                by_rule[rule] = [view]
-        return [(self.mover_of(rule), own) for rule, own in by_rule.items() if own]
+        rules = [view.route.rule for view in views]
+        # Rules are few, and a comprehension makes no call for a view.
+        return [
+            (self.mover_of(rule), [v for v, own in zip(views, rules, strict=True) if own == rule])
+            for rule in dict.fromkeys((FALLBACK, *rules))
+            if rule in rules
+        ]
 
     def _make_states(self, views: Sequence[View]) -> None:
         for view in views:

@@ -49,11 +49,14 @@ class RecipeMover(Mover):
 
     def prepare(self, views: Sequence[View]) -> None:
         """Find each view's recipe, and how large its gradient may be."""
-        recipes = {id(view.group): view.group for view in views}
-        made = {key: self._recipe_of(group) for key, group in recipes.items()}
+        group = recipe = None
         for view in views:
-            recipe = made[id(view.group)]
+            # Views of a group stand together.
+            if view.group is not group:
+                group = view.group
+                recipe = self._recipe_of(group)
             if view.recipe is not recipe:
+                assert recipe is not None
                 view.recipe, view.bound = recipe, recipe.greatest(view.parameter)
 
     def state_for(self, like: Tensor, route: Route, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +91,12 @@ class RecipeMover(Mover):
 
     def _by_transforms(self, views: Sequence[View], stacked: Collection[int] = ()) -> None:
         """Move matrices by their transforms; those of ``stacked`` indices also alone in a stack."""
+        observed = is_observed()
         for recipe, alike in batches(views):
+            first = alike[0]
+            if len(alike) == 1 and not (observed or first.sharded or first.index in stacked):
+                _move_alone(first, recipe)
+                continue
             for view in alike:
                 view.state["step"] += 1
             # Not sooner: matrices that are gathered would all be whole at once.
@@ -105,6 +113,15 @@ class RecipeMover(Mover):
                     view.move(recipe, update)
 
 
+def _move_alone(view: View, recipe: Recipe) -> None:
+    """Move one matrix that lies here whole by its transforms, in few calls."""
+    state = view.state
+    state["step"] += 1
+    weight = view.weight if recipe.needs_weight else None
+    context = Context(state["step"], weight, (view.seed,))
+    view.move(recipe, recipe.update(view.matrix(view.gradient), state, context))
+
+
 def by_rows(recipe: Recipe, view: View) -> bool:
     """Return whether a recipe moves a sharded matrix by the rows that each rank has of it."""
     return recipe.row_local and shard_for(recipe, view.parameter, view.route.layout) is not None
@@ -112,7 +129,7 @@ def by_rows(recipe: Recipe, view: View) -> bool:
 
 def are_many(views: Sequence[View]) -> bool:
     """Return whether matrices are many enough for fused forms where each by itself is small."""
-    return sum([view.parameter.numel() for view in views]) >= LEAST_ELEMENTS
+    return sum(map(Tensor.numel, [view.parameter for view in views])) >= LEAST_ELEMENTS
 
 
 def _is_large(parameter: Tensor) -> bool:
@@ -191,18 +208,26 @@ def _rows_moved(recipe: Recipe, batch: Sequence[View]) -> Summing[None]:
 def batches(views: Sequence[View]) -> Iterator[tuple[Recipe, list[View]]]:
     """Yield runs of views that one call of their recipe may process together."""
     stacks: dict[Any, list[View]] = {}
+    recipes: list[Recipe] = []
+    recipe, kind = None, -1
     for view in views:
-        recipe, shape = view.recipe, view.route.layout.matrix_shape
-        assert recipe is not None
-        small = recipe.batched and shape[0] * shape[1] < BATCH_LIMIT
-        alone: Any = None if small else view.index
+        if view.recipe is not recipe:
+            recipe = view.recipe
+            assert recipe is not None
+            # Compared once, not for every view: its hash is a call for each of its settings.
+            if recipe not in recipes:
+                recipes.append(recipe)
+            kind = recipes.index(recipe)
         # By shapes over all ranks, for ranks must form the same batches.
-        cut = placement_of(view.parameter)
-        device = view.parameter.device
-        key = (recipe, shape, view.dtype, device, view.state["step"], alone, cut)
+        m, n = view.route.layout.matrix_shape
+        if not recipe.batched or m * n >= BATCH_LIMIT:
+            stacks[view.index] = [view]
+            continue
+        cut = placement_of(view.parameter) if view.sharded else None
+        key = (kind, m, n, view.dtype, view.parameter.device, view.state["step"], cut)
         stacks.setdefault(key, []).append(view)
-    for key, stack in stacks.items():
-        yield key[0], stack
+    for stack in stacks.values():
+        yield stack[0].recipe, stack
 
 
 def updates_of(

@@ -28,8 +28,11 @@ class FallbackMover(Mover):
 
     def move(self, views: Sequence[View]) -> None:
         """Take one AdamW step for each parameter."""
-        for group in {id(view.group): view.group for view in views}.values():
-            own = [view for view in views if view.group is group]
+        rest = list(views)
+        while rest:
+            group = rest[0].group
+            own = [view for view in rest if view.group is group]
+            rest = [view for view in rest if view.group is not group]
             with span("update", [view.parameter for view in own]):
                 _move(own, group)
 
@@ -39,7 +42,10 @@ class FallbackMover(Mover):
 
 
 def _move(views: Sequence[View], group: Mapping[str, Any]) -> None:
-    targets = [view.target() for view in views]
+    targets = [
+        view.parameter if view.kept is view.dtype and not view.sharded else view.target()
+        for view in views
+    ]
     gradients = [local(view.gradient) if view.sharded else view.gradient for view in views]
     states = [local_state(view.state) if view.sharded else view.state for view in views]
     adamw_update_(
@@ -56,7 +62,8 @@ def _move(views: Sequence[View], group: Mapping[str, Any]) -> None:
     for view, state, target in zip(views, states, targets, strict=True):
         # A sharded parameter's state is a copy there, which shares its tensors and no numbers.
         view.state["step"] = state["step"]
-        view.written(target)
+        if view.kept is not view.dtype:
+            view.written(target)
 
 
 def fallback_rate(group: Mapping[str, Any]) -> float:
@@ -107,7 +114,7 @@ def adamw_update_(
         torch.optim.AdamW.
     """
     triples = list(zip(parameters, gradients, states, strict=True))
-    fused = [_can_fuse(*triple) for triple in triples]
+    fused = _can_fuse(parameters, gradients, [state["exp_avg"] for state in states])
     for form in (True, False):
         chosen = [triple for triple, can in zip(triples, fused, strict=True) if can is form]
         if not chosen:
@@ -118,7 +125,7 @@ def adamw_update_(
             [state["exp_avg"] for _, _, state in chosen],
             [state["exp_avg_sq"] for _, _, state in chosen],
             [],
-            [_count(state["step"], p) for p, _, state in chosen],
+            _counts([state["step"] for *_, state in chosen], [p.device for p, *_ in chosen]),
             fused=form,
             amsgrad=False,
             beta1=betas[0],
@@ -132,16 +139,24 @@ def adamw_update_(
         state["step"] += 1
 
 
-def _count(step: int, parameter: Tensor) -> Tensor:
-    """Return a step count as torch wants it; ours are plain numbers, no bytes of the state."""
-    return torch.tensor(float(step), device=parameter.device)
+def _counts(steps: Sequence[int], devices: Sequence[torch.device]) -> list[Tensor]:
+    """Return step counts as torch wants them; ours are plain numbers, no bytes of the state."""
+    counts = torch.tensor([float(step) for step in steps], device="cpu").unbind()
+    return [
+        count if device.type == "cpu" else count.to(device)
+        for count, device in zip(counts, devices, strict=True)
+    ]
 
 
-def _can_fuse(parameter: Tensor, gradient: Tensor, state: State) -> bool:
+def _can_fuse(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], moments: Sequence[Tensor]
+) -> list[bool]:
     # The fused CPU kernel walks storage and never looks at strides (torch 2.13), so that they must
     # agree; the moments of a parameter with gaps in its storage are laid out without them.
-    return (
+    strides = [map(Tensor.stride, tensors) for tensors in (parameters, gradients, moments)]
+    return [
         type(parameter) in (Tensor, torch.nn.Parameter)
         and parameter.device.type in ("cpu", "cuda")
-        and parameter.stride() == gradient.stride() == state["exp_avg"].stride()
-    )
+        and stride == of_gradient == of_moment
+        for parameter, stride, of_gradient, of_moment in zip(parameters, *strides, strict=True)
+    ]

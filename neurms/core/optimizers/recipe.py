@@ -87,12 +87,12 @@ class Recipe:
     fused_tail: Callable[[Sequence[FusedStep]], None] | None = None
     by_rows: bool = True
 
-    @property
+    @functools.cached_property
     def needs_weight(self) -> bool:
         """Whether a transform reads the weight."""
         return any(transform.needs_weight for transform in self.transforms)
 
-    @property
+    @functools.cached_property
     def row_local(self) -> bool:
         """Whether a rank works on its own rows alone, which are enough for every transform."""
         return self.by_rows and all(transform.row_local for transform in self.transforms)

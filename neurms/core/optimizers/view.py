@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Mapping
@@ -96,9 +97,10 @@ class View:
     @property
     def seed(self) -> int:
         """Seed of the parameter's random draws: its state's, else one made of its name."""
-        known: int | None = self.state.get("seed")
+        if "seed" in self.state:
+            return int(self.state["seed"])
         # Checkpoints of earlier releases have none.
-        return seed_of(self.route, self.group) if known is None else known
+        return seed_of(self.route, self.group)
 
     @property
     def layout(self) -> Layout:
@@ -167,6 +169,10 @@ class View:
 
     def move(self, recipe: Recipe, update: Tensor) -> None:
         """Move the parameter by a recipe's update (units, features), weight decay included."""
+        if not self.sharded:
+            layout = self.route.layout
+            self.advance(recipe, update if layout.is_matrix else layout.from_matrix(update))
+            return
         step = self.layout.from_matrix(update)
         self.advance(recipe, step if self.shard else own_part(step, self.parameter))
 
@@ -174,13 +180,15 @@ class View:
         """Move what this rank holds of the parameter by its part of a step of its shape."""
         rate = float(self.group["lr"])
         decay = self.decay if self.state["step"] >= recipe.decay_from else 1.0
-        target = self.target()
+        plain = self.kept is self.dtype and not self.sharded
+        target = self.parameter if plain else self.target()
         if decay != 1.0 and recipe.decay == "before":
             target.mul_(decay)
         target.add_(step, alpha=-rate)
         if decay != 1.0 and recipe.decay == "after":
             target.mul_(decay)
-        self.written(target)
+        if not plain:
+            self.written(target)
 
     # ---------------------------------------------------------------- ranks
 
@@ -223,7 +231,12 @@ def seed_of(route: Route, group: Mapping[str, Any]) -> int:
 
     It fits in 63 bits, so that a tensor can hold it.
     """
-    return (zlib.crc32(route.name.encode()) + (int(group.get("seed", 0)) << 32)) % 2**63
+    return _mixed(route.name, int(group.get("seed", 0)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _mixed(name: str, seed: int) -> int:
+    return (zlib.crc32(name.encode()) + (seed << 32)) % 2**63
 
 
 def shard_for(recipe: Recipe, parameter: Tensor, layout: Layout) -> RowShard | None:

@@ -68,6 +68,8 @@ class Work:
 
     def __init__(self, optimizer: HasParameters) -> None:
         self._state = optimizer.state
+        self._holders: list[Tensor] = []
+        self._states: list[dict[str, Any]] = []
         self._members: list[Members] = []
         self._views: dict[int, View] = {}
         index = 0
@@ -121,25 +123,47 @@ class Work:
         Raises:
             SparseGradientError: A gradient is sparse.
         """
-        due, state = [], self._state
+        due: list[View] = []
+        self._look_at_states()
         for members in self._members:
             ascends = members.group["maximize"]
-            for view in members.views:
-                parameter = view.parameter
-                gradient = parameter.grad if gradients is None else gradients.get(parameter)
-                if gradient is None or view.empty:
-                    continue
+            parameters = [view.parameter for view in members.views]
+            found = (
+                [parameter.grad for parameter in parameters]
+                if gradients is None
+                else [gradients.get(parameter) for parameter in parameters]
+            )
+            there = [
+                (view, gradient)
+                for view, gradient in zip(members.views, found, strict=True)
+                if gradient is not None and not view.empty
+            ]
+            for view, gradient in there:
                 if gradient.layout is not torch.strided:
                     raise SparseGradientError(
                         f"the gradient of {view.route.name!r} is sparse; build the embedding with "
                         "sparse=False or give it to torch.optim.SparseAdam"
                     )
-                view.state = state.get(parameter, {})
+                parameter = view.parameter
                 if parameter.dtype is not view.kept or parameter.device != view.device:
                     _follow(view)
                 view.gradient = -gradient if ascends else gradient
-                due.append(view)
+            due += [view for view, _ in there]
         return due
+
+    def _look_at_states(self) -> None:
+        """Give views the states of now, if any has come, gone or been replaced."""
+        state = self._state
+        # By identity, in three calls for all: a tensor's own hash is a call of Python's.
+        if (
+            len(state) == len(self._states)
+            and all(map(is_, state, self._holders))
+            and all(map(is_, state.values(), self._states))
+        ):
+            return
+        for view in self:
+            view.state = state.get(view.parameter, {})
+        self._holders, self._states = list(state), list(state.values())
 
     def release(self) -> None:
         """Let go of gradients, which a view must not keep alive."""

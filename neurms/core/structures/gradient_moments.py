@@ -20,7 +20,7 @@ from neurms.core.ground.spans import span
 from neurms.core.ground.sums import Summing
 from neurms.core.structures.base import Context, State, Structure
 
-__all__ = ["GradientMoments", "with_bias"]
+__all__ = ["GradientMoments"]
 
 
 @dataclass(frozen=True)
@@ -182,27 +182,6 @@ class GradientMoments(Structure):
         if not self.momentum:
             return gradient
         return state["momentum"].lerp_(gradient, 1.0 - self.momentum)
-
-
-def with_bias(rows: Tensor, columns: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums of [G | g], a matrix with a bias's gradient as one more column.
-
-    Args:
-        rows: G's row sums of squares, shape (..., m).
-        columns: G's column sums of squares, shape (..., n).
-        bias: g, shape (..., m).
-
-    Returns:
-        Row sums (..., m) and column sums (..., n + 1).
-
-    Example:
-        >>> import torch
-        >>> with_bias(torch.tensor([1.0, 4.0]), torch.tensor([5.0]), torch.tensor([1.0, 2.0]))
-        (tensor([2., 8.], dtype=torch.float64), tensor([5., 5.], dtype=torch.float64))
-    """
-    squares = bias.double().square()
-    last = squares.sum(-1, keepdim=True)
-    return rows.double() + squares, torch.cat([columns.double(), last], -1)
 
 
 def _placed(own: Tensor, context: Context) -> Tensor:

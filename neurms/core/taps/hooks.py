@@ -175,8 +175,7 @@ class HookTap:
         self._lock = threading.Lock()
         if in_graph is not None:
             check_choice("in_graph", in_graph, ("observe", "rescale"))
-        rescales = in_graph == "rescale"
-        self._probe = None if in_graph is None else Probe(self, rescales=rescales)
+        self._probe = None if in_graph is None else self._new_probe(in_graph == "rescale")
 
     @property
     def attached(self) -> bool:
@@ -313,22 +312,54 @@ class HookTap:
             return None
         return self._probe.through(outputs, inputs.detach() if self.features else None)
 
-    def serve(self, errors: Tensor, inputs: Tensor | None, rescales: bool) -> Tensor | None:
-        """Take D and H from a compiled graph's backward; see :class:`ServesGraphs`.
+    def _new_probe(self, rescales: bool) -> Probe:
+        seen = self.activity
+        features = seen.feature_axes if seen.tokens is None else None
+        return Probe(self, rescales=rescales, unit_axes=seen.unit_axes, feature_axes=features)
+
+    def serve(self, errors: Tensor, inputs: Tensor | None) -> Tensor | None:
+        """Take D and H from a compiled graph's backward; see :class:`ServesGraphs`."""
+        if self._sink() is None:
+            return None
+        return self._on_errors(self.weight, *self._reduce_inputs(inputs))(errors)
+
+    def take(
+        self, errors: Tensor, unit_sums: Tensor, inputs: Tensor | None, feature_rows: int
+    ) -> None:
+        """Take sums from a compiled graph's backward; see :class:`ServesGraphs`.
 
         Raises:
             UnsupportedTrainingError: The sink rescales D, which the graph does not expect.
         """
-        if self._sink() is None:
-            return None
-        rescaled = self._on_errors(self.weight, *self._reduce_inputs(inputs))(errors)
-        if rescaled is not None and not rescales:
-            raise UnsupportedTrainingError(
-                f"the tap of a {type(self._module()).__name__} began to rescale its error signal "
-                "after the model was compiled for one that does not (was variant changed in a "
-                'parameter group?); build the optimizer anew with variant="B"'
+        sink, weight = self._sink(), self.weight
+        if sink is None or destination(weight, self._accumulator_of(weight)) != "grad":
+            return
+        if inputs is not None:
+            own = self.activity.tokens is None
+            inputs, feature_rows = (
+                (inputs.clone(), feature_rows) if own else self._reduce_inputs(inputs)
             )
-        return rescaled
+        with span("bookkeeping", [weight]):
+            scale, units = _as_tensor(sink.loss_scale(), errors), len(unit_sums)
+            if scale is None:
+                unit_sums = unit_sums.clone()
+            else:
+                # Divided out before squaring: what the scale leaves finite may have no square.
+                with span("reduce"):
+                    unit_sums, _ = axes_square_sum(
+                        errors, self.activity.unit_axes, scale, self.backend
+                    )
+            rows = errors.numel() // units if units else 0
+            sums = Sums(unit_sums, rows, inputs, feature_rows)
+            with self._lock:
+                if rows and sink.rescale(sums) is not None:
+                    raise UnsupportedTrainingError(
+                        f"the tap of a {type(self._module()).__name__} began to rescale its error "
+                        "signal after the model was compiled for one that does not (was variant "
+                        'changed in a parameter group?); build the optimizer anew with variant="B"'
+                    )
+                sink.add(sums)
+                self.fired = True
 
     def _reduce_inputs(self, inputs: Any) -> tuple[Tensor | None, int]:
         if not self.features:

@@ -11,23 +11,29 @@ from torch import Tensor
 
 from neurms.compiled.backends import PROMPT
 from neurms.compiled.gradient_factors import gradient_factors
-from neurms.compiled.native import LEAST_ELEMENTS
-from neurms.compiled.square_sums import square_sums
+from neurms.compiled.square_sums import joint_square_sums, with_bias
 from neurms.compiled.update import apply_updates_
-from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.ground.precision import compute_dtype
-from neurms.core.ground.shards import is_sharded, local, own_part, row_shard, wrapped_rows
+from neurms.core.ground.shards import local, own_part, wrapped_rows
 from neurms.core.ground.spans import is_observed, span
 from neurms.core.ground.sums import together
-from neurms.core.optimizers.by_recipe import RecipeMover
+from neurms.core.optimizers.by_recipe import RecipeMover, are_many
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.view import View, shard_for
 from neurms.core.routing import Route
-from neurms.core.structures.gradient_moments import GradientMoments, with_bias
+from neurms.core.structures.gradient_moments import GradientMoments
+from neurms.core.unitwise.gradient_layers import (
+    Alike,
+    Known,
+    Layer,
+    are_direct,
+    check_bias,
+    vector,
+)
 from neurms.core.unitwise.gradient_rule import partner_of
 from neurms.core.unitwise.mover import velocity_like
 
-__all__ = ["Factors", "GradientMover", "Holder", "Layer", "Target", "scales", "structure_of"]
+__all__ = ["Factors", "GradientMover", "Holder", "Target", "scales", "structure_of"]
 
 State = dict[str, Any]
 Factors = tuple[Tensor, Tensor]
@@ -49,40 +55,6 @@ class Holder(Protocol):
         """Return a parameter's state, made if it is not there, with a velocity where one is due."""
 
 
-@dataclass(slots=True, eq=False)
-class Layer:
-    """A matrix with its bias in one step.
-
-    Args:
-        weight: The matrix as its rule sees it: this rank's rows, or all of it.
-        bias: Its bias, or None.
-        structure: Its settings.
-        moves: Whether the matrix has a gradient; without one it counts as zero.
-    """
-
-    weight: View
-    bias: View | None
-    structure: GradientMoments
-    moves: bool = True
-
-    @property
-    def views(self) -> list[View]:
-        """What moves."""
-        own = [self.weight] if self.moves else []
-        return own if self.bias is None else [*own, self.bias]
-
-    @property
-    def columns(self) -> int:
-        """n, without the bias."""
-        return self.weight.route.layout.matrix_shape[1]
-
-    def bias_gradient(self) -> Tensor | None:
-        """Return the bias's gradient for the rows that are here, shape (m,), or None."""
-        if self.bias is None:
-            return None
-        return _vector(self.bias, self.bias.gradient, self.weight.shard is not None)
-
-
 class GradientMover(RecipeMover):
     """Moves matrices and their biases by the gradient's own moments, many in one call.
 
@@ -93,12 +65,34 @@ class GradientMover(RecipeMover):
     def __init__(self, optimizer: Holder) -> None:
         super().__init__(optimizer.recipe_of)
         self._optimizer = optimizer
+        self._known = Known()
 
     def move(self, views: Sequence[View]) -> None:
         """Take the step of all layers: sums, factors and moves of each kind in one call."""
         backend = self._backend(views)
-        alike: dict[GradientMoments, list[Layer]] = {}
+        alike = self._known.of(views)
+        if alike is not None:
+            self._begin(views)
+        else:
+            alike = self._found(views, backend)
+            self._known.keep(views, alike)
+        for own in alike:
+            # Who measures wants each layer's time.
+            for part in [[one] for one in own.layers] if is_observed() else [own.layers]:
+                self.write(part, self._scales(part, own.structure, backend), backend)
+
+    def _begin(self, views: Sequence[View]) -> None:
+        """Count the step of views whose layers are known."""
+        for view in views:
+            state = view.state
+            if not state or (view.group["momentum"] and "momentum" not in state):
+                view.state = state = self._optimizer.opened_state(view.parameter)
+            state["step"] += 1
+
+    def _found(self, views: Sequence[View], backend: str) -> list[Alike]:
+        """Return layers that lie here whole, and move all others."""
         cut: list[Layer] = []
+        whole: list[Layer] = []
         for layer in self.layers(views):
             if layer.weight.shard is not None:
                 cut.append(layer)
@@ -106,12 +100,9 @@ class GradientMover(RecipeMover):
                 # At once: matrices that are gathered would all be whole together.
                 self.write([layer], self._scales([layer], layer.structure, backend), backend)
             else:
-                alike.setdefault(layer.structure, []).append(layer)
+                whole.append(layer)
         self._move_rows(cut, backend)
-        for structure, own in alike.items():
-            # Who measures wants each layer's time.
-            for part in [[one] for one in own] if is_observed() else [own]:
-                self.write(part, self._scales(part, structure, backend), backend)
+        return Alike.of(whole)
 
     def _move_rows(self, layers: Sequence[Layer], backend: str) -> None:
         """Move the rows that are here of sharded matrices, after one exchange for all of them."""
@@ -164,14 +155,13 @@ class GradientMover(RecipeMover):
             own.gradient = own.seen(own.gradient) if moves else own.gradient
             bias = None if bias is None else replace(bias, gradient=bias.seen(bias.gradient))
         elif bias is not None:
-            _check_bias(bias, own)
+            check_bias(bias, own)
         return Layer(own, bias, structure, moves)
 
     def _backend(self, views: Sequence[View]) -> str:
         backend = self._optimizer.backend
         # Small matrices together are worth what a large one is: they move in the same calls.
-        worth = sum(view.parameter.numel() for view in views) >= LEAST_ELEMENTS
-        return PROMPT if worth and backend == "auto" else backend
+        return PROMPT if are_many(views) and backend == "auto" else backend
 
     # ---------------------------------------------------------------- moments and factors
 
@@ -179,7 +169,7 @@ class GradientMover(RecipeMover):
         self, layers: Sequence[Layer], structure: GradientMoments, backend: str
     ) -> list[Factors]:
         """Bring the moments of layers up to date and return the factors (m,) and (n [+ 1],)."""
-        parameters = [view.parameter for layer in layers for view in layer.views]
+        parameters = _parameters_of(layers)
         with span("reduce", parameters):
             sums = _sums_of(layers, backend)
         with span("scale", parameters):
@@ -195,17 +185,55 @@ class GradientMover(RecipeMover):
     ) -> None:
         """Move the matrices and biases of layers by their scaled gradients."""
         momentum = layers[0].structure.momentum
-        moves = [
-            move
-            for layer, own in zip(layers, factors, strict=True)
-            for move in _moves_of(layer, *own, self._target, bool(momentum))
-        ]
-        with span("update", [move.view.parameter for move in moves]):
+        direct = are_direct(layers)
+        with span("update", _parameters_of(layers)):
+            each = list(zip(layers, factors, direct, strict=True))
+            if True in direct:
+                own = [(layer, *made) for layer, made, plain in each if plain]
+                self._write_direct(own, momentum, backend)
+            moves = [
+                move
+                for layer, made, plain in each
+                if not plain
+                for move in _moves_of(layer, *made, self._target, bool(momentum))
+            ]
             _apply_([move for move in moves if not move.formed], momentum, backend)
             for move in moves:
                 if move.formed:
                     _apply_formed_(move, momentum)
                 self._written(move.view, move.target)
+
+    def _write_direct(
+        self, parts: Sequence[tuple[Layer, Tensor, Tensor]], momentum: float, backend: str
+    ) -> None:
+        """Move matrices and biases that are stored as their rule sees them, in one call."""
+        weights = [layer.weight for layer, *_ in parts]
+        biases = [layer.bias for layer, *_ in parts if layer.bias is not None]
+        views = [*weights, *biases]
+        targets, rates, decays = self._targets(weights, biases)
+        apply_updates_.on(backend)(
+            targets,
+            [view.gradient for view in views],
+            [view.state["momentum"] if momentum else None for view in views],
+            [left for _, left, _ in parts]
+            + [left * right[-1] for layer, left, right in parts if layer.bias is not None],
+            [right[: layer.columns] for layer, _, right in parts] + [None] * len(biases),
+            rates,
+            decays,
+            momentum,
+            1.0 - momentum,
+            not momentum,
+            bool(momentum),
+        )
+
+    def _targets(
+        self, weights: Sequence[View], biases: Sequence[View]
+    ) -> tuple[list[Tensor], list[float], list[float]]:
+        """Return what scaled gradients enter that are in the rule's dtype, as :class:`Target`."""
+        views = [*weights, *biases]
+        # Weight decay is for weights.
+        decays = [view.decay for view in weights] + [1.0] * len(biases)
+        return [v.parameter for v in views], [float(v.group["lr"]) for v in views], decays
 
     def _written(self, view: View, target: Tensor) -> None:
         view.written(target)
@@ -247,6 +275,13 @@ class GradientMover(RecipeMover):
         return self.state_for(like, route, {**group, "momentum": momentum})
 
 
+def _parameters_of(layers: Sequence[Layer]) -> list[Tensor] | None:
+    """Return what layers move, for who measures; None if nobody does."""
+    if not is_observed():
+        return None
+    return [view.parameter for layer in layers for view in layer.views]
+
+
 def structure_of(recipe: Recipe) -> GradientMoments:
     """Return the structure of variant P's recipe.
 
@@ -262,47 +297,39 @@ def structure_of(recipe: Recipe) -> GradientMoments:
     return structure
 
 
-def _check_bias(bias: View, weight: View) -> None:
-    """Raise unless a bias is cut as the rows of its matrix are."""
-    shard = row_shard(bias.parameter, bias.route.layout) if is_sharded(bias.parameter) else None
-    if shard is None or (shard.start, shard.rows) != (weight.shard.start, weight.shard.rows):  # type: ignore[union-attr]
-        raise UnsupportedTrainingError(
-            f"the bias {bias.route.name!r} is not sharded as the rows of {weight.route.name!r} "
-            f"are; shard both alike, or pass exclude=({bias.route.name!r},)"
-        )
-
-
-def _vector(view: View, tensor: Tensor, rows: bool) -> Tensor:
-    """Return a tensor like a bias: this rank's ``rows``, or all of it, in the rule's dtype."""
-    whole = local(tensor) if rows or not is_sharded(tensor) else tensor.full_tensor()  # type: ignore[attr-defined]
-    return whole.to(view.dtype)
-
-
 # -------------------------------------------------------------------- moments and factors
 
 
 def _sums_of(layers: Sequence[Layer], backend: str) -> list[tuple[Tensor, Tensor]]:
-    """Return row sums and column sums of squares of [G | g] of layers, G's in one call."""
-    gradients = [
-        layer.weight.matrix(layer.weight.seen(layer.weight.gradient))
-        for layer in layers
-        if layer.moves
+    """Return row sums and column sums of squares of [G | g] of layers, in one call."""
+    moving = [layer for layer in layers if layer.moves]
+    direct = are_direct(moving)
+    biases = [
+        # Where caches are cold, calls cost more than what they do.
+        (None if layer.bias is None else layer.bias.gradient) if plain else layer.bias_gradient()
+        for layer, plain in zip(moving, direct, strict=True)
     ]
-    made = iter(zip(*square_sums.on(backend)(gradients), strict=True))
-    return [_with_own_bias(layer, next(made) if layer.moves else None) for layer in layers]
+    sums = joint_square_sums.on(backend)(
+        [
+            layer.weight.gradient if plain else layer.gradient()
+            for layer, plain in zip(moving, direct, strict=True)
+        ],
+        biases,
+        # A bias that has no gradient in this step, a frozen one's, counts as zero.
+        [layer.weight.state["s"].shape[0] for layer in moving],
+    )
+    made = zip(*sums, strict=True)
+    if len(moving) == len(layers):
+        return list(made)
+    return [next(made) if layer.moves else _bias_sums(layer) for layer in layers]
 
 
-def _with_own_bias(layer: Layer, sums: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    q, s = local(layer.weight.state["q"]), layer.weight.state["s"]
-    if sums is None:
-        sums = q.new_zeros(q.shape, dtype=torch.float64), s.new_zeros(layer.columns).double()
-    bias = layer.bias_gradient()
-    if bias is not None:
-        return with_bias(*sums, bias)
-    rows, columns = sums
-    # A bias that has no gradient in this step, a frozen one's, counts as zero.
-    missing = s.numel() - columns.numel()
-    return rows, torch.cat([columns, columns.new_zeros(missing)]) if missing else columns
+def _bias_sums(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Return the sums of a matrix that has no gradient, but a bias that has one."""
+    q, bias = local(layer.weight.state["q"]), layer.bias_gradient()
+    assert bias is not None
+    zeros = q.new_zeros(q.shape, dtype=torch.float64), q.new_zeros(layer.columns).double()
+    return with_bias(*zeros, bias)
 
 
 def scales(
@@ -428,7 +455,7 @@ def _apply_formed_(move: _Move, momentum: float) -> None:
         move.velocity.lerp_(own.to(view.dtype), 1.0 - momentum)
         x = view.state["momentum"]
     if move.right is None:
-        step = _vector(view, x, move.rows) * move.left
+        step = vector(view, x, move.rows) * move.left
     else:
         update = view.matrix(view.seen(x)) * move.left[:, None] * move.right
         step = view.layout.from_matrix(update)

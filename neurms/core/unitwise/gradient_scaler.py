@@ -60,6 +60,7 @@ class GradientScaler:
         for view in due:
             assert view.parameter.grad is not None
             view.gradient = view.parameter.grad
+            view.state = self.state.get(view.parameter, {})
         self._mover.prepare(due)
         self._mover.move(due)
         for view in due:
@@ -103,6 +104,13 @@ class _ScalingMover(GradientMover):
         gradient = view.parameter.grad
         assert gradient is not None
         return Target(local(gradient), -1.0, 0.0)
+
+    def _targets(
+        self, weights: Sequence[View], biases: Sequence[View]
+    ) -> tuple[list[Tensor], list[float], list[float]]:
+        views = [*weights, *biases]
+        # Stored as their rule sees them, and so is what they are.
+        return [view.gradient for view in views], [-1.0] * len(views), [0.0] * len(views)
 
     def _written(self, view: View, target: Tensor) -> None:
         """Leave the parameter as it is."""

@@ -11,11 +11,11 @@ from neurms.compiled.probes import mean_squares
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.spans import span
 from neurms.core.optimizers.view import View
+from neurms.core.unitwise.gradient_layers import Layer
 from neurms.core.unitwise.gradient_mover import (
     Factors,
     GradientMover,
     Holder,
-    Layer,
     scales,
 )
 from neurms.core.unitwise.gradient_rule import partner_of

@@ -108,3 +108,29 @@ def test_transforms_see_the_master_copy_of_the_weight() -> None:
     torch.testing.assert_close(
         optimizers[0].state[narrow]["master"], wide.detach(), rtol=1e-7, atol=0
     )
+
+
+@pytest.mark.parametrize("how", ["replaced", "popped", "cleared", "swapped"])
+def test_a_step_sees_what_became_of_a_state(how: str) -> None:
+    """It looks at states by identity: one that is there no more must not be moved on."""
+    parameters = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    optimizer = RACS(parameters)
+    for step in range(3):
+        random_gradients(parameters, step)
+        optimizer.step()
+    one, other = (optimizer.state[p] for p in parameters)
+    if how == "replaced":
+        optimizer.state[parameters[0]] = dict(one, step=7)
+    elif how == "popped":
+        optimizer.state.pop(parameters[0])
+    elif how == "cleared":
+        optimizer.state.clear()
+    else:
+        optimizer.state[parameters[0]], optimizer.state[parameters[1]] = other, one
+    random_gradients(parameters, 4)
+    optimizer.step()
+    expected = {"replaced": [8, 4], "popped": [1, 4], "cleared": [1, 1], "swapped": [4, 4]}[how]
+    assert [optimizer.state[p]["step"] for p in parameters] == expected
+    views = optimizer.work().due()
+    assert all(view.state is optimizer.state[view.parameter] for view in views)
+    assert one["step"] == (4 if how == "swapped" else 3)

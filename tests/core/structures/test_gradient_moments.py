@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from neurms.compiled.square_sums import with_bias
 from neurms.core.ground.shards import RowShard
 from neurms.core.structures.base import Context, State
-from neurms.core.structures.gradient_moments import GradientMoments, with_bias
+from neurms.core.structures.gradient_moments import GradientMoments
 from neurms.testing import TransformContract, gradients, run
 
 

@@ -1,0 +1,107 @@
+"""Layers that variant P keeps from step to step: a change is seen, as by fresh ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from neurms import GradientPreconditioner, NeuRMS
+from neurms.core.unitwise.gradient_layers import Known
+from tests.core.unitwise.neurms_models import cnn, images, vectors, wide
+from tests.core.unitwise.test_gradient_mover import backward
+
+Change = Callable[[NeuRMS, nn.Module], object]
+
+
+def first(model: nn.Module) -> nn.Module:
+    return next(m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+
+def add(optimizer: NeuRMS, model: nn.Module) -> None:
+    model.register_parameter("extra", nn.Parameter(torch.ones(3, 4, dtype=torch.float64)))
+    optimizer.add_param_group({"params": [("extra", model.get_parameter("extra"))]})
+
+
+def replace(optimizer: NeuRMS, model: nn.Module) -> None:
+    weight = first(model).weight
+    assert isinstance(weight, Tensor)
+    optimizer.state[weight] = copy.deepcopy(optimizer.state[weight])
+    optimizer.state[weight]["q"].mul_(3.0)
+
+
+CHANGES: dict[str, Change] = {
+    "rate": lambda o, m: o.param_groups[0].update(lr=0.2),
+    "decay": lambda o, m: o.param_groups[0].update(weight_decay=0.3),
+    "kappa": lambda o, m: o.param_groups[0].update(kappa=1.2),
+    "momentum": lambda o, m: o.param_groups[0].update(momentum=0.7),
+    "frozen bias": lambda o, m: first(m).bias.requires_grad_(False),  # type: ignore[operator,union-attr]
+    "frozen weight": lambda o, m: first(m).weight.requires_grad_(False),  # type: ignore[operator,union-attr]
+    "dtype": lambda o, m: m.float(),
+    "low precision": lambda o, m: m.bfloat16(),
+    "added": add,
+    "replaced state": replace,
+    "no state": lambda o, m: o.state.clear(),
+    "loaded": lambda o, m: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "divided": lambda o, m: o.param_groups.append(
+        {**o.param_groups[0], "params": [o.param_groups[0]["params"].pop()], "lr": 0.3}
+    ),
+}
+
+
+def steps(model: nn.Module, change: Change, fresh: bool) -> list[Tensor]:
+    optimizer = NeuRMS(model, variant="P", lr=0.02, weight_decay=0.01)
+    batch = images() if any(isinstance(m, nn.Conv2d) for m in model.modules()) else vectors()
+    for number in range(7):
+        if number == 3:
+            change(optimizer, model)
+        if fresh:
+            optimizer._movers.clear()
+        x = batch[0].to(next(model.parameters()).dtype)
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), batch[1]).backward()
+        if (extra := getattr(model, "extra", None)) is not None:
+            extra.grad = torch.arange(12.0, dtype=torch.float64).view(3, 4)
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("make", [wide, cnn])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_is_seen(what: str, make: Callable[[], nn.Module]) -> None:
+    change = CHANGES[what]
+    kept, made = (steps(make().double(), change, fresh) for fresh in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, made, strict=True))
+    unchanged = steps(make().double(), lambda o, m: None, fresh=False)
+    if what != "loaded":
+        assert any(not torch.equal(a, b) for a, b in zip(kept, unchanged, strict=False))
+
+
+def test_layers_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    keep = Known.keep
+    monkeypatch.setattr(Known, "keep", lambda *args: (kept.append(1), keep(*args)))
+    model = wide().double()
+    optimizer = NeuRMS(model, variant="P")
+    for _ in range(5):
+        backward(model, vectors())
+        optimizer.step()
+    assert len(kept) == 1
+
+
+def test_a_preconditioner_sees_a_state_that_is_loaded() -> None:
+    one, other = wide().double(), wide().double()
+    scalers = [GradientPreconditioner(model, variant="P") for model in (one, other)]
+    for number in range(5):
+        for model, scaler in zip((one, other), scalers, strict=True):
+            backward(model, vectors())
+            assert scaler.precondition_(model.parameters())
+        if number == 2:
+            scalers[1].load_state_dict(copy.deepcopy(scalers[0].state_dict()))
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad, q.grad)
