@@ -28,6 +28,7 @@ from neurms.compiled.native import (
 
 __all__ = ["bfloat16_gemm_", "update_gemm_"]
 
+
 def update_gemm_(
     w: Tensor,
     errors: Tensor,

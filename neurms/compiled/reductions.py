@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neurms.compiled._tiles import accumulator, is_fused, is_tiled, tile_length
 from neurms.compiled.backends import PROMPT, kernel
-from neurms.compiled.native import LEAST_ELEMENTS, is_signal, library, threads
+from neurms.compiled.native import LEAST_ELEMENTS, is_signal, library, reads, threads
 
 
 def _squared(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -83,7 +83,13 @@ def _has_columns(x: Tensor, scale: Tensor | None) -> bool:
 
 
 def _has_plain_columns(x: Tensor, scale: Tensor | None) -> bool:
-    return scale is None and x.ndim >= 2 and 0 not in x.shape and is_signal(x) and library() is not None
+    return (
+        scale is None
+        and x.ndim >= 2
+        and 0 not in x.shape
+        and is_signal(x)
+        and library() is not None
+    )
 
 
 @column_square_sum.native(_has_columns, fits=_has_plain_columns)
@@ -156,7 +162,8 @@ def _channel_square_sum(x: Tensor, axis: int, scale: Tensor | None) -> Tensor:
     images = math.prod(x.shape[: axis % x.dim()])
     positions = x.numel() // (images * channels)
     if positions == 1 or not x.is_contiguous():
-        return _column_square_sum(x.movedim(axis, -1), scale)
+        squares: Tensor = _column_square_sum(x.movedim(axis, -1), scale)
+        return squares
     kernels = library()
     assert kernels is not None
     squares = x.new_empty(channels, dtype=torch.float32)
@@ -186,8 +193,9 @@ def axes_square_sum(
     """
     last = axes == (-1,)
     if last and backend == PROMPT and scale is None and x.ndim > 1 and 0 not in x.shape:
+        kernels = library() if is_signal(x) else None
         # As the kernel's form does, which takes as long to find as a small sum.
-        if is_signal(x) and (kernels := library()) is not None:
+        if kernels is not None:
             return _native_columns(kernels, x)
     if x.requires_grad:
         x = x.detach()

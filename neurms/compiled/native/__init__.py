@@ -88,7 +88,8 @@ _NOTHING = torch.empty(0, device="cpu")
 
 def addresses(tensors: Sequence[Tensor | None]) -> bytes:
     """Return where the elements of several tensors begin, as an array of C; null for None."""
-    return numbers("Q", map(Tensor.data_ptr, [_NOTHING if x is None else x for x in tensors]))
+    there = [_NOTHING if x is None else x for x in tensors]
+    return array("Q", map(Tensor.data_ptr, there)).tobytes()
 
 
 def numbers(kind: str, values: Iterable[Any]) -> bytes:

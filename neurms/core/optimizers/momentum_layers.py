@@ -191,9 +191,7 @@ class MomentumLayers(TapSet[MomentumLayer, Owner]):
         assert isinstance(module, nn.Linear)
         once = self._once
         name = layer.route.name
-        return BackwardUpdateTap(
-            module, layer, name=name, writes=False, once=once, rescales=False
-        )
+        return BackwardUpdateTap(module, layer, name=name, writes=False, once=once, rescales=False)
 
     def judges(self, layer: MomentumLayer, good: bool) -> bool:
         """Return whether a layer's signals may enter its momentum.

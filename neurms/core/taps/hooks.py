@@ -561,8 +561,8 @@ def _in_place_safe(outputs: Tensor, trailing: int) -> Tensor:
     return outputs if moved else base
 
 
-def _as_tensor(scale: Tensor | float, like: Tensor) -> Tensor:
-    if isinstance(scale, Tensor):
+def _as_tensor(scale: Tensor | float | None, like: Tensor) -> Tensor | None:
+    if scale is None or isinstance(scale, Tensor):
         return scale
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.tensor(scale, dtype=dtype, device=like.device)

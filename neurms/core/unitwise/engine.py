@@ -277,7 +277,9 @@ class Engine(TapSet[TappedLayer, Owner]):
         seen = [layer.observed for layer in self._unjudged()]
         own = [x for x in seen if x.features is None]
         tensors: list[Any] = [x.units for x in own]
-        bounds = [GREATEST[x.units.dtype] / (4.0 * (x.rows or 1)) for x in own if x.units is not None]
+        bounds = [
+            GREATEST[x.units.dtype] / (4.0 * (x.rows or 1)) for x in own if x.units is not None
+        ]
         for sums in seen if len(own) < len(seen) else ():
             if sums.features is not None:
                 tensors += sums.units, sums.features

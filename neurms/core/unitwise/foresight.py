@@ -75,9 +75,7 @@ def foresee(
     if "v" not in state:
         return None
     v, u = state["v"], state["u"] if "u" in state else None
-    if structure.clip != "absolute" or not (
-        errors.dtype is v.dtype or _go_with(v, errors, scale)
-    ):
+    if structure.clip != "absolute" or not (errors.dtype is v.dtype or _go_with(v, errors, scale)):
         return None
     if structure.factored and (u is None or not _go_with(u, activations, scale)):
         return None
@@ -102,4 +100,4 @@ def _go_with(moments: Tensor, signal: Tensor, scale: bool) -> bool:
     """Return whether a signal may be observed at once, and keeps its dtype if it is scaled."""
     if signal.dtype is moments.dtype:
         return True
-    return (not scale and signal.dtype is torch.bfloat16 and moments.dtype is torch.float32)
+    return not scale and signal.dtype is torch.bfloat16 and moments.dtype is torch.float32

@@ -25,7 +25,6 @@ from neurms.core.unitwise.statistics import (
     Basis,
     Factors,
     PendingSums,
-    basis_of,
     by_unit,
     is_basis,
     moved,
@@ -57,7 +56,9 @@ class Holder(Protocol):
     loss_scale: Callable[[], Tensor | float] | None
     gemm: Gemm
 
-    owner_ref: Callable[[], HasRules | None]
+    @property
+    def owner_ref(self) -> Callable[[], HasRules | None]:
+        """Returns the owner while there is one."""
 
     @property
     def owner(self) -> HasRules:
