@@ -172,7 +172,7 @@ class UnitwiseMover(Mover):
             rule, state = view.recipe, view.state
             # Without a gradient the state is the one that backward had, if it wrote an update.
             if rule.momentum or rule.normalize or (weight is None and layer.foresight is None):
-                state = self._optimizer.opened_state(layer.weight)
+                state = view.state = self._optimizer.opened_state(layer.weight)
             due += ((rule.structure, layer, state),)
         self._engine.commit_seats(due)
         return seen
