@@ -10,13 +10,14 @@ from benchmarks.calls import OPTIMIZERS, added_calls
 MOST = {
     "RMNP": 26,
     "RACS": 26,
-    "NeuRMS-P": 6,
-    "NeuRMS-U": 220,
-    "NeuRMS-F": 275,
-    "NeuRMS-U backward": 400,
-    "RMNP backward": 250,
+    "NeuRMS-P": 5,
+    "NeuRMS-U": 55,
+    "NeuRMS-F": 70,
+    "NeuRMS-U backward": 110,
+    "NeuRMS-P backward": 270,
+    "RMNP backward": 105,
     "Alice": 72,
-    "Muon": 50,
+    "Muon": 140,
 }
 
 
