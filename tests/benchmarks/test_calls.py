@@ -16,8 +16,8 @@ MOST = {
     "NeuRMS-U backward": 110,
     "NeuRMS-P backward": 270,
     "RMNP backward": 105,
-    "Alice": 72,
-    "Muon": 140,
+    "Alice": 86,
+    "Muon": 54,
 }
 
 

@@ -69,7 +69,7 @@ def _shortened(size: float, last: float, gamma: float, step: int) -> float:
 
 def growth_factors(
     norms: Sequence[Tensor], phis: Sequence[Tensor], gamma: float, steps: Sequence[int]
-) -> list[float] | list[Tensor]:
+) -> Sequence[float | Tensor]:
     """Return the :func:`growth_factor` of several updates, as float64; every ``phi`` advances.
 
     Args:
