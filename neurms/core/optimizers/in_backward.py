@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
+import torch
 from torch import nn
 
 from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
@@ -13,6 +14,7 @@ from neurms.core.ground.errors import NonFiniteError, UnsupportedTrainingError
 __all__ = [
     "UpdateMode",
     "check_model",
+    "drop_outside_of_graphs",
     "is_asked_by_scaler",
     "refuse_copy",
     "refuse_scaler",
@@ -41,6 +43,16 @@ def check_model(argument: str, given: Any, reader: str, otherwise: str) -> None:
         "signals and inputs of layers, which parameters alone do not show; pass the model "
         f"itself, with parameter groups beside it as groups=[...], or{otherwise}"
     )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def drop_outside_of_graphs(optimizer: torch.optim.Optimizer, set_to_none: bool) -> None:
+    """Have an optimizer drop gradients where a graph of torch.compile is being recorded.
+
+    As torch's own does, outside of the graph: nothing in it is a tensor's operation. Only there:
+    the wrapper takes thirty calls.
+    """
+    optimizer.zero_grad(set_to_none)
 
 
 def is_asked_by_scaler() -> bool:

@@ -13,6 +13,7 @@ from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.in_backward import (
     UpdateMode,
     check_model,
+    drop_outside_of_graphs,
     is_asked_by_scaler,
     refuse_copy,
     refuse_scaler,
@@ -135,10 +136,11 @@ class MomentumFirst(PreconditionedOptimizer):
 
     # ---------------------------------------------------------------- the step
 
-    # Outside of graphs, as torch's own.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients; of one that is in a momentum already, say so."""
+        if torch.compiler.is_dynamo_compiling():
+            drop_outside_of_graphs(self, set_to_none)
+            return
         if self.momentum_layers is not None:
             self.momentum_layers.forget()
             self.work()

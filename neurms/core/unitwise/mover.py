@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -58,22 +58,19 @@ class Seats:
 
     def __init__(self, views: Sequence[View], layers: list[TappedLayer], work: Work) -> None:
         self.layers = layers
-        self._work = work
+        self.work = work
         self.moving = {id(view.parameter) for view in views}
         self._views = list(views)
         of = {id(view.parameter): view for view in views}
-        self._seats: list[Seat] = [
+        self.each: list[Seat] = [
             (x, work.view_of(x.weight), of.get(id(x.weight)), of.get(id(x.bias))) for x in layers
         ]
-        self.without = [view for _, view, moving, _ in self._seats if moving is None]
+        self.without = [view for _, view, moving, _ in self.each if moving is None]
         """Views of weights that have no gradient."""
 
     def hold(self, views: Sequence[View], layers: Sequence[TappedLayer], work: Work) -> bool:
         """Return whether views and layers are the same. Of both, equal is identical."""
-        return self._work is work and self._views == views and self.layers == layers
-
-    def __iter__(self) -> Iterator[Seat]:
-        return iter(self._seats)
+        return self.work is work and self._views == views and self.layers == layers
 
 
 class UnitwiseMover(Mover):
@@ -99,7 +96,7 @@ class UnitwiseMover(Mover):
     def prepare(self, views: Sequence[View]) -> None:
         """Sum statistics over ranks; give to AdamW what no backward pass has shown."""
         engine = self._engine
-        seats = self._seated(views)
+        seats = self._seats = self._seated(views, self._optimizer.work())
         moving = seats.moving
         engine.prepare(seats.layers, moving)
         unseen = engine.unseen()
@@ -127,12 +124,12 @@ class UnitwiseMover(Mover):
             if view.recipe is not rule and not view.route.is_fallback:
                 view.recipe, view.bound = rule, rule.greatest(view.parameter)
 
-    def _seated(self, views: Sequence[View]) -> Seats:
+    def _seated(self, views: Sequence[View], work: Work) -> Seats:
         """Return which views are of which layer; nothing changes from step to step, as a rule."""
-        layers, work = list(self._engine), self._optimizer.work()
-        if self._seats is None or not self._seats.hold(views, layers, work):
-            self._seats = Seats(views, layers, work)
-        return self._seats
+        layers, known = list(self._engine), self._seats
+        if known is not None and known.hold(views, layers, work):
+            return known
+        return Seats(views, layers, work)
 
     def look_at(self) -> tuple[list[Tensor], list[float]]:
         """Return the statistics of all layers."""
@@ -144,7 +141,10 @@ class UnitwiseMover(Mover):
 
     def move(self, views: Sequence[View]) -> None:
         """Commit the statistics of layers that move, then move their weights and biases."""
-        engine, seats = self._engine, self._seated(views)
+        engine, seats = self._engine, self._seats
+        # What preparation has learnt may have given parameters to another rule.
+        if seats is None or not seats.hold(views, list(engine), seats.work):
+            seats = self._seated(views, self._optimizer.work())
         engine.warn_of_still(seats.layers, seats.moving)
         fresh = self._commit(seats)
         for parts in self._parts(seats, fresh):
@@ -163,10 +163,10 @@ class UnitwiseMover(Mover):
                 layer.weight.grad is not None
                 or (layer.tap is not None and not layer.tap.leaves_gradient)
             )
-            for layer, _, _, _ in seats
+            for layer, _, _, _ in seats.each
         ]
         due: list[tuple[UnitFeatureDiagonal, TappedLayer, dict[str, Any]]] = []
-        for (layer, view, weight, _), own in zip(seats, seen, strict=True):
+        for (layer, view, weight, _), own in zip(seats.each, seen, strict=True):
             if not own:
                 continue
             rule, state = view.recipe, view.state
@@ -182,7 +182,7 @@ class UnitwiseMover(Mover):
         alike: dict[int, list[Scaled]] = {}
         group: Mapping[str, Any] | None = None
         own: list[Scaled] = []
-        for (layer, view, weight, bias), committed in zip(seats, fresh, strict=True):
+        for (layer, view, weight, bias), committed in zip(seats.each, fresh, strict=True):
             if weight is None and bias is None:
                 continue
             state = view.state if committed or weight is not None else layer.state

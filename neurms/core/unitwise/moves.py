@@ -85,9 +85,10 @@ def _move_at_once_(parts: Sequence[Scaled], rule: UnitwiseRule, backend: str) ->
         [c for _, (_, c), _ in parts] if applied else absent,
         [rate] * len(parts),
         [decay if own else 1.0 for own in two],
-        momentum=rule.momentum,
-        scale_gradient=not rule.upstream,
-        scale_velocity=rule.coupled,
+        rule.momentum,
+        1.0,
+        not rule.upstream,
+        rule.coupled,
     )
     return True
 

@@ -14,6 +14,7 @@ from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.in_backward import (
     UpdateMode,
     check_model,
+    drop_outside_of_graphs,
     is_asked_by_scaler,
     refuse_copy,
     refuse_scaler,
@@ -459,10 +460,11 @@ class NeuRMS(PreconditionedOptimizer):
 
     # ---------------------------------------------------------------- the step
 
-    # Outside of graphs, as torch's own: nothing in it is a tensor's operation.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients, and with them the statistics that no step has taken."""
+        if torch.compiler.is_dynamo_compiling():
+            drop_outside_of_graphs(self, set_to_none)
+            return
         self.layers.forget()
         if self.probed_layers is not None:
             self.probed_layers.forget()
