@@ -149,7 +149,8 @@ def _channel_square_sum(x: Tensor, axis: int, scale: Tensor | None) -> Tensor:
     images = math.prod(x.shape[: axis % x.dim()])
     positions = x.numel() // (images * channels)
     if positions == 1 or not x.is_contiguous():
-        return _column_square_sum(x.movedim(axis, -1), scale)
+        columns: Tensor = _column_square_sum(x.movedim(axis, -1), scale)
+        return columns
     kernels = library()
     assert kernels is not None
     squares = x.new_empty(channels, dtype=torch.float32)
