@@ -35,6 +35,7 @@ MEASUREMENTS = (
     "fault_matrix",
     "kernels",
     "kill_resume",
+    "llama_cpu",
     "llama_step",
     "memory",
     "overhead",

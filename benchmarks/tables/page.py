@@ -8,13 +8,14 @@ from typing import Any
 from benchmarks.tables import contests, headline, headline_chart, text_page
 from benchmarks.tables.accuracy import mnist
 from benchmarks.tables.answers import COSTS_OF, NAMES, answers, costs
+from benchmarks.tables.llama_cpu import llama_cpu
 from benchmarks.tables.speed import speed
 
 __all__ = ["OLDER", "SHOWN", "older", "page"]
 
 Content = dict[str, Any]
 
-SHOWN = (*headline.NAMES, *COSTS_OF, "step_avx2")
+SHOWN = (*headline.NAMES, *COSTS_OF, "step_avx2", "llama_cpu")
 """The results files of the page."""
 
 OLDER = (*NAMES, "mnist")
@@ -47,6 +48,7 @@ def page(contents: Mapping[str, Content]) -> str:
         if drawn
         else "",
         contests.summary(judged),
+        llama_cpu(contents["llama_cpu"]) if "llama_cpu" in contents else "",
         costs(contents),
         speed(contents["kernels"], contents["step"], contents.get("step_avx2")),
     ]

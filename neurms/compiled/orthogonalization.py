@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import kernel
+from neurms.compiled.symmetric import half_product_, panel_count
 
 __all__ = ["newton_schulz", "whiten"]
 
@@ -59,20 +60,21 @@ def newton_schulz(
         x = _gram_rounds(x, steps, a, b, c)
     else:
         # No call for a product that is not cut, nor for a size: small matrices wait for calls.
-        cut = x.shape[-2] >= 512
+        cut = x.dim() == 2 and x.shape[-2] >= 256
         for _ in range(steps):
             gram = _symmetric(x, x.mT) if cut else x @ x.mT
-            square = _symmetric(gram, gram) if cut else gram @ gram
-            x = a * x + (b * gram + c * square) @ x
+            if cut:
+                x = torch.addmm(x, _polynomial(gram, 0.0, b, c), x, beta=a)
+            else:
+                x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
 
 def _gram_rounds(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
     gram = _symmetric(x, x.mT)
-    eye = torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
-    polynomial = eye
+    polynomial = gram
     for step in range(steps):
-        factor = a * eye + b * gram + c * _symmetric(gram, gram)
+        factor = _polynomial(gram, a, b, c)
         # All of them commute, so that their products are symmetric.
         polynomial = factor if step == 0 else _symmetric(polynomial, factor)
         if step + 1 < steps:
@@ -80,15 +82,23 @@ def _gram_rounds(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
     return polynomial @ x
 
 
+def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """Return a I + b A + c A^2 for symmetric A (..., m, m)."""
+    if gram.dim() > 2 or panel_count(gram.size(-1)) == 1:
+        result = b * gram + c * (gram @ gram)
+    else:
+        result = half_product_(gram.clone(), gram, gram, b, c)
+    if a != 0.0:
+        result.diagonal(0, -2, -1).add_(a)
+    return result
+
+
 def _symmetric(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``x @ y``, known to be symmetric: of a large one a corner is not computed twice."""
-    half = x.size(-2) // 2
-    # Below it cutting costs what it saves.
-    if half < 256:
+    """Return ``x @ y``, known to be symmetric: of a large one half is computed, and mirrored."""
+    if x.dim() > 2 or panel_count(x.size(-2)) == 1:
         return x @ y
-    below = x[..., half:, :] @ y
-    corner = x[..., :half, :] @ y[..., :half]
-    return torch.cat([torch.cat([corner, below[..., :half].mT], -1), below], -2)
+    empty = torch.empty([x.size(-2), x.size(-2)], dtype=x.dtype, device=x.device)
+    return half_product_(empty, x, y, 0.0, 1.0)
 
 
 def _low_rounds(x: Tensor, steps: int, a: float, b: float, c: float, native: bool) -> Tensor:

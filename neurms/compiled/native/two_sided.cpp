@@ -11,7 +11,7 @@ constexpr int64_t kChunk = 2048;  // columns summed in float32 before they enter
 
 inline double total(const Lanes& lanes) {
   double sum = 0;
-  for (int64_t l = 0; l < kLine; ++l) sum += lanes[l];
+  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
   return sum;
 }
 
@@ -22,10 +22,10 @@ void dot_squares(const float* g, const float* s, const float* also, float* out, 
                  int64_t ahead) {
   double first[kCount] = {0}, second[kCount] = {0};
   int64_t j = 0;
-  while (j + kLine <= n) {
+  while (j + kLanes <= n) {
     const int64_t end = std::min(n, j + kChunk);
     Lanes a[kCount] = {}, b[kCount] = {};
-    for (; j + kLine <= end; j += kLine) {
+    for (; j + kLanes <= end; j += kLanes) {
       const Lanes weight = load(s + j), other = kAlso ? load(also + j) : weight;
       for (int r = 0; r < kCount; ++r) {
         __builtin_prefetch(g + r * n + ahead + j);

@@ -11,60 +11,71 @@
 
 namespace {
 
-constexpr int kMostLines = 4;                    // k <= 64
+constexpr int kStep = static_cast<int>(kLine / kLanes);  // registers of 16 floats: k is filled up to a multiple of 16
+// Registers with sums of rows that are kept at a time; AVX-512 has 32 of them, others 16.
+constexpr int kHeld = kLanes == kLine ? 8 : 4;
+
+// The most of `lines` registers, up to `most`, that go into them without a rest.
+constexpr int part_of(int lines, int most) { return lines % most == 0 ? most : part_of(lines, most - 1); }
+
 constexpr double kUlp = 1.1920928955078125e-07;  // of float32
 constexpr float kVanishing = 0x1p-60f;           // of the square of a matrix's largest entry
 
 inline float total(const Lanes& lanes) {
-  float part[kLine];
+  float part[kLanes];
   store(part, lanes);
-  for (int64_t half = kLine / 2; half > 0; half /= 2)
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
     for (int64_t l = 0; l < half; ++l) part[l] += part[l + half];
   return part[0];
 }
 
-// out = sum_i x_i row_i for `count` rows of kLines lines, `stride` floats apart.
+// out = sum_i x_i row_i for `count` rows of kLines registers, `stride` floats apart.
 template <int kLines>
 inline void combine(const float* x, const float* rows, int64_t count, int64_t stride, float* out) {
-  Lanes even[kLines] = {}, odd[kLines] = {};
-  int64_t i = 0;
-  for (; i + 2 <= count; i += 2)
-    for (int l = 0; l < kLines; ++l) {
-      even[l] += x[i] * load(rows + i * stride + l * kLine);
-      odd[l] += x[i + 1] * load(rows + (i + 1) * stride + l * kLine);
-    }
-  if (i < count)
-    for (int l = 0; l < kLines; ++l) even[l] += x[i] * load(rows + i * stride + l * kLine);
-  for (int l = 0; l < kLines; ++l) store(out + l * kLine, even[l] + odd[l]);
+  constexpr int kPart = part_of(kLines, kHeld);
+  for (int first = 0; first < kLines; first += kPart, rows += kPart * kLanes, out += kPart * kLanes) {
+    Lanes even[kPart] = {}, odd[kPart] = {};
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2)
+      for (int l = 0; l < kPart; ++l) {
+        even[l] += x[i] * load(rows + i * stride + l * kLanes);
+        odd[l] += x[i + 1] * load(rows + (i + 1) * stride + l * kLanes);
+      }
+    if (i < count)
+      for (int l = 0; l < kPart; ++l) even[l] += x[i] * load(rows + i * stride + l * kLanes);
+    for (int l = 0; l < kPart; ++l) store(out + l * kLanes, even[l] + odd[l]);
+  }
 }
 
 template <int kLines>
 inline float dot(const float* x, const float* y) {
   Lanes sum = {};
-  for (int l = 0; l < kLines; ++l) sum += load(x + l * kLine) * load(y + l * kLine);
+  for (int l = 0; l < kLines; ++l) sum += load(x + l * kLanes) * load(y + l * kLanes);
   return total(sum);
 }
 
-// C = A B for k x k matrices in rows of kLines lines; rows of A and C beyond k, up to a multiple of 4, are zero.
+// C = A B for k x k matrices in rows of kLines registers; rows of A and C beyond k, up to a multiple of 4, are zero.
 template <int kLines>
 void multiply(const float* a, const float* b, float* c, int64_t k) {
-  constexpr int64_t kWide = kLines * kLine;
-  for (int64_t i = 0; i < k; i += 4) {
-    Lanes sums[4][kLines] = {};
-    for (int64_t j = 0; j < k; ++j)
-      for (int l = 0; l < kLines; ++l) {
-        const Lanes row = load(b + j * kWide + l * kLine);
-        for (int r = 0; r < 4; ++r) sums[r][l] += a[(i + r) * kWide + j] * row;
-      }
-    for (int r = 0; r < 4; ++r)
-      for (int l = 0; l < kLines; ++l) store(c + (i + r) * kWide + l * kLine, sums[r][l]);
-  }
+  constexpr int64_t kWide = kLines * kLanes;
+  constexpr int kPart = part_of(kLines, kHeld / 2);
+  for (int64_t i = 0; i < k; i += 4)
+    for (int64_t first = 0; first < kWide; first += kPart * kLanes) {
+      Lanes sums[4][kPart] = {};
+      for (int64_t j = 0; j < k; ++j)
+        for (int l = 0; l < kPart; ++l) {
+          const Lanes row = load(b + j * kWide + first + l * kLanes);
+          for (int r = 0; r < 4; ++r) sums[r][l] += a[(i + r) * kWide + j] * row;
+        }
+      for (int r = 0; r < 4; ++r)
+        for (int l = 0; l < kPart; ++l) store(c + (i + r) * kWide + first + l * kLanes, sums[r][l]);
+    }
 }
 
 // What all units of one matrix share.
 template <int kLines>
 struct Frame {
-  static constexpr int64_t kWide = kLines * kLine;
+  static constexpr int64_t kWide = kLines * kLanes;
   alignas(64) float turn[kWide * kWide] = {};        // T = B'^T B
   alignas(64) float turn_back[kWide * kWide] = {};   // T^T
   alignas(64) float old[2 * kWide * kWide] = {};     // B in the frame that begins with B': (d, k)
@@ -84,7 +95,7 @@ struct Frame {
 // A thread's scratch: one unit's matrices, and of each unit of a group what its way back needs.
 template <int kLines>
 struct Scratch {
-  static constexpr int64_t kWide = kLines * kLine;
+  static constexpr int64_t kWide = kLines * kLanes;
   alignas(64) float block[kWide * kWide] = {};
   alignas(64) float product[kWide * kWide] = {};
   alignas(64) float projected[kUnits][kWide * kWide] = {};
@@ -100,7 +111,7 @@ struct Scratch {
 // P = (T S T^T + its transpose) / 2 + c c^T, of unit u.
 template <int kLines>
 void project(const Frame<kLines>& frame, const float* c, int u, Scratch<kLines>& own) {
-  constexpr int64_t kWide = kLines * kLine;
+  constexpr int64_t kWide = kLines * kLanes;
   const int64_t k = frame.k;
   multiply<kLines>(frame.turn, own.block, own.product, k);
   float* p = own.projected[u];
@@ -115,7 +126,7 @@ void project(const Frame<kLines>& frame, const float* c, int u, Scratch<kLines>&
 template <int kLines>
 void residual_chain(const Frame<kLines>& frame, const float* c, const float* further, float beyond, double shift,
                     int count, int u, Scratch<kLines>& own) {
-  constexpr int64_t kWide = kLines * kLine, kLong = 2 * kWide;
+  constexpr int64_t kWide = kLines * kLanes, kLong = 2 * kWide;
   constexpr int kTwice = 2 * kLines;
   const int64_t k = frame.k, d = frame.d;
   float* projected = own.projected[u];
@@ -141,13 +152,13 @@ void residual_chain(const Frame<kLines>& frame, const float* c, const float* fur
   float x_end = 0, last_end = 0, image_end = 0;
   const auto apply = [&]() {
     const float along = dot<kTwice>(outer, x) + outer_end * x_end;
-    for (int64_t l = 0; l < kLong; l += kLine) store(head + l, load(x + l) * inverse);
+    for (int64_t l = 0; l < kLong; l += kLanes) store(head + l, load(x + l) * inverse);
     combine<kLines>(head, frame.old, d, kWide, inner);
     combine<kLines>(inner, own.block, k, kWide, moved);
     combine<kTwice>(moved, frame.old_back, k, kLong, image);
     combine<kLines>(head, projected, k, kWide, moved);
-    for (int64_t l = 0; l < kLong; l += kLine) store(image + l, load(image + l) + along * load(outer + l));
-    for (int64_t l = 0; l < kWide; l += kLine) store(image + l, load(image + l) - load(moved + l));
+    for (int64_t l = 0; l < kLong; l += kLanes) store(image + l, load(image + l) + along * load(outer + l));
+    for (int64_t l = 0; l < kWide; l += kLanes) store(image + l, load(image + l) - load(moved + l));
     image_end = outer_end * along;
   };
   for (int64_t i = 0; i < d; ++i) x[i] = outer[i] + 1.0f;
@@ -155,7 +166,7 @@ void residual_chain(const Frame<kLines>& frame, const float* c, const float* fur
   apply();
   const float norm = std::sqrt(dot<kTwice>(image, image) + image_end * image_end);
   const float first = 1.0f / std::max(norm, kTiny);
-  for (int64_t l = 0; l < kLong; l += kLine) store(x + l, load(image + l) * first);
+  for (int64_t l = 0; l < kLong; l += kLanes) store(x + l, load(image + l) * first);
   x_end = image_end * first;
   float beta = 0;
   for (int i = 0; i < count; ++i) {
@@ -164,7 +175,7 @@ void residual_chain(const Frame<kLines>& frame, const float* c, const float* fur
     own.chain_d[i * kUnits + u] = alpha;
     if (i + 1 == count) return;
     const float whole = std::sqrt(dot<kTwice>(image, image) + image_end * image_end);
-    for (int64_t l = 0; l < kLong; l += kLine)
+    for (int64_t l = 0; l < kLong; l += kLanes)
       store(image + l, load(image + l) - alpha * load(x + l) - beta * load(last + l));
     image_end -= alpha * x_end + beta * last_end;
     beta = std::sqrt(dot<kTwice>(image, image) + image_end * image_end);
@@ -173,7 +184,7 @@ void residual_chain(const Frame<kLines>& frame, const float* c, const float* fur
     const float step = stale ? 0.0f : 1.0f / beta;
     if (stale) beta = 0.0f;
     own.chain_e[i * kUnits + u] = beta;
-    for (int64_t l = 0; l < kLong; l += kLine) {
+    for (int64_t l = 0; l < kLong; l += kLanes) {
       store(last + l, load(x + l));
       store(x + l, load(image + l) * step);
     }
@@ -184,7 +195,7 @@ void residual_chain(const Frame<kLines>& frame, const float* c, const float* fur
 // Householder's reduction of P to tridiagonal form, as unit u's; its vector c is reflected along. False if P has NaN.
 template <int kLines>
 bool tridiagonalise(const float* c, int64_t k, int u, Scratch<kLines>& own) {
-  constexpr int64_t kWide = kLines * kLine;
+  constexpr int64_t kWide = kLines * kLanes;
   alignas(64) float vector[kWide] = {}, image[kWide];
   float* a = own.product;
   const float* projected = own.projected[u];
@@ -196,7 +207,7 @@ bool tridiagonalise(const float* c, int64_t k, int u, Scratch<kLines>& own) {
   std::frexp(peak, &own.exponents[u]);
   own.exponents[u] = std::min(std::max(own.exponents[u], -120), 120);
   const float scale = static_cast<float>(std::ldexp(1.0, -own.exponents[u]));
-  for (int64_t i = 0; i < k * kWide; i += kLine) store(a + i, load(projected + i) * scale);
+  for (int64_t i = 0; i < k * kWide; i += kLanes) store(a + i, load(projected + i) * scale);
   std::copy(c, c + k, vector);
   for (int64_t j = 0; j + 2 < k; ++j) {
     float* v = own.reflectors[u] + j * kWide;
@@ -217,15 +228,15 @@ bool tridiagonalise(const float* c, int64_t k, int u, Scratch<kLines>& own) {
     combine<kLines>(v + j + 1, a + (j + 1) * kWide, k - j - 1, kWide, image);
     const float middle = 0.5f * weight * weight * dot<kLines>(image, v);
     for (int l = 0; l < kLines; ++l)
-      store(image + l * kLine, weight * load(image + l * kLine) - middle * load(v + l * kLine));
+      store(image + l * kLanes, weight * load(image + l * kLanes) - middle * load(v + l * kLanes));
     for (int64_t i = j + 1; i < k; ++i)
       for (int l = 0; l < kLines; ++l) {
-        float* at = a + i * kWide + l * kLine;
-        store(at, load(at) - v[i] * load(image + l * kLine) - image[i] * load(v + l * kLine));
+        float* at = a + i * kWide + l * kLanes;
+        store(at, load(at) - v[i] * load(image + l * kLanes) - image[i] * load(v + l * kLanes));
       }
     const float along = weight * dot<kLines>(v, vector);
     for (int l = 0; l < kLines; ++l)
-      store(vector + l * kLine, load(vector + l * kLine) - along * load(v + l * kLine));
+      store(vector + l * kLanes, load(vector + l * kLanes) - along * load(v + l * kLanes));
   }
   for (int64_t j = std::max<int64_t>(k - 2, 0); j < k; ++j) {
     own.d[j][u] = a[j * kWide + j];
@@ -237,12 +248,12 @@ bool tridiagonalise(const float* c, int64_t k, int u, Scratch<kLines>& own) {
 
 template <int kLines>
 void reflect_back(float* vector, int64_t k, int u, const Scratch<kLines>& own) {
-  constexpr int64_t kWide = kLines * kLine;
+  constexpr int64_t kWide = kLines * kLanes;
   for (int64_t j = k - 3; j >= 0; --j) {
     const float* v = own.reflectors[u] + j * kWide;
     const float along = own.weights[u][j] * dot<kLines>(v, vector);
     for (int l = 0; l < kLines; ++l)
-      store(vector + l * kLine, load(vector + l * kLine) - along * load(v + l * kLine));
+      store(vector + l * kLanes, load(vector + l * kLanes) - along * load(v + l * kLanes));
   }
 }
 
@@ -258,7 +269,7 @@ struct Operands {
 template <int kLines>
 bool add_residuals(const Frame<kLines>& frame, const Operands& of, int64_t first, int held, const double* shifts,
                    Scratch<kLines>& own) {
-  constexpr int64_t kWide = kLines * kLine;
+  constexpr int64_t kWide = kLines * kLanes;
   const int64_t k = frame.k, e = frame.d - k;
   const int count = static_cast<int>(std::min<int64_t>(of.iterations, frame.d + 1));
   own.chain_d.assign(static_cast<size_t>(count) * kUnits, 0.0);
@@ -284,7 +295,7 @@ bool add_residuals(const Frame<kLines>& frame, const Operands& of, int64_t first
 // Up to kUnits units from `first` on; returns whether all their eigenproblems were solved.
 template <int kLines>
 bool take_group(const Frame<kLines>& frame, const Operands& of, int64_t first, int held, Scratch<kLines>& own) {
-  constexpr int64_t kWide = kLines * kLine;
+  constexpr int64_t kWide = kLines * kLanes;
   const int64_t k = frame.k;
   double shifts[kUnits] = {}, most[kUnits];
   std::fill(own.d[0], own.d[0] + k * kUnits, 0.0);
@@ -367,10 +378,10 @@ int64_t neurms_move_unit_blocks(float* blocks, float* rho, const float* to_old, 
                                 int iterations, double eps, float* inside, float* factors, int threads) {
   const Operands of{blocks, rho, coordinates, further, beyond, iterations, eps, inside, factors};
   switch ((k + kLine - 1) / kLine) {
-    case 1: return take_all<1>(to_old, of, m, k, d, threads);
-    case 2: return take_all<2>(to_old, of, m, k, d, threads);
-    case 3: return take_all<3>(to_old, of, m, k, d, threads);
-    case kMostLines: return take_all<kMostLines>(to_old, of, m, k, d, threads);
+    case 1: return take_all<1 * kStep>(to_old, of, m, k, d, threads);
+    case 2: return take_all<2 * kStep>(to_old, of, m, k, d, threads);
+    case 3: return take_all<3 * kStep>(to_old, of, m, k, d, threads);
+    case 4: return take_all<4 * kStep>(to_old, of, m, k, d, threads);
     default: return -1;
   }
 }

@@ -12,6 +12,7 @@ from neurms.core.ground.errors import check_choice, check_real
 from neurms.core.low_rank.residuals import Projection, Residual
 from neurms.core.low_rank.subspaces import Subspace
 from neurms.core.structures.base import Context, State, Structure
+from neurms.core.transforms.bias_correction import BiasCorrection
 
 __all__ = ["LowRank", "Transpose", "flips"]
 
@@ -46,6 +47,7 @@ class LowRank(Structure):
         transpose: Project G^T instead where m > n (``"tall"``), or m >= n (``"tall or square"``),
             so that U is taken on the shorter side.
         scale: Factor of the update from within the subspace.
+        correction: Adam's correction of that update for its averages' start at zero; None for none.
         rotate_moments: Carry the structure's moments and the tracked Qr over when U changes. The
             papers leave them as they are, in coordinates that no longer exist.
 
@@ -73,6 +75,7 @@ class LowRank(Structure):
     transpose: Transpose = "never"
     scale: float = 1.0
     rotate_moments: bool = False
+    correction: BiasCorrection | None = None
 
     def __post_init__(self) -> None:
         check_choice("transpose", self.transpose, ("never", "tall", "tall or square"))
@@ -127,16 +130,20 @@ class LowRank(Structure):
         # As it is, if it can be: to replace a field takes ten calls.
         own = context if context.weight is None else replace(context, weight=None)
         direction = self.structure(z, state, own)
-        result = basis @ direction
+        inner = direction if self.correction is None else self.correction(direction, {}, own)
         if self.scale != 1.0:
-            result = result * self.scale
-        if self.residual is not None:
-            energy = None
-            if self._knows_energy:
-                assert hasattr(self.structure, "column_energy")
-                energy = self.structure.column_energy(state, context)
-            seen = Projection(wide, basis @ z, z, direction, result, energy)
-            result = result + self.residual(seen, state, context)
+            # On r rows instead of m.
+            inner = inner * self.scale
+        if self.residual is None:
+            # In the orientation of the weight, which a transposed one is added to slowly.
+            return inner.mT @ basis.mT if wide is not update else basis @ inner
+        energy = None
+        if self._knows_energy:
+            assert hasattr(self.structure, "column_energy")
+            energy = self.structure.column_energy(state, context)
+        seen = Projection(wide, basis, z, direction, inner, energy)
+        orthonormal = self.subspace.orthonormal
+        result = self.residual.joined(seen, state, context, orthonormal=orthonormal)
         return result.mT if wide is not update else result
 
     @cached_property

@@ -5,40 +5,65 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from neurms.compiled.square_sums import square_sums
 from neurms.core.ground.errors import check_fraction, check_real
 from neurms.core.structures.base import Context, State
 from neurms.core.structures.norms import frobenius
-from neurms.core.transforms.safeguards import limited
+from neurms.core.transforms.safeguards import growth_factor, limited
 
-__all__ = ["OptimalCompensation", "Projection", "Residual", "ScaledResidual", "column_scale"]
+__all__ = [
+    "LARGE",
+    "OptimalCompensation",
+    "Projection",
+    "Residual",
+    "ScaledResidual",
+    "column_scale",
+]
+
+LARGE = 1 << 15
+"""Elements from which products cost more than the calls that save one."""
 
 _TINY_NORM = 1e-8
+_SURE = 0.05
+"""Share of a column's energy that is left of a difference of two sums to a few ulps."""
 _ROUNDING = 256.0
 """Ulps of a column that rounding may leave outside of a subspace that the column lies in."""
 
 
-class Projection(NamedTuple):
+@dataclass(frozen=True)
+class Projection:
     """One step seen from the subspace.
 
-    gradient: G, shape (..., m, n).
-    inside: U z, its part in the subspace, shape (..., m, n).
-    z: U^T G, shape (..., r, n).
-    direction: What the structure made of z, shape (..., r, n).
-    update: The update from within, U direction times its scale, shape (..., m, n).
-    energy: Average of colsum(z.^2) where the structure knows it, shape (..., n), else None.
+    Args:
+        gradient: G, shape (..., m, n).
+        basis: U, shape (..., m, r).
+        z: U^T G, shape (..., r, n).
+        direction: What the structure made of z, shape (..., r, n).
+        inner: The same times its factors: the update from within is U inner. Shape (..., r, n).
+        energy: Average of colsum(z.^2) where the structure knows it, shape (..., n), else None.
     """
 
     gradient: Tensor
-    inside: Tensor
+    basis: Tensor
     z: Tensor
     direction: Tensor
-    update: Tensor
+    inner: Tensor
     energy: Tensor | None
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """U z, the gradient's part in the subspace, shape (..., m, n)."""
+        return self.basis @ self.z
+
+    @cached_property
+    def update(self) -> Tensor:
+        """The update from within, shape (..., m, n)."""
+        return self.basis @ self.inner
 
 
 class Residual(ABC):
@@ -51,6 +76,19 @@ class Residual(ABC):
     @abstractmethod
     def __call__(self, projection: Projection, state: State, context: Context) -> Tensor:
         """Return the contribution (..., m, n) and bring ``state`` up to date in place."""
+
+    def joined(
+        self, projection: Projection, state: State, context: Context, *, orthonormal: bool
+    ) -> Tensor:
+        """Return the update from within plus the contribution (..., m, n), in place as a call.
+
+        Args:
+            projection: The step.
+            state: Brought up to date in place.
+            context: The step's number.
+            orthonormal: Whether the columns of U are.
+        """
+        return projection.update + self(projection, state, context)
 
 
 @dataclass(frozen=True)
@@ -113,6 +151,34 @@ class OptimalCompensation(Residual):
         limit = limited(residual * scale[..., None, :], state["phi"], self.gamma, context.step)
         return limit * self.compensation
 
+    def joined(
+        self, projection: Projection, state: State, context: Context, *, orthonormal: bool
+    ) -> Tensor:
+        """Return U inner + alpha_c C, of a large matrix from two products with U instead of three.
+
+        With D = alpha_c eta diag(sqrt(m - r) / sqrt(p)) it is G D + U (inner - z D). The squares of
+        G - U z are those of G less those of z; columns of which that difference is a small share
+        have their residual formed, as all have it in a call.
+        """
+        gradient, basis, z = projection.gradient, projection.basis, projection.z
+        if not (orthonormal and gradient.ndim == 2 and gradient.is_cpu) or gradient.numel() < LARGE:
+            return super().joined(projection, state, context, orthonormal=orthonormal)
+        whole, within = square_sums([gradient, z])[1]
+        outside = whole - within
+        doubtful = (outside < _SURE * whole).nonzero()[:, 0]
+        sample = outside.to(gradient.dtype)
+        own = gradient[:, doubtful] - basis @ z[:, doubtful]
+        sample[doubtful] = own.square().sum(0)
+        p = state["residual_energy"].lerp_(sample, 1.0 - self.beta)
+        scale = self._scale(p, self._energy(projection, state, context), gradient, z)
+        norm = (sample * scale.square()).sum().sqrt()
+        eta = growth_factor(norm, state["phi"], self.gamma, context.step)
+        scale = scale * (eta * self.compensation)
+        apart, scale[doubtful] = scale[doubtful], 0.0
+        update = (gradient * scale).addmm_(basis, projection.inner - z * scale)
+        update[:, doubtful] += own * apart
+        return update
+
     def _energy(self, projection: Projection, state: State, context: Context) -> Tensor:
         """Return the average energy of the columns on p's scale, shape (..., n)."""
         if projection.energy is not None:
@@ -173,7 +239,8 @@ class ScaledResidual(Residual):
             return limited(residual * factors, state["phi"], self.gamma, context.step)
         residual = (projection.gradient - projection.inside) * factors
         norm = frobenius(residual)
-        ratio = torch.where(norm > 0, self.compensation * frobenius(projection.update) / norm, 0.0)
+        within = frobenius(projection.update)
+        ratio = torch.where(norm > 0, self.compensation * within / norm, 0.0)
         return residual * ratio[..., None, None]
 
 

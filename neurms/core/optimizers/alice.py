@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, Unpack, get_args
 
 from neurms.core.ground.errors import check_betas, check_choice, check_positive_int, check_real
@@ -147,14 +148,20 @@ class Alice(PreconditionedOptimizer):
         rotate = check_choice("rotate_moments", settings["rotate_moments"], (None, True, False))
         if rotate is None:
             rotate = settings["first_basis"] == "gradient" and subspace.orthonormal
+        residual = _residual(settings, b1)
+        # Where both parts take alpha in small tensors, no pass over the update is needed for it.
+        taken = not isinstance(residual, ScaledResidual)
+        if isinstance(residual, OptimalCompensation):
+            residual = replace(residual, compensation=residual.compensation * settings["alpha"])
         extension = LowRank(
             ProjectedDiagonal((b1, b2)),
             subspace,
-            _residual(settings, b1),
+            residual,
             transpose="tall" if settings["transpose_tall"] else "never",
+            scale=settings["alpha"] if taken else 1.0,
             rotate_moments=rotate,
         )
-        return Recipe((extension,), scale=settings["alpha"])
+        return Recipe((extension,), scale=1.0 if taken else settings["alpha"])
 
 
 def _residual(settings: Mapping[str, Any], beta: float) -> Residual | None:

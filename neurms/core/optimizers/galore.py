@@ -88,5 +88,6 @@ class GaLore(PreconditionedOptimizer):
             SingularSubspace(settings["rank"], settings["interval"]),
             transpose="tall or square",
             scale=settings["scale"],
+            correction=BiasCorrection(betas),
         )
-        return Recipe((extension, BiasCorrection(betas)), decay="after")
+        return Recipe((extension,), decay="after")

@@ -42,6 +42,9 @@ class Shampoo(PreconditionedOptimizer):
             numbers of state. False keeps two factors whatever the size.
         momentum: Heavy-ball momentum of the grafted update.
         nesterov: Look ahead with it.
+        stagger: Compute the roots of different matrices at different steps of the interval, chosen
+            by their names, so that no step has all of that work. Distributed Shampoo computes all
+            at once.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
 
     Raises:
@@ -80,6 +83,7 @@ class Shampoo(PreconditionedOptimizer):
         merge_dims: bool = True,
         momentum: float = 0.0,
         nesterov: bool = False,
+        stagger: bool = False,
         **common: Unpack[CommonSettings],
     ) -> None:
         settings = {
@@ -92,6 +96,7 @@ class Shampoo(PreconditionedOptimizer):
             "merge_dims": merge_dims,
             "momentum": momentum,
             "nesterov": nesterov,
+            "stagger": stagger,
         }
         super().__init__(params, settings, common)
 
@@ -99,12 +104,15 @@ class Shampoo(PreconditionedOptimizer):
     def recipe(cls, settings: Mapping[str, Any]) -> Recipe:
         """Return the tiled, grafted Kronecker structure followed by momentum."""
         b1, b2 = accumulation_betas(settings["betas"])
-        structure = Averaged(Kronecker(b2, settings["eps"], settings["interval"]), b1)
+        stagger = settings["stagger"]
+        kronecker = Kronecker(b2, settings["eps"], settings["interval"], stagger)
+        structure = Averaged(kronecker, b1)
         tiled = Tiled(Grafted(structure, settings["grafting"]), settings["block_size"])
         check_choice("merge_dims", settings["merge_dims"], (True, False))
         flattened = Flattened(tiled, settings["block_size"] if settings["merge_dims"] else 0)
         momentum = Momentum(settings["momentum"], settings["nesterov"], average=False)
-        return Recipe((flattened, momentum))
+        # Matrices in a stack would all have the first one's turn.
+        return Recipe((flattened, momentum), batched=not stagger)
 
 
 def accumulation_betas(betas: Any) -> tuple[float, float]:

@@ -29,6 +29,8 @@ class SOAP(PreconditionedOptimizer):
         eps: Added to the root of the second moment.
         interval: Updates from one round of the bases to the next.
         max_preconditioned_dim: A side longer than this is not rotated and keeps no basis.
+        stagger: Turn the bases of different matrices at different steps of the interval, chosen by
+            their names, so that no step has all of that work. The authors' code turns all at once.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`.
 
     Raises:
@@ -62,6 +64,7 @@ class SOAP(PreconditionedOptimizer):
         eps: float = 1e-8,
         interval: int = 10,
         max_preconditioned_dim: int = 10000,
+        stagger: bool = False,
         **common: Unpack[CommonSettings],
     ) -> None:
         settings = {
@@ -71,6 +74,7 @@ class SOAP(PreconditionedOptimizer):
             "eps": eps,
             "interval": interval,
             "max_preconditioned_dim": max_preconditioned_dim,
+            "stagger": stagger,
         }
         super().__init__(params, settings, common)
 
@@ -84,6 +88,7 @@ class SOAP(PreconditionedOptimizer):
             settings["eps"],
             settings["interval"],
             settings["max_preconditioned_dim"],
+            settings["stagger"],
         )
         # A null space has no basis of its own, and LAPACK's choice hangs on the last bits of the
         # Gram matrix, which differ between a batched and a single product of small matrices.

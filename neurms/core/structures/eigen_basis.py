@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.bases import descending_eigenvectors, noise_floor
+from neurms.compiled.symmetric import add_gram_
 from neurms.core.ground.errors import check_betas, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 
@@ -84,7 +85,7 @@ class EigenBasis(Structure):
         """Average Q, renew U when it is due, and average M and the squares of U^T G."""
         gradient = self._wide(gradient)
         b1, b2, b3 = self.betas
-        state["covariance"].lerp_(gradient @ gradient.mT, 1.0 - b3)
+        add_gram_(state["covariance"], gradient, b3, 1.0 - b3)
         if due(context.step, self.interval):
             state["basis"].copy_(descending_eigenvectors(state["covariance"]))
         rotated = state["basis"].mT @ gradient

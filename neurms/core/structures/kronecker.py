@@ -8,15 +8,28 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.roots import inverse_root
-from neurms.core.ground.errors import check_fraction, check_positive_int, check_real
+from neurms.compiled.symmetric import add_gram_
+from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
 
-__all__ = ["Kronecker", "is_due"]
+__all__ = ["Kronecker", "is_due", "staggered"]
 
 
 def is_due(step: int, interval: int) -> bool:
     """Whether something done at step 1 and every ``interval`` steps from then on is done now."""
     return (step - 1) % interval == 0
+
+
+def staggered(context: Context, interval: int, stagger: bool) -> int:
+    """Return a step number to ask :func:`is_due` of: with ``stagger`` a matrix's own, by its seed.
+
+    Matrices then do at different steps what all would do at once; each still does it at its first
+    step and every ``interval`` steps, but for the first time, which comes sooner. The seed is made
+    of a parameter's name, so no order of parameters matters, and a resumed run goes on as it was.
+    """
+    if not stagger or context.step == 1:
+        return context.step
+    return context.step + context.seeds[0] % interval
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,8 @@ class Kronecker(Structure):
         beta: Decay of the factors; 1 sums them.
         eps: Added to the eigenvalues of L and R.
         interval: Steps between two computations of the roots. With 1 they are not kept.
+        stagger: Compute the roots of different matrices at different steps; see
+            :func:`staggered`. For single matrices, not for a batch of them.
 
     Reference:
         "Shampoo", Gupta et al., 2018, Algorithm 1; averages, bias correction, eps on the
@@ -43,11 +58,13 @@ class Kronecker(Structure):
     beta: float = 1.0
     eps: float = 1e-6
     interval: int = 1
+    stagger: bool = False
 
     def __post_init__(self) -> None:
         check_fraction("beta", self.beta, closed=True)
         check_real("eps", self.eps, strict=True)
         check_positive_int("interval", self.interval)
+        check_choice("stagger", self.stagger, (True, False))
 
     def init(self, matrix: Tensor) -> State:
         """Return ``left`` (..., m, m) and ``right`` (..., n, n), and room for their roots."""
@@ -61,10 +78,11 @@ class Kronecker(Structure):
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
         """Add G G^T and G^T G to the factors; compute their roots anew when due."""
         share = 1.0 if self.beta == 1.0 else 1.0 - self.beta
+        step = staggered(context, self.interval, self.stagger)
         for side in _sides(gradient):
             facing = gradient if side == "left" else gradient.mT
-            state[side].mul_(self.beta).add_(facing @ facing.mT, alpha=share)
-            if f"{side}_root" in state and is_due(context.step, self.interval):
+            add_gram_(state[side], facing, self.beta, share)
+            if f"{side}_root" in state and is_due(step, self.interval):
                 state[f"{side}_root"].copy_(self._root(gradient, state[side], context.step))
 
     def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:

@@ -170,13 +170,22 @@ def _split(gradient: Tensor, basis: Tensor) -> tuple[Tensor, Tensor | None]:
     coordinates = gradient @ basis
     if basis.shape[-1] == basis.shape[-2]:
         return coordinates, None
-    return coordinates, gradient - coordinates @ basis.mT
+    return coordinates, _less(gradient, coordinates, basis)
+
+
+def _less(rows: Tensor, coordinates: Tensor, basis: Tensor) -> Tensor:
+    """Return rows (..., m, n) less what coordinates (..., m, k) make of a basis (..., n, k)."""
+    if rows.ndim == 2:
+        return torch.addmm(rows, coordinates, basis.mT, alpha=-1.0)
+    return rows - coordinates @ basis.mT
 
 
 def _assembled(inside: Tensor, factor: Tensor, basis: Tensor, outside: Tensor | None) -> Tensor:
-    """Return B inside_i + factor_i outside_i, shape (..., m, n)."""
-    spanned = inside @ basis.mT
-    return spanned if outside is None else spanned + outside * factor
+    """Return B inside_i + factor_i outside_i, shape (..., m, n); ``outside`` is overwritten."""
+    if outside is None:
+        return inside @ basis.mT
+    scaled = outside.mul_(factor)
+    return scaled.addmm_(inside, basis.mT) if scaled.ndim == 2 else scaled + inside @ basis.mT
 
 
 def _started(basis: Tensor, gradient: Tensor, fresh: Tensor) -> Tensor:
@@ -201,6 +210,7 @@ class _Squares:
     Args:
         basis: B, shape (..., n, k).
         inner: sum_i R_i^2, shape (..., k, k).
+        seen: B^T g_i, shape (..., m, k).
         moved: R_i B^T g_i, shape (..., m, k).
         gradient: The g_i, shape (..., m, n).
         lengths: |g_i|^2, shape (..., m, 1).
@@ -208,6 +218,7 @@ class _Squares:
 
     basis: Tensor
     inner: Tensor
+    seen: Tensor
     moved: Tensor
     gradient: Tensor
     lengths: Tensor
@@ -216,7 +227,7 @@ class _Squares:
     def of(cls, basis: Tensor, blocks: Tensor, gradient: Tensor) -> _Squares:
         """Return the operator of B, the R_i (..., m, k, k) and the g_i."""
         # Fourth powers of a gradient leave float32's range long before its square does: scale to 1.
-        squares = gradient.square().sum(-1)
+        squares = torch.linalg.vector_norm(gradient, dim=-1).square_()
         peak = torch.maximum(squares.amax(-1), blocks.diagonal(dim1=-2, dim2=-1).amax((-2, -1)))
         scale = torch.where(peak > 0, peak, 1.0)[..., None]
         gradient = gradient / scale[..., None].sqrt()
@@ -229,13 +240,13 @@ class _Squares:
             moved[..., part, :] = (coordinates[..., part, None, :] @ own)[..., 0, :]
             stacked = own.flatten(-3, -2)
             inner += stacked.mT @ stacked
-        return cls(basis, inner, moved, gradient, (squares / scale)[..., None])
+        return cls(basis, inner, coordinates, moved, gradient, (squares / scale)[..., None])
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """Return the product with Y (..., n, l)."""
         # In the first round Y is B itself, whose coordinates are the identity.
         along = None if vectors is self.basis else self.basis.mT @ vectors
-        seen = self.gradient @ vectors
+        seen = self.seen if along is None else self.gradient @ vectors
         inner = self.inner if along is None else self.inner @ along
         moved = self.moved if along is None else self.moved @ along
         inside = inner + self.moved.mT @ seen
@@ -264,5 +275,5 @@ class _Frame:
     def split(self, outside: Tensor) -> tuple[Tensor, Tensor]:
         """Return what lies along the vectors after B' (..., m, d - k), and the rest's length."""
         further = outside @ self.further
-        rest = outside - further @ self.further.mT
+        rest = _less(outside, further, self.further)
         return further, torch.linalg.vector_norm(rest, dim=-1, keepdim=True)

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.bases import NOISE, descending_eigenvectors, orthogonal_iteration
-from neurms.core.ground.errors import check_betas, check_fraction, check_positive_int, check_real
+from neurms.compiled.symmetric import add_gram_
+from neurms.core.ground.errors import (
+    check_betas,
+    check_choice,
+    check_fraction,
+    check_positive_int,
+    check_real,
+)
 from neurms.core.structures.base import Context, State, Structure
 from neurms.core.structures.eigen_basis import alive
+from neurms.core.structures.kronecker import is_due, staggered
 
 __all__ = ["TwoSidedEigen"]
 
@@ -33,6 +41,9 @@ class TwoSidedEigen(Structure):
         interval: Updates from one round of the bases to the next.
         max_preconditioned_dim: A side longer than this keeps the identity as its basis, and no
             state.
+        stagger: Turn the bases of different matrices at different steps; see
+            :func:`~neurms.core.structures.kronecker.staggered`. For single matrices, not for a
+            batch of them.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -51,6 +62,7 @@ class TwoSidedEigen(Structure):
     eps: float = 1e-8
     interval: int = 10
     max_preconditioned_dim: int = 10000
+    stagger: bool = False
 
     def __post_init__(self) -> None:
         check_betas("betas", self.betas, 2)
@@ -59,6 +71,7 @@ class TwoSidedEigen(Structure):
         check_real("eps", self.eps)
         check_positive_int("interval", self.interval)
         check_positive_int("max_preconditioned_dim", self.max_preconditioned_dim)
+        check_choice("stagger", self.stagger, (True, False))
 
     def init(self, matrix: Tensor) -> State:
         """Return the moments (..., m, n), and for each side its covariance and its basis."""
@@ -116,12 +129,12 @@ class TwoSidedEigen(Structure):
     def _follow(self, gradient: Tensor, state: State, context: Context) -> None:
         beta = self.betas[1] if self.shampoo_beta is None else self.shampoo_beta
         for side, matrix in sides(gradient, state):
-            state[f"{side}_covariance"].lerp_(matrix @ matrix.mT, 1.0 - beta)
+            add_gram_(state[f"{side}_covariance"], matrix, beta, 1.0 - beta)
         if context.step == 1:
             for side, _ in sides(gradient, state):
                 basis = descending_eigenvectors(state[f"{side}_covariance"])
                 state[f"{side}_basis"].copy_(basis)
-        elif (context.step - 1) % self.interval == 0:
+        elif is_due(staggered(context, self.interval, self.stagger), self.interval):
             self._turn(gradient, state)
 
     def _turn(self, gradient: Tensor, state: State) -> None:

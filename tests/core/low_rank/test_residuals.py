@@ -21,7 +21,7 @@ def projection(gradient: Tensor, basis: Tensor, *, knows_energy: bool = False) -
     z = basis.mT @ gradient
     direction = z / z.square().sum(-2, keepdim=True).sqrt()
     energy = z.square().sum(-2) if knows_energy else None
-    return Projection(gradient, basis @ z, z, direction, 0.5 * basis @ direction, energy)
+    return Projection(gradient, basis, z, direction, 0.5 * direction, energy)
 
 
 def orthonormal(m: int, r: int) -> Tensor:
@@ -99,7 +99,7 @@ def test_full_rank_leaves_nothing_to_compensate() -> None:
 
 def test_zero_gradient_is_finite() -> None:
     zero = torch.zeros(5, 4, dtype=torch.float64)
-    seen = Projection(zero, zero, zero[:2], zero[:2], zero, None)
+    seen = Projection(zero, zero[:, :2], zero[:2], zero[:2], zero[:2], None)
     for residual in (OptimalCompensation(), ScaledResidual(), ScaledResidual(compensation=0.5)):
         state: State = residual.init(zero, False)
         for step in (1, 2):
