@@ -1,4 +1,4 @@
-"""Graphs of a compiled training step: to train and to evaluate, none broken or made anew."""
+"""Graphs of a compiled training step: one to train, one to evaluate, none broken or made anew."""
 
 from __future__ import annotations
 

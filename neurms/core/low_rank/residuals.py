@@ -25,7 +25,7 @@ __all__ = [
     "column_scale",
 ]
 
-LARGE = 1 << 15
+LARGE = 1 << 17
 """Elements from which products cost more than the calls that save one."""
 
 _TINY_NORM = 1e-8
