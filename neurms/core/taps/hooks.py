@@ -334,32 +334,27 @@ class HookTap:
         sink, weight = self._sink(), self.weight
         if sink is None or destination(weight, self._accumulator_of(weight)) != "grad":
             return
+        features: tuple[Tensor | None, int] = None, 0
         if inputs is not None:
             own = self.activity.tokens is None
-            inputs, feature_rows = (
-                (inputs.clone(), feature_rows) if own else self._reduce_inputs(inputs)
+            features = (inputs.clone(), feature_rows) if own else self._reduce_inputs(inputs)
+        if sink.loss_scale() is None:
+            count = unit_sums.shape[0]
+            units = unit_sums.clone(), errors.numel() // count if count else 0
+        else:
+            # Divided out before squaring: what the scale leaves finite may have no square.
+            units = self._reduced(sink, errors)
+        if not is_observed():
+            factors = self._take(sink, units, features)
+        else:
+            with span("bookkeeping", [weight]):
+                factors = self._take(sink, units, features)
+        if factors is not None:
+            raise UnsupportedTrainingError(
+                f"the tap of a {type(self._module()).__name__} began to rescale its error signal "
+                "after the model was compiled for one that does not (was variant changed in a "
+                'parameter group?); build the optimizer anew with variant="B"'
             )
-        with span("bookkeeping", [weight]):
-            scale, units = _as_tensor(sink.loss_scale(), errors), len(unit_sums)
-            if scale is None:
-                unit_sums = unit_sums.clone()
-            else:
-                # Divided out before squaring: what the scale leaves finite may have no square.
-                with span("reduce"):
-                    unit_sums, _ = axes_square_sum(
-                        errors, self.activity.unit_axes, scale, self.backend
-                    )
-            rows = errors.numel() // units if units else 0
-            sums = Sums(unit_sums, rows, inputs, feature_rows)
-            with self._lock:
-                if rows and sink.rescale(sums) is not None:
-                    raise UnsupportedTrainingError(
-                        f"the tap of a {type(self._module()).__name__} began to rescale its error "
-                        "signal after the model was compiled for one that does not (was variant "
-                        'changed in a parameter group?); build the optimizer anew with variant="B"'
-                    )
-                sink.add(sums)
-                self.fired = True
 
     def _reduce_inputs(self, inputs: Any) -> tuple[Tensor | None, int]:
         if not self.features:

@@ -247,7 +247,7 @@ _LIBRARY.impl("take_sums", _take_sums, "CompositeExplicitAutograd")
 _LIBRARY.impl("take_sums", torch.library.fallthrough_kernel, "Autograd")
 
 
-@torch.library.register_fake("neurms::take_sums")
+@torch.library.register_fake("neurms::take_sums")  # type: ignore[untyped-decorator]
 def _(
     errors: Tensor,
     unit_sums: Tensor,

@@ -352,6 +352,35 @@ def test_a_compiled_model_trains_as_an_eager_one(variant: str, backend: str) -> 
             )
 
 
+@pytest.mark.parametrize("variant", ["P", "U", "F"])
+def test_a_whole_compiled_step_trains_as_an_eager_one(variant: Any) -> None:
+    plain = network()
+    compiled, counter = copy.deepcopy(plain), CompileCounterWithBackend("aot_eager")
+
+    def steps(model: nn.Module, compiling: Callable[[Any], Any]) -> list[int]:
+        optimizer = neurms.NeuRMS(model, lr=0.05, variant=variant)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+
+        def step(x: Tensor) -> None:
+            model(x).pow(3).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        run, graphs = compiling(step), []
+        for _ in range(6):
+            run(X)
+            schedule.step()
+            graphs.append(counter.frame_count)
+        return graphs
+
+    steps(plain, lambda step: step)
+    graphs = steps(compiled, lambda step: torch.compile(step, backend=counter))
+    assert graphs[0] > 0
+    assert len(set(graphs)) == 1
+    for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
 def test_compiled_modules_are_seen_by_a_later_optimizer() -> None:
     model = network()
     model.compile(backend="aot_eager", fullgraph=True)
