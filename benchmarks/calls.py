@@ -45,6 +45,7 @@ OPTIMIZERS: dict[str, Make] = {
     "NeuRMS-P": _ours("neurms", variant="P"),
     "NeuRMS-U": _ours("neurms", variant="U"),
     "NeuRMS-F": _ours("neurms", variant="F"),
+    "NeuRMS-P backward": _ours("neurms", variant="P", update="backward"),
     "NeuRMS-U backward": _ours("neurms", variant="U", update="backward"),
     "Alice": _ours("alice", head="rule"),
     "Muon": _ours("muon", head="rule"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -56,7 +57,7 @@ class Trained:
     ) -> None:
         torch.manual_seed(0)
         layers: list[nn.Module] = []
-        for features, units in zip(sizes[:-1], sizes[1:], strict=True):
+        for features, units in pairwise(sizes):
             layers += [nn.Linear(features, units), nn.ReLU()]
         model = _of_its_own_code()(*layers[:-1])
         kind, settings = OPTIMIZERS[name]

@@ -222,7 +222,8 @@ class Kernel(Generic[P, R]):
 
     def _positional(self, form: Callable[..., R]) -> Callable[P, R]:
         signature = inspect.signature(self.eager)
-        length = len(signature.parameters)
+        names = tuple(signature.parameters)
+        length = len(names)
         defaults = tuple(p.default for p in signature.parameters.values())
         needed = sum(default is inspect.Parameter.empty for default in defaults)
 
@@ -230,6 +231,9 @@ class Kernel(Generic[P, R]):
             # Binding costs more than a small kernel.
             if not kwargs and needed <= len(args) <= length:
                 return form(*args, *defaults[len(args) :])
+            if needed <= len(args) and set(names[len(args) :]).issuperset(kwargs):
+                rest = zip(names[len(args) :], defaults[len(args) :], strict=True)
+                return form(*args, *[kwargs[k] if k in kwargs else v for k, v in rest])
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             return form(*bound.args)

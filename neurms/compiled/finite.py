@@ -9,9 +9,17 @@ from torch import Tensor
 
 from neurms.compiled._tiles import accumulator
 from neurms.compiled.lists import list_kernel
-from neurms.compiled.native import addresses, are_plain, is_signal, library, numbers, threads
+from neurms.compiled.native import (
+    LEAST_ELEMENTS,
+    addresses,
+    are_plain,
+    is_signal,
+    library,
+    numbers,
+    threads,
+)
 
-__all__ = ["GREATEST", "within"]
+__all__ = ["GREATEST", "are_small", "within"]
 
 GREATEST = torch.finfo(torch.float32).max
 """The largest finite float32."""
@@ -43,6 +51,29 @@ def within(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
         return True
     each = zip(tensors, bounds, strict=True)
     return _all_true([(x.to(accumulator(x.dtype)).abs() <= bound).all() for x, bound in each])
+
+
+def are_small(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
+    """Return whether norms alone show a few small tensors to be within bounds.
+
+    Where they do not, or where a tensor is large, :func:`within` has to be asked: this is its first
+    look, with as few calls as a layer's backward can pay.
+
+    Args:
+        tensors: Any shapes, any floating dtypes, on the CPU.
+        bounds: What the entries of each may be at most.
+
+    Example:
+        >>> import torch
+        >>> are_small([torch.tensor([3.0, 4.0])], [5.0]), are_small([torch.ones(9)], [2.0])
+        (True, False)
+    """
+    for x, bound in zip(tensors, bounds, strict=True):
+        if x.dtype is not torch.float32 or not x.is_cpu or x.numel() >= LEAST_ELEMENTS:
+            return False
+        if not float(torch.linalg.vector_norm(x)) <= bound:
+            return False
+    return True
 
 
 def _all_true(looks: Sequence[Tensor]) -> bool:

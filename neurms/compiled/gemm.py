@@ -9,7 +9,6 @@ sums on their way into the weight.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +27,6 @@ from neurms.compiled.native import (
 )
 
 __all__ = ["bfloat16_gemm_", "update_gemm_"]
-
-_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def update_gemm_(
@@ -72,10 +69,14 @@ def update_gemm_(
             f"multiply to w {tuple(w.shape)}; pass (rows, m) and (rows, n), batch axes flattened"
         )
     # The context costs more than a small product.
-    with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
-        return w.addmm_(
-            errors.t().to(w.dtype), activations.to(w.dtype), beta=float(decay), alpha=-float(lr)
-        )
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return update_gemm_(w, errors, activations, lr, decay)
+    if errors.dtype is not w.dtype:
+        errors = errors.to(w.dtype)
+    if activations.dtype is not w.dtype:
+        activations = activations.to(w.dtype)
+    return w.addmm_(errors.t(), activations, beta=float(decay), alpha=-float(lr))
 
 
 @kernel

@@ -66,6 +66,19 @@ class ListKernel(Kernel[P, R]):
 
         return register
 
+    def natively(self, *args: Any) -> bool:
+        """Run the native form if it serves every item, and return whether it did.
+
+        For kernels that return nothing, and for callers that have another way for what it does not
+        serve than the loop.
+        """
+        if self._native is None or False in self._serve(*args[: self._columns]):
+            return False
+        if library() is None:
+            return False
+        self._native(*args)  # type: ignore[call-arg]
+        return True
+
     def _run_in_graph(self, *args: Any) -> R:
         # An operator's results may not share their memory.
         return _apart(super()._run_in_graph(*args))  # type: ignore[no-any-return]

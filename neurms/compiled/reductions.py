@@ -9,13 +9,14 @@ cost 3e-6 over 4096 rows, and is therefore given a float64 accumulator (no slowe
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neurms.compiled._tiles import accumulator, is_fused, is_tiled, tile_length
-from neurms.compiled.backends import kernel
-from neurms.compiled.native import LEAST_ELEMENTS, library, reads, threads
+from neurms.compiled.backends import PROMPT, kernel
+from neurms.compiled.native import LEAST_ELEMENTS, is_signal, library, reads, threads
 
 
 def _squared(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -82,20 +83,32 @@ def _has_columns(x: Tensor, scale: Tensor | None) -> bool:
 
 
 def _has_plain_columns(x: Tensor, scale: Tensor | None) -> bool:
-    return scale is None and x.dim() >= 2 and x.numel() > 0 and reads(x)
+    return (
+        scale is None
+        and x.ndim >= 2
+        and 0 not in x.shape
+        and is_signal(x)
+        and library() is not None
+    )
 
 
 @column_square_sum.native(_has_columns, fits=_has_plain_columns)
 def _column_square_sum(x: Tensor, scale: Tensor | None) -> Tensor:
     kernels = library()
     assert kernels is not None
+    return _native_columns(kernels, x)[0]
+
+
+def _native_columns(kernels: Any, x: Tensor) -> tuple[Tensor, int]:
+    """Return the sums of a signal that the native form serves, and its rows."""
     columns = x.shape[-1]
+    rows = x.numel() // columns
     squares = x.new_empty(columns, dtype=torch.float32)
     rounded = x.dtype is torch.bfloat16
     kernels.neurms_column_square_sum(
-        x.data_ptr(), rounded, x.numel() // columns, columns, squares.data_ptr(), threads()
+        x.data_ptr(), rounded, rows, columns, squares.data_ptr(), threads()
     )
-    return squares
+    return squares, rows
 
 
 @kernel
@@ -149,7 +162,8 @@ def _channel_square_sum(x: Tensor, axis: int, scale: Tensor | None) -> Tensor:
     images = math.prod(x.shape[: axis % x.dim()])
     positions = x.numel() // (images * channels)
     if positions == 1 or not x.is_contiguous():
-        return _column_square_sum(x.movedim(axis, -1), scale)
+        squares: Tensor = _column_square_sum(x.movedim(axis, -1), scale)
+        return squares
     kernels = library()
     assert kernels is not None
     squares = x.new_empty(channels, dtype=torch.float32)
@@ -177,11 +191,19 @@ def axes_square_sum(
         >>> axes_square_sum(torch.ones(4, 2, 3), (-2,))
         (tensor([12., 12.]), 12)
     """
-    if axes == (-1,):
+    last = axes == (-1,)
+    if last and backend == PROMPT and scale is None and x.ndim > 1 and 0 not in x.shape:
+        kernels = library() if is_signal(x) else None
+        # As the kernel's form does, which takes as long to find as a small sum.
+        if kernels is not None:
+            return _native_columns(kernels, x)
+    if x.requires_grad:
+        x = x.detach()
+    if last:
         return column_square_sum.on(backend)(x, scale), math.prod(x.shape[:-1])
     channels = math.prod([x.shape[axis] for axis in axes])
     rows = x.numel() // channels if channels else 0
     if len(axes) == 1:
         return channel_square_sum.on(backend)(x, axes[0] + x.ndim, scale), rows
-    last = tuple(range(-len(axes), 0))
-    return column_square_sum.on(backend)(x.movedim(axes, last).reshape(rows, channels), scale), rows
+    x = x.movedim(axes, tuple(range(-len(axes), 0))).reshape(rows, channels)
+    return column_square_sum.on(backend)(x, scale), rows

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from neurms.compiled.backends import kernel
 from neurms.compiled.moments import averaged, bounded_roots
-from neurms.compiled.native import LEAST_ELEMENTS, fits, is_plain, library, reads, threads
+from neurms.compiled.native import LEAST_ELEMENTS, is_plain, is_signal, library, threads
 from neurms.compiled.reductions import sum_of_squares
 
 __all__ = ["scaled_signal"]
@@ -71,10 +71,11 @@ def scaled_signal(
 
 
 def _is_observable(x: Tensor, v: Tensor, *settings: object) -> bool:
-    if x.dim() != 2 or v.shape != x.shape[1:]:
+    if x.ndim != 2 or v.shape != x.shape[1:]:
         return False
     # What is scaled keeps its dtype.
-    return (is_plain(x) or (not settings[-1] and reads(x))) and fits(v)
+    seen = is_plain(x) if settings[-1] else is_signal(x)
+    return seen and is_plain(v) and library() is not None
 
 
 def _is_worth_it(x: Tensor, v: Tensor, *settings: object) -> bool:

@@ -1,6 +1,10 @@
+import functools
+from unittest.mock import Mock
+
 import pytest
 import torch
 
+from neurms.compiled.native import library
 from neurms.compiled.reductions import channel_square_sum, column_square_sum
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -146,3 +150,59 @@ class TestChannelSquareSum:
     def test_a_large_tensor(self, patient_backend):
         x = torch.randn(33, 8, 64, 65)
         assert_matches(channel_square_sum.on(patient_backend)(x), channel_truth(x))
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def natively(request, monkeypatch):
+    """Have a sum that would run eagerly fail, where there are native ones."""
+    if library() is None:
+        pytest.skip("no native kernels here")
+
+    for sums in (channel_square_sum, column_square_sum):
+        refuse = Mock(side_effect=AssertionError("ran eagerly"))
+        monkeypatch.setattr(sums, "eager", functools.wraps(sums.eager)(refuse))
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("natively")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+class TestNative:
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            (20, 16, 32, 32),
+            (40, 64, 4, 4),  # planes of a few registers
+            (300, 3, 7, 7),  # with a rest
+            (2, 3, 101, 99),  # of several blocks
+            (1, 1, 200, 200),
+            (700, 50, 1, 1),
+            (9, 8, 5, 10, 13),
+            (11, 3, 1013),
+        ],
+    )
+    def test_channels_in_either_memory_format(self, dtype, shape):
+        x = torch.randn(shape).to(dtype)
+        last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        for y in (x, last):
+            assert_matches(channel_square_sum.on("auto")(y), channel_truth(y))
+
+    def test_channels_of_one_image(self, dtype):
+        x = torch.randn(5, 90, 80).to(dtype)
+        assert_matches(channel_square_sum.on("auto")(x, 0), channel_truth(x, 0))
+
+    @pytest.mark.parametrize("columns", [1, 3, 10, 16, 31, 32, 33, 64, 100, 1500])
+    def test_columns_few_and_many(self, dtype, columns):
+        for rows in (2**15 // columns + 1, 2**15 // columns + 38):
+            x = torch.randn(rows, columns).to(dtype)
+            assert_matches(column_square_sum.on("auto")(x), column_truth(x))
+
+    def test_nan_and_inf_stay_in_their_channel(self, dtype):
+        x = torch.ones(20, 16, 32, 32, dtype=dtype)
+        x[3, 0, 31, 31], x[19, 15, 0, 0] = torch.nan, torch.inf
+        result = channel_square_sum.on("auto")(x)
+        assert bool(result[0].isnan())
+        assert bool(result[15].isinf())
+        assert result[1:15].tolist() == [20 * 1024.0] * 14

@@ -20,6 +20,7 @@ FOREIGN = {
     "torch": {
         "_C",
         "_ConvNd",
+        "_are_functorch_transforms_active",
         "_autograd",
         "_base",
         "_compiled_call_impl",

@@ -63,8 +63,12 @@ def suits(matrix: Tensor, *others: Tensor | None) -> bool:
 
 def is_signal(tensor: Tensor) -> bool:
     """Return whether a tensor is plain, or would be in float32 and is bfloat16."""
-    stored = tensor.dtype is torch.bfloat16 and tensor.is_cpu and tensor.is_contiguous()
-    return is_plain(tensor) or (stored and type(tensor) in _PLAIN)
+    return (
+        type(tensor) in _PLAIN
+        and (tensor.dtype is torch.float32 or tensor.dtype is torch.bfloat16)
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+    )
 
 
 def reads(*signals: Tensor) -> bool:
@@ -84,7 +88,8 @@ _NOTHING = torch.empty(0, device="cpu")
 
 def addresses(tensors: Sequence[Tensor | None]) -> bytes:
     """Return where the elements of several tensors begin, as an array of C; null for None."""
-    return numbers("Q", map(Tensor.data_ptr, [_NOTHING if x is None else x for x in tensors]))
+    there = [_NOTHING if x is None else x for x in tensors]
+    return array("Q", map(Tensor.data_ptr, there)).tobytes()
 
 
 def numbers(kind: str, values: Iterable[Any]) -> bytes:

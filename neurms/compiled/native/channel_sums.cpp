@@ -9,63 +9,63 @@
 
 namespace {
 
-constexpr int64_t kBlock = 2048;     // elements summed in float32, a line's numbers apart, before they enter float64
+constexpr int64_t kBlock = 2048;     // elements summed in float32 before they enter the float64 totals
 constexpr int64_t kAlone = 1 << 14;  // elements below which one thread is faster than two
 
-typedef uint16_t Halves __attribute__((vector_size(2 * kLine)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLine)));
+// As wide as a register: compilers keep what is wider in memory.
+#if defined(__AVX512F__)
+constexpr int64_t kWidth = 16;
+#elif defined(__AVX__)
+constexpr int64_t kWidth = 8;
+#else
+constexpr int64_t kWidth = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
-inline Lanes widened(const Halves& halves) {
-  const Words words = __builtin_convertvector(halves, Words) << 16;
-  Lanes lanes;
-  std::memcpy(&lanes, &words, sizeof lanes);
-  return lanes;
+inline Floats floats_at(const float* x) {
+  Floats found;
+  std::memcpy(&found, x, sizeof found);
+  return found;
 }
-
-inline Lanes lanes_at(const float* x) { return load(x); }
-inline Lanes lanes_at(const uint16_t* x) {
+inline Floats floats_at(const uint16_t* x) {
   Halves halves;
   std::memcpy(&halves, x, sizeof halves);
-  return widened(halves);
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Floats found;
+  std::memcpy(&found, &words, sizeof found);
+  return found;
 }
 
-// The `count` numbers, fewer than a line, with zeros behind them.
-template <typename Number>
-Lanes part_at(const Number* x, int64_t count) {
-  Number padded[kLine] = {0};
-  for (int64_t i = 0; i < count; ++i) padded[i] = x[i];
-  return lanes_at(padded);
-}
-
-// Adds the squares of a plane to a line of totals; whoever has all of them adds up the line.
+// Adds the squares of a plane to kWidth totals, whose sum is the plane's.
 template <typename Number>
 void add_plane(const Number* x, int64_t count, double* totals) {
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t last = std::min(count, first + kBlock);
-    Lanes a = {0}, b = {0}, c = {0}, d = {0};
-    int64_t i = first;
-    for (; i + 4 * kLine <= last; i += 4 * kLine) {
-      const Lanes p = lanes_at(x + i), q = lanes_at(x + i + kLine);
-      const Lanes r = lanes_at(x + i + 2 * kLine), s = lanes_at(x + i + 3 * kLine);
+  for (int64_t i = 0; i < count;) {
+    const int64_t last = std::min(count, i + kBlock);
+    Floats a = {0}, b = {0}, c = {0}, d = {0};
+    for (; i + 4 * kWidth <= last; i += 4 * kWidth) {
+      const Floats p = floats_at(x + i), q = floats_at(x + i + kWidth);
+      const Floats r = floats_at(x + i + 2 * kWidth), s = floats_at(x + i + 3 * kWidth);
       a += p * p, b += q * q, c += r * r, d += s * s;
     }
-    for (; i + kLine <= last; i += kLine) {
-      const Lanes p = lanes_at(x + i);
+    for (; i + kWidth <= last; i += kWidth) {
+      const Floats p = floats_at(x + i);
       a += p * p;
     }
-    if (i < last) {
-      const Lanes p = part_at(x + i, last - i);
-      b += p * p;
+    const Floats sums = (a + b) + (c + d);
+    for (int64_t lane = 0; lane < kWidth; ++lane) totals[lane] += sums[lane];
+    for (; i < last; ++i) {
+      const float one = value(x[i]);
+      totals[last - i - 1] += one * one;
     }
-    const Lanes sums = (a + b) + (c + d);
-    for (int64_t lane = 0; lane < kLine; ++lane) totals[lane] += sums[lane];
   }
 }
 
 template <typename Number>
 void channel_square_sum(const Number* x, int64_t images, int64_t channels, int64_t positions, float* squares,
                         int threads) {
-  const int64_t planes = images * channels, width = channels * kLine;
+  const int64_t planes = images * channels, width = channels * kWidth;
   const int size = planes * positions < kAlone ? 1 : threads;
   std::vector<double> totals(static_cast<size_t>(width) * size);
 #pragma omp parallel num_threads(size)
@@ -75,14 +75,14 @@ void channel_square_sum(const Number* x, int64_t images, int64_t channels, int64
     double* mine = totals.data() + static_cast<size_t>(width) * part;
     int64_t channel = own.begin % channels;
     for (int64_t plane = own.begin; plane < own.end; ++plane) {
-      add_plane(x + plane * positions, positions, mine + channel * kLine);
+      add_plane(x + plane * positions, positions, mine + channel * kWidth);
       if (++channel == channels) channel = 0;
     }
   }
   for (int64_t c = 0; c < channels; ++c) {
     double sum = 0.0;
     for (int part = 0; part < size; ++part)
-      for (int64_t lane = 0; lane < kLine; ++lane) sum += totals[part * width + c * kLine + lane];
+      for (int64_t lane = 0; lane < kWidth; ++lane) sum += totals[part * width + c * kWidth + lane];
     squares[c] = static_cast<float>(sum);
   }
 }

@@ -43,7 +43,8 @@ def library() -> ctypes.CDLL | None:
     Raises:
         ValueError: If ``NEURMS_ISA`` names no level of this machine, or one that it does not reach.
     """
-    found = _found()
+    # Asked by every kernel: one call where it is known.
+    found = _loaded["kernels"] if "kernels" in _loaded else _found()
     return None if found is None else found.kernels
 
 

@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int64_t kStrip = 1024;    // columns taken together: their sums stay in the first-level cache
-constexpr int64_t kNarrow = 128;    // columns below which several rows are taken as one
+constexpr int64_t kWide = 64;       // columns that narrow rows are taken together to
 constexpr int64_t kFlush = 32;      // rows summed in float32 before they enter the float64 totals
 constexpr int64_t kAlone = 1 << 14; // elements below which one thread is faster than two
 constexpr int64_t kBlock = 8192;    // elements looked at before a thread may stop
@@ -61,24 +61,23 @@ void add_columns(const Number* x, int64_t rows, int64_t stride, int64_t width, d
   }
 }
 
-// The same of whole rows. Those of few columns are too short for a loop: as many as make a strip are one row of it.
+// The same of whole rows. Those of few columns are too short for a loop: several are one row of it.
 template <bool kWithSums, typename Number>
 void add_rows(const Number* x, int64_t rows, int64_t columns, double* squares, double* sums) {
-  const int64_t times = columns < kNarrow ? std::min(rows, kStrip / columns) : 1;
+  const int64_t times = std::min(rows, kWide / columns);
   if (times < 2) {
     for (int64_t j = 0; j < columns; j += kStrip)
       add_columns<kWithSums>(x + j, rows, columns, std::min(kStrip, columns - j), squares + j, sums + j);
     return;
   }
-  double a[kStrip] = {0}, b[kStrip] = {0};
+  double a[kWide] = {0}, b[kWide] = {0};
   const int64_t width = times * columns, whole = rows / times;
   add_columns<kWithSums>(x, whole, width, width, a, b);
   add_columns<kWithSums>(x + whole * width, 1, 0, rows % times * columns, a, b);
-  for (int64_t first = 0; first < width; first += columns)
-    for (int64_t j = 0; j < columns; ++j) {
-      squares[j] += a[first + j];
-      if (kWithSums) sums[j] += b[first + j];
-    }
+  for (int64_t i = 0, j = 0; i < width; ++i, j = j + 1 == columns ? 0 : j + 1) {
+    squares[j] += a[i];
+    if (kWithSums) sums[j] += b[i];
+  }
 }
 
 // Totals of each thread's rows, and what is made of them once all threads are through. Called by every thread of a

@@ -18,7 +18,16 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeAlias, Ty
 
 from torch import Tensor
 
-__all__ = ["Observer", "SpanKind", "gradients_ready", "observed_by", "span", "spanned"]
+__all__ = [
+    "Observer",
+    "SpanKind",
+    "gradients_ready",
+    "is_observed",
+    "observed_by",
+    "span",
+    "spanned",
+    "spanning",
+]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -61,6 +70,21 @@ def span(
         ...     pass
     """
     return _NOTHING if _observer is None else _observer.span(kind, parameters)
+
+
+def spanning(
+    kind: SpanKind, parameters: Sequence[Tensor] | None, call: Callable[..., _R], *args: Any
+) -> _R:
+    """Return ``call(*args)``, made in a span: one call of Python's instead of three.
+
+    Example:
+        >>> spanning("reduce", None, sum, [1, 2])
+        3
+    """
+    if _observer is None:
+        return call(*args)
+    with _observer.span(kind, parameters):
+        return call(*args)
 
 
 def is_observed() -> bool:

@@ -264,6 +264,21 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     # where caches are cold, as they are after a backward pass, also when nobody listens.
     step.hooked = True  # type: ignore[attr-defined]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, as ``torch.optim`` does.
+
+        Args:
+            set_to_none: Drop them; False sets them to zero.
+        """
+        observed = torch.autograd.profiler._is_profiler_enabled
+        if not set_to_none or observed or torch.compiler.is_dynamo_compiling():
+            super().zero_grad(set_to_none)
+            return
+        # Without the span for a profiler, which takes longer than this where nobody listens.
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -314,7 +329,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             mover.prepare(own)
         # What a mover has learnt may have changed a route.
         shares = self._shares(views)
-        if bad := bad_names(views, [mover for mover, _ in shares]):
+        unread = [v for mover, own in shares if not mover.has_judged(own) for v in own]
+        if bad := bad_names(unread, [mover for mover, _ in shares]):
             self.on_nonfinite(bad)
             return False
         device = views[0].device if views else torch.device("cpu")

@@ -53,9 +53,7 @@ def hold_nothing(views: Sequence[View]) -> bool:
     Whoever takes a step on those wants to know what it allocates; no number says where to move.
     """
     # One tells of all: no model is there in part.
-    return bool(views) and (
-        views[0].device.type == "meta" or isinstance(views[0].parameter, FakeTensor)
-    )
+    return bool(views) and views[0].hollow
 
 
 def is_rehearsal(views: Sequence[View]) -> bool:

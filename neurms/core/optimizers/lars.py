@@ -102,4 +102,4 @@ class LARS(MomentumFirst):
         weight = view.weight
         length = square_norm(product, weight, decay, sign).sqrt().to(weight.dtype)
         ratio = float(trust.ratio(frobenius(weight), length))
-        return Entry(sign * ratio, ratio * decay)
+        return sign * ratio, ratio * decay

@@ -131,7 +131,7 @@ class MomentumFirst(PreconditionedOptimizer):
         """Return what a gradient that is not formed enters the momentum with."""
         momentum = recipe.momentum
         share = 1.0 - momentum.momentum if momentum.average else 1.0
-        return Entry(-share if view.group["maximize"] else share)
+        return -share if view.group["maximize"] else share, 0.0
 
     # ---------------------------------------------------------------- the step
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from neurms.compiled.finite import within
+from neurms.compiled.finite import are_small, within
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import is_sharded
-from neurms.core.ground.spans import span
+from neurms.core.ground.spans import spanning
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Route
-from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.products import Product, add_product_
 from neurms.core.taps.tap_set import TapSet, has_own_linear
@@ -27,11 +26,8 @@ from neurms.core.transforms.momentum import Momentum
 __all__ = ["Entry", "MomentumLayer", "MomentumLayers", "check_gathers"]
 
 
-class Entry(NamedTuple):
-    """What enters a momentum M, beside what is kept of it: ``gradient`` G + ``weight`` W."""
-
-    gradient: float
-    weight: float = 0.0
+Entry = tuple[float, float]
+"""What enters a momentum M, beside what is kept of it: (a, b) of a G + b W."""
 
 
 class Owner(Protocol):
@@ -90,8 +86,10 @@ class MomentumLayer:
         self.recipe: Recipe | None = None
         """What M has been averaged by, and the step goes on with."""
         self.tap: BackwardUpdateTap | None = None
+        self.dirty = False
         self._layers = weakref.ref(layers)
         self._task: int | None = None
+        self._bound: tuple[Recipe | None, torch.dtype | None, float] = (None, None, 0.0)
 
     @property
     def layers(self) -> MomentumLayers:
@@ -104,43 +102,49 @@ class MomentumLayer:
     def rescale_errors(self, errors: Tensor) -> None:
         """Leave D as it is."""
 
-    @torch.no_grad()
     def update(self, errors: Tensor, activations: Tensor) -> None:
         """Have D and H of one backward enter M, if they are good."""
-        layers = self.layers
-        owner = layers.owner
+        layers = self._layers() or self.layers
+        owner = layers.owner_ref() or layers.owner
         view = owner.view_of(self.weight)
         recipe = owner.recipe_of(view.group)
-        momentum = recipe.momentum
-        check_gathers(momentum)
-        if not layers.judges(self, _fit(errors, activations, recipe.greatest(self.weight))):
+        known, dtype, bound = self._bound
+        if known is not recipe or dtype is not self.weight.dtype:
+            check_gathers(recipe.momentum)
+            bound = recipe.greatest(self.weight)
+            self._bound = recipe, self.weight.dtype, bound
+        self.dirty = True
+        if not layers.judges(self, _fit(errors, activations, bound)):
             return
-        self._look_for_dropped()
-        owner.open(view)
-        velocity = momentum.velocity(view.state)
+        task, before = torch._C._current_graph_task_id(), self._task
+        self._task = task
+        if self.begun and task != before:
+            self._look_for_dropped()
+        if not view.state:
+            owner.open(view)
         product = Product(errors, activations, backend=owner.backend)
-        with span("update", [self.weight]):
-            gradient, weight = owner.entry(view, recipe, product)
-            kept = 1.0 if self.begun else momentum.momentum
-            self.begun, self.recipe = True, recipe
-            add_product_(velocity, product, (None, None), -gradient, kept)
-            if weight:
-                velocity.add_(view.weight, alpha=weight)
+        spanning("update", [self.weight], self._enter, owner, view, recipe, product)
+
+    def _enter(self, owner: Owner, view: View, recipe: Recipe, product: Product) -> None:
+        momentum = recipe.momentum
+        velocity = momentum.velocity(view.state)
+        gradient, weight = owner.entry(view, recipe, product)
+        kept = 1.0 if self.begun else momentum.momentum
+        self.begun, self.recipe = True, recipe
+        add_product_(velocity, product, (None, None), -gradient, kept)
+        if weight:
+            velocity.add_(view.weight, alpha=weight)
 
     def _look_for_dropped(self) -> None:
         """Begin anew where ``model.zero_grad()`` has dropped gradients: the bias's tells."""
-        task, before = graph_task(), self._task
-        self._task = task
         bias = self.route.module.bias if isinstance(self.route.module, nn.Linear) else None
-        if not self.begun or task == before or bias is None:
-            return
-        if bias.requires_grad and bias.grad is None:
+        if bias is not None and bias.requires_grad and bias.grad is None:
             self.layers.warn_of_dropped([self.route.name])
             self.begun = False
 
     def clear(self) -> None:
         """Forget that no step has taken what M holds."""
-        self.begun, self._task = False, None
+        self.begun, self._task, self.dirty = False, None, False
 
 
 class MomentumLayers(TapSet[MomentumLayer, Owner]):
@@ -186,7 +190,8 @@ class MomentumLayers(TapSet[MomentumLayer, Owner]):
         module = layer.route.module
         assert isinstance(module, nn.Linear)
         once = self._once
-        return BackwardUpdateTap(module, layer, name=layer.route.name, writes=False, once=once)
+        name = layer.route.name
+        return BackwardUpdateTap(module, layer, name=name, writes=False, once=once, rescales=False)
 
     def judges(self, layer: MomentumLayer, good: bool) -> bool:
         """Return whether a layer's signals may enter its momentum.
@@ -208,8 +213,8 @@ class MomentumLayers(TapSet[MomentumLayer, Owner]):
         self._bad.clear()
         self._updated.clear()
         # Taps that count nothing need no word of it, after each step and once more in zero_grad.
-        for layer in self:
-            if layer.begun:
+        for layer in self._layers.values():
+            if layer.dirty:
                 layer.clear()
 
     def forget(self) -> None:
@@ -220,9 +225,13 @@ class MomentumLayers(TapSet[MomentumLayer, Owner]):
 
 def _fit(errors: Tensor, activations: Tensor, bound: float) -> bool:
     """Return whether D and H are finite, and no entry of D^T H beyond a bound."""
-    rows, room = max(errors.shape[0], 1), bound / 4.0
-    each = min(math.sqrt(room / rows), torch.finfo(errors.dtype).max)
-    if within([errors, activations], [each, each]):
+    rows, room = errors.shape[0] or 1, bound / 4.0
+    # Float32 and wider hold the root; what is narrower has to hold it, too.
+    each = (room / rows) ** 0.5
+    if errors.dtype is not torch.float32:
+        each = min(each, torch.finfo(errors.dtype).max)
+    signals = [errors, activations]
+    if are_small(signals, [each, each]) or within(signals, [each, each]):
         return True
     # One may be large where the other is small. A NaN makes the comparison fail.
     wide = compute_dtype(errors)

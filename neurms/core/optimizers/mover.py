@@ -20,7 +20,8 @@ class Mover(ABC):
     """A part of an optimizer: the step of all parameters that one rule takes.
 
     A step asks its movers in turn: :meth:`prepare` all, then what they will :meth:`look_at`, so
-    that one look judges everything before anything changes; then :meth:`move`.
+    that one look judges everything before anything changes; then :meth:`move`. A mover that has
+    read the gradients by then spares the look at them.
     """
 
     divided: ClassVar[bool] = False
@@ -29,6 +30,10 @@ class Mover(ABC):
     @abstractmethod
     def prepare(self, views: Sequence[View]) -> None:
         """Get ready for a step; nothing that a refused step would have to take back."""
+
+    def has_judged(self, views: Sequence[View]) -> bool:
+        """Return whether :meth:`prepare` has read these gradients and found all numbers good."""
+        return False
 
     def look_at(self) -> tuple[list[Tensor], list[float]]:
         """Return what beside gradients has to be good in this step, and the bound of each."""

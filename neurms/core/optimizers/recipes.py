@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
@@ -38,16 +39,31 @@ class Recipes:
         self._maker = maker
         self._by_rows = by_rows
         self._made: dict[Any, Recipe] = {}
+        self._last: tuple[Any, Any, Any, Any] = (None, None, None, None)
 
     def of(self, group: Mapping[str, Any]) -> Recipe:
         """Return the recipe of a parameter group under a rule."""
+        # Asked again and again of one group: by each layer whose backward writes its update.
+        last, params, settings, recipe = self._last
+        own = group["params"] if "params" in group else None
+        # Lists of other parameters are not compared: a tensor's == is no truth value.
+        if last is group and own is params and settings == group:
+            known: Recipe = recipe
+            return known
+        known = self._found(group)
+        self._last = group, own, dict(group), known
+        return known
+
+    def _found(self, group: Mapping[str, Any]) -> Recipe:
         maker = self.maker(group["rule"])
-        values = [group.get(name) for name in _setting_names(maker)]
-        key = (maker, *[tuple(v) if isinstance(v, list) else v for v in values])
         try:
+            key = (maker, *_settings_getter(maker)(group))
             made = self._made.get(key)
-        except TypeError:
-            made = None
+        except (KeyError, TypeError):
+            # One that is not there, or a list.
+            values = [group.get(name) for name in _setting_names(maker)]
+            key = (maker, *[tuple(v) if isinstance(v, list) else v for v in values])
+            made = _known(self._made, key)
         if made is None:
             made = self.checked(group)
             if len(self._made) > 64:
@@ -105,6 +121,19 @@ def _default(parameter: inspect.Parameter) -> Any:
 def _setting_names(maker: Any) -> tuple[str, ...]:
     # A schedule changes lr at every step, and no recipe depends on it.
     return (*[name for name in default_settings(maker) if name != "lr"], "weight_decay")
+
+
+@functools.cache
+def _settings_getter(maker: Any) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    # In one call: a step asks for the recipe of every group.
+    return operator.itemgetter(*_setting_names(maker))
+
+
+def _known(made: Mapping[Any, Recipe], key: Any) -> Recipe | None:
+    try:
+        return made.get(key)
+    except TypeError:
+        return None
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from neurms.core.ground.layout import Layout
 from neurms.core.ground.precision import LowPrecision, compute_dtype, write_
@@ -65,6 +66,7 @@ class View:
     sharded: bool = field(init=False)
     empty: bool = field(init=False)
     device: torch.device = field(init=False)
+    hollow: bool = field(init=False)
     recipe: Any = None
     bound: float = math.inf
 
@@ -79,6 +81,8 @@ class View:
         self.dtype = compute_dtype(parameter)
         self.sharded = is_sharded(parameter)
         self.empty = parameter.numel() == 0
+        # Without numbers: whoever takes a step on such wants to know what it allocates.
+        self.hollow = self.device.type == "meta" or isinstance(parameter, FakeTensor)
         if self.recipe is None:
             self.bound = torch.finfo(self.dtype).max if self.dtype.is_floating_point else math.inf
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
+from torch.nn import Parameter
 
 __all__ = ["OUTSIDE_BACKWARD", "destination", "graph_task", "is_ordinary"]
 
@@ -37,12 +38,16 @@ def destination(weight: Tensor, accumulator: Any = None) -> Literal["grad", "cap
     """
     if not weight.requires_grad:
         return "nowhere"
-    if graph_task() == OUTSIDE_BACKWARD:
-        return "grad"
     try:
         # A node that is no longer the weight's own is executed by no pass that matters.
         if accumulator is not None and torch._C._will_engine_execute_node(accumulator):
             return "grad"
+    except RuntimeError:
+        # Captured, or no backward pass runs: asked below.
+        pass
+    if graph_task() == OUTSIDE_BACKWARD:
+        return "grad"
+    try:
         executed = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
     except RuntimeError:
         # The engine's answer for a leaf whose gradient is captured.
@@ -50,12 +55,13 @@ def destination(weight: Tensor, accumulator: Any = None) -> Literal["grad", "cap
     return "grad" if executed else "nowhere"
 
 
-def is_ordinary(tensor: object) -> bool:
+def is_ordinary(tensor: Any) -> bool:
     """Return whether ``tensor`` holds numbers: not meta, fake, traced or wrapped by torch.func."""
+    # Neither a call nor a question about fake tensors for what is of torch's own classes.
+    known = type(tensor) is Tensor or type(tensor) is Parameter
     return (
-        isinstance(tensor, Tensor)
+        (known or (isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor)))
         and not tensor.is_meta
-        and not isinstance(tensor, FakeTensor)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and torch._C._get_tracing_state() is None
     )

@@ -8,15 +8,14 @@ this file. Nothing is stored on the module, so that a copy or a pickle of it is 
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neurms.core.ground.errors import UnsupportedTrainingError
-from neurms.core.taps.accumulation import OUTSIDE_BACKWARD, destination, graph_task, is_ordinary
+from neurms.core.taps.accumulation import OUTSIDE_BACKWARD, destination, is_ordinary
 from neurms.core.taps.protocol import UpdateSink
 
 __all__ = ["BackwardUpdateTap", "is_tapped_linear"]
@@ -28,15 +27,17 @@ _BREAKS = "a neurms tap reads and writes real tensors; detach it, or drop fullgr
 class _Use:
     """One recorded forward of a tapped layer; lives as long as its graph."""
 
-    __slots__ = ("__weakref__", "done", "given_up", "left", "task")
-
-    def __init__(self, task: int) -> None:
-        self.task = task
-        self.done = False
-        self.left = False
-        """Whether the optimizer has begun anew while it waited for its backward."""
-        self.given_up = False
-        """Whether another forward has taken its place since."""
+    # Defaults of the class: a constructor would be one more call in every forward.
+    task = OUTSIDE_BACKWARD
+    done = False
+    left = False
+    """Whether the optimizer has begun anew while it waited for its backward."""
+    given_up = False
+    """Whether another forward has taken its place since."""
+    cast: torch.dtype | None = None
+    """What autocast multiplies in; None where it casts nothing."""
+    in_autocast = False
+    """Whether autocast has to be switched off around the product."""
 
 
 class BackwardUpdateTap:
@@ -68,6 +69,7 @@ class BackwardUpdateTap:
             are not counted.
         once: Whether uses and backwards are counted all the same: a sink that only gathers, but
             needs all of the gradient at once. None follows ``writes``.
+        rescales: Whether the sink may replace D; False saves the question.
 
     Raises:
         TypeError: ``module`` is not exactly an ``nn.Linear`` or ``sink`` no
@@ -99,6 +101,11 @@ class BackwardUpdateTap:
         >>> tap.detach()
     """
 
+    leaves_gradient: ClassVar[bool] = False
+    """Whether the weight has a gradient all the same."""
+    changed: ClassVar[str] = ""
+    """What has become of the module's weight, in words: what changes it is refused."""
+
     def __init__(
         self,
         module: nn.Linear,
@@ -107,6 +114,7 @@ class BackwardUpdateTap:
         name: str = "",
         writes: bool = True,
         once: bool | None = None,
+        rescales: bool = True,
     ) -> None:
         if type(module) not in (nn.Linear, _TappedLinear):
             raise TypeError(
@@ -118,8 +126,12 @@ class BackwardUpdateTap:
         self.name = name or f"Linear({module.in_features}, {module.out_features})"
         self.fired = False
         self.spent = False
+        self.used = False
+        """Whether :meth:`rearm` has something to do."""
         self._writes = writes
         self._once = writes if once is None else once
+        self._rescales = rescales
+        self._in_place = False
         self.weight = module.weight
         self._module = weakref.ref(module)
         self._sink = weakref.ref(sink)
@@ -128,8 +140,7 @@ class BackwardUpdateTap:
     @property
     def attached(self) -> bool:
         """Whether the layer's forward goes through this tap."""
-        module = self._module()
-        return module is not None and _TAPS.get(module) is self
+        return self._in_place and self._module() is not None
 
     def attach(self) -> None:
         """Put the tap in place; again does nothing.
@@ -148,7 +159,10 @@ class BackwardUpdateTap:
         if other is not None and other._sink() is not None:
             raise ValueError(f"layer {self.name} is tapped already; detach its other optimizer")
         self._refuse_ranks()
+        if other is not None:
+            other._in_place = False
         _TAPS[module] = self
+        self._in_place = True
         module.__class__ = _TappedLinear
 
     def detach(self) -> None:
@@ -157,8 +171,9 @@ class BackwardUpdateTap:
         A graph recorded before still gives the exact upstream and bias gradients, and no update.
         """
         module = self._module()
-        if module is not None and _TAPS.get(module) is self:
+        if module is not None and self._in_place:
             del _TAPS[module]
+            self._in_place = False
             # A parametrization puts a class of its own on top of this one.
             if is_tapped_linear(module):
                 module.__class__ = nn.Linear
@@ -169,7 +184,7 @@ class BackwardUpdateTap:
         A forward that still waits (it may have been broken off, with an exception that keeps its
         graph alive) gives way to the next one.
         """
-        self.spent = False
+        self.spent = self.used = False
         waiting = self._waiting() if self._waiting is not None else None
         if waiting is not None:
             waiting.left = True
@@ -181,7 +196,8 @@ class BackwardUpdateTap:
 
     def forward(self, module: nn.Linear, inputs: Tensor) -> Tensor:
         """Return ``inputs W^T + b``, recorded so that backward updates W if a gradient is due."""
-        weight = module._parameters.get("weight")
+        own = module._parameters
+        weight = own["weight"] if "weight" in own else None
         if self._sink() is None:
             self.detach()
             return F.linear(inputs, module.weight, module.bias)
@@ -193,24 +209,29 @@ class BackwardUpdateTap:
         if weight is None or weight is not self.weight or not _is_trained(inputs, weight):
             return F.linear(inputs, module.weight, module.bias)
         use = self._record()
-        dtype = None
         device = inputs.device.type
-        if torch.is_autocast_enabled(device) and inputs.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            inputs = inputs.to(dtype)
+        if torch.is_autocast_enabled(device):
+            use.in_autocast = True
+            if inputs.dtype != torch.float64:
+                use.cast = torch.get_autocast_dtype(device)
+                inputs = inputs.to(use.cast)
         # Shaped out here, as nn.Linear does: a Function that returns a view forbids the in-place
         # activations that often follow.
         flat = inputs if inputs.ndim == 2 else inputs.reshape(-1, inputs.shape[-1])
-        rows: Tensor = _UpdateInBackward.apply(  # type: ignore[no-untyped-call]
-            flat, weight, module.bias, dtype, self, use
-        )
+        # Function.apply takes twenty calls to look for what torch.func may have left behind.
+        active = torch._C._are_functorch_transforms_active()
+        apply: Any = _UpdateInBackward.apply if active else _apply
+        bias = own["bias"] if "bias" in own else module.bias
+        rows: Tensor = apply(flat, weight, bias, self, use)
         return rows if inputs.ndim == 2 else rows.view(*inputs.shape[:-1], rows.shape[-1])
 
     def _record(self) -> _Use:
-        self._refuse_ranks()
-        task = graph_task()
+        if _HAS_RANKS and torch.distributed.is_initialized():
+            self._refuse_ranks()
+        use = _Use()
+        use.task = task = torch._C._current_graph_task_id()
         if not self._once:
-            return _Use(task)
+            return use
         if self.spent and task != OUTSIDE_BACKWARD:
             raise self._refused("is recomputed by a checkpoint after its weight was updated")
         waiting = self._waiting() if self._waiting is not None else None
@@ -223,10 +244,10 @@ class BackwardUpdateTap:
             )
         if waiting is not None and waiting.left:
             waiting.given_up, pending = True, False
-        use = _Use(task)
         # A recomputation stands in for the use that waits, which must stay on record.
         if not pending:
             self._waiting = weakref.ref(use)
+            self.used = True
         return use
 
     def _refuse_ranks(self) -> None:
@@ -247,7 +268,7 @@ class BackwardUpdateTap:
         """Return whether this backward updates the weight; raise first if it may not."""
         if torch.is_grad_enabled():
             raise self._refused("is differentiated with create_graph=True")
-        if self._sink() is None or not self.attached:
+        if self._sink() is None or not self._in_place or self._module() is None:
             return False
         goes = destination(self.weight, accumulator)
         if goes == "captured":
@@ -267,7 +288,7 @@ class BackwardUpdateTap:
         # No rows are no step; but an average takes their gradient, which is zero.
         if sink is not None and (errors.shape[0] or not self._writes):
             sums = sink.update(errors, activations)
-        self.spent = self.fired = True
+        self.spent = self.fired = self.used = True
         return sums
 
     def _rescaled(self, errors: Tensor) -> Tensor:
@@ -284,8 +305,11 @@ class _TappedLinear(nn.Linear):
         if torch.compiler.is_dynamo_compiling():
             broken: Tensor = _break_graph(self, input)
             return broken
-        tap = _TAPS.get(self)
-        return F.linear(input, self.weight, self.bias) if tap is None else tap.forward(self, input)
+        try:
+            tap = _TAPS[self]
+        except KeyError:
+            return F.linear(input, self.weight, self.bias)
+        return tap.forward(self, input)
 
     def _get_name(self) -> str:
         return "Linear"
@@ -324,70 +348,66 @@ class _UpdateInBackward(torch.autograd.Function):
         inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        dtype: torch.dtype | None,
         tap: BackwardUpdateTap,
         use: _Use,
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.tap, ctx.use = tap, use
         ctx.set_materialize_grads(False)
-        with _exact(inputs):
-            if dtype is None:
+        if not use.in_autocast:
+            return F.linear(inputs, weight, bias)
+        with torch.autocast(inputs.device.type, enabled=False):
+            if use.cast is None:
                 return F.linear(inputs, weight, bias)
-            bias = None if bias is None else bias.to(dtype)
-            return F.linear(inputs, weight.to(dtype), bias)
+            bias = None if bias is None else bias.to(use.cast)
+            return F.linear(inputs, weight.to(use.cast), bias)
 
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, output_gradient)
+        if output_gradient is None:
+            return None, None, None, None, None
+        device = output_gradient.device.type
+        if not torch.is_autocast_enabled(device):
+            return _backward(ctx, output_gradient)
+        with torch.autocast(device, enabled=False):
+            return _backward(ctx, output_gradient)
 
 
-def _backward(ctx: Any, output_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+# What Function.apply calls where no transform of torch.func is active.
+_apply: Any = super(torch.autograd.Function, _UpdateInBackward).apply
+
+
+def _backward(ctx: Any, errors: Tensor) -> tuple[Tensor | None, ...]:
     tap: BackwardUpdateTap = ctx.tap
+    use: _Use = ctx.use
     upstream = bias_gradient = None
-    if output_gradient is None:
-        return None, None, None, None, None, None
     # Before the saved tensors: an updated weight would make autograd raise a less helpful error.
     # The weight is the second tensor that the function was applied to.
     updates = tap._check_backward(ctx.next_functions[1][0])
-    if updates and ctx.use.given_up:
+    if updates and use.given_up:
         raise tap._refused("is reached by the backward of a forward that another has replaced")
     inputs, weight = ctx.saved_tensors
-    errors = output_gradient
-    with _exact(inputs):
-        if updates:
-            errors = tap._rescaled(errors)
-        if ctx.needs_input_grad[0]:
-            upstream = errors @ weight.to(errors.dtype)
-        if updates:
-            bias_gradient = tap._deliver(errors, inputs)
-        if not ctx.needs_input_grad[2]:
-            bias_gradient = None
-        elif bias_gradient is None:
-            bias_gradient = errors.sum(0)
-    ctx.use.done = True
-    return upstream, None, bias_gradient, None, None, None
-
-
-_ORDINARY: AbstractContextManager[None] = nullcontext()
-
-
-def _exact(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Return a context without autocast; where there is none, it would cost for nothing."""
-    device = tensor.device.type
-    if not torch.is_autocast_enabled(device):
-        return _ORDINARY
-    return torch.autocast(device, enabled=False)
+    needs_upstream, _, needs_bias, _, _ = ctx.needs_input_grad
+    if updates and tap._rescales:
+        errors = tap._rescaled(errors)
+    if needs_upstream:
+        upstream = errors @ (weight if weight.dtype is errors.dtype else weight.to(errors.dtype))
+    if updates:
+        bias_gradient = tap._deliver(errors, inputs)
+    if not needs_bias:
+        bias_gradient = None
+    elif bias_gradient is None:
+        bias_gradient = errors.sum(0)
+    use.done = True
+    return upstream, None, bias_gradient, None, None
 
 
 def _is_trained(inputs: Tensor, weight: Tensor) -> bool:
     """Return whether this forward gives the weight an ordinary gradient."""
-    return (
-        torch.is_grad_enabled()
-        and weight.requires_grad
-        and is_ordinary(inputs)
-        and is_ordinary(weight)
-    )
+    if not (torch.is_grad_enabled() and weight.requires_grad and is_ordinary(inputs)):
+        return False
+    # The optimizer's own parameter: no transform or trace has wrapped it.
+    return (type(weight) is nn.Parameter and not weight.is_meta) or is_ordinary(weight)
 
 
 _TAPS: weakref.WeakKeyDictionary[nn.Module, BackwardUpdateTap] = weakref.WeakKeyDictionary()

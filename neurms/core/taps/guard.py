@@ -35,17 +35,23 @@ class GradientGuard:
                 handle: Any = parameter.register_post_accumulate_grad_hook(hook)
                 self._handles.append(handle)
 
-    def _record(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is not None:
-            self._seen.append((weakref.ref(parameter), weakref.ref(gradient), gradient._version))
-
     def check(self) -> None:
         """Raise if a gradient was written or replaced since backward; forget what was recorded.
 
         Raises:
             UnsupportedTrainingError: One was.
         """
+        if all(
+            [
+                (own := parameter()) is not None
+                and (now := own.grad) is not None
+                and now is gradient()
+                and now._version == version
+                for parameter, gradient, version in self._seen
+            ]
+        ):
+            self._seen = []
+            return
         # The last record of a parameter counts: a later backward adds to its gradient.
         latest = {parameter(): (gradient(), version) for parameter, gradient, version in self._seen}
         self.forget()
@@ -79,8 +85,8 @@ def _recorder(guard: weakref.ref[GradientGuard]) -> Callable[[Tensor], None]:
     """Return a hook that does not keep the guard, and what it guards, alive."""
 
     def record(parameter: Tensor) -> None:
-        alive = guard()
-        if alive is not None:
-            alive._record(parameter)
+        alive, gradient = guard(), parameter.grad
+        if alive is not None and gradient is not None:
+            alive._seen.append((weakref.ref(parameter), weakref.ref(gradient), gradient._version))
 
     return record

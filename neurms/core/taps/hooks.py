@@ -15,8 +15,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from neurms.compiled.backends import PROMPT, validate_backend
 from neurms.compiled.reductions import axes_square_sum
 from neurms.core.ground.errors import UnsupportedTrainingError, check_choice
-from neurms.core.ground.spans import span
+from neurms.core.ground.spans import is_observed, span
 from neurms.core.taps.accumulation import destination, is_ordinary
 from neurms.core.taps.activity import Activity, activity_of
 from neurms.core.taps.copies import leave_out, own_again
@@ -34,7 +34,7 @@ from neurms.core.taps.probe import Probe
 from neurms.core.taps.protocol import Sink, Sums
 from neurms.core.taps.weights import held_weight, is_remade
 
-__all__ = ["HookTap", "InertTap", "forget_compiled_graphs"]
+__all__ = ["HookTap", "InertTap", "forget_compiled_graphs", "removed_taps"]
 
 _NO_SCRIPT = (
     "torch.jit.script cannot compile the taps that NeuRMS has on a model; script a copy "
@@ -135,6 +135,10 @@ class HookTap:
 
     private = True
     """Whether copies of the module leave this hook out."""
+    leaves_gradient: ClassVar[bool] = True
+    """Whether the weight has a gradient all the same."""
+    used: ClassVar[bool] = False
+    """Whether :meth:`rearm` has something to do."""
 
     def __init__(
         self,
@@ -162,6 +166,8 @@ class HookTap:
         self.changed = ""
         """What has become of the module's weight since, in words; empty if nothing has."""
         self._name = _own_name(module, weight)
+        self._kind = None if _is_sharded(weight) else type(weight)
+        self._trailing = -min(activity.unit_axes)
         self._module = weakref.ref(module)
         self._sink = weakref.ref(sink)
         self._handle: RemovableHandle | None = None
@@ -212,6 +218,9 @@ class HookTap:
             if module is not None:
                 own_again(module)
 
+    def rearm(self) -> None:
+        """Do nothing: a hook counts no backward passes."""
+
     def _move_to(self, module: nn.Module) -> None:
         """Tap another module, which has the weight now."""
         for key in [k for k, hook in module._forward_hooks.items() if hook is self]:
@@ -246,7 +255,7 @@ class HookTap:
         Raises:
             UnsupportedTrainingError: The module multiplies by parts of the weight.
         """
-        if not isinstance(kwargs, dict):
+        if type(kwargs) is not dict and not isinstance(kwargs, dict):
             # Somebody put another module in this one's place and took its hooks along, but not
             # how they are called, as torch.ao.quantization.prepare_qat does.
             self._move_to(module)
@@ -258,8 +267,15 @@ class HookTap:
             return _break_graph(self, module, args, kwargs, output)
         if self._sink() is None:
             self.detach()
-        elif (weight := self._weight_in_use(module)) is not None:
-            self.observe(inputs, output, weight)
+            return None
+        own, weight = module._parameters, self.weight
+        # As nearly always: what the module holds is the weight, and of the kind that it was.
+        if self._name not in own or own[self._name] is not weight or type(weight) is not self._kind:
+            in_use = self._weight_in_use(module)
+            if in_use is None:
+                return None
+            weight = in_use
+        self.observe(inputs, output, weight)
         return None
 
     def observe(self, inputs: Any, outputs: Any, weight: Tensor | None = None) -> None:
@@ -277,8 +293,8 @@ class HookTap:
             return
         if not outputs.requires_grad:
             return
-        feature_sums, feature_rows = self._reduce_inputs(inputs)
-        signal = _in_place_safe(outputs, -min(self.activity.unit_axes))
+        feature_sums, feature_rows = self._reduce_inputs(inputs) if self.features else (None, 0)
+        signal = outputs if outputs._base is None else _in_place_safe(outputs, self._trailing)
         signal.register_hook(self._on_errors(weight, feature_sums, feature_rows))
 
     def _joins_graph(self, module: nn.Module) -> bool:
@@ -348,13 +364,18 @@ class HookTap:
     def _reduce_inputs(self, inputs: Any) -> tuple[Tensor | None, int]:
         if not self.features:
             return None, 0
-        if not isinstance(inputs, Tensor):
+        if type(inputs) is not Tensor and not isinstance(inputs, Tensor):
             raise TypeError(
                 f"the input of a tapped {type(self._module()).__name__} must be its first "
                 f"positional argument or named 'input', not {type(inputs).__name__}"
             )
-        with torch.no_grad(), span("bookkeeping", [self.weight]), span("reduce"):
-            return self.activity.feature_square_sum(inputs.detach(), self.backend)
+        activity = self.activity
+        if not is_observed():
+            if activity.tokens is None:
+                return axes_square_sum(inputs, activity.feature_axes, None, self.backend)
+            return activity.feature_square_sum(inputs, self.backend)
+        with span("bookkeeping", [self.weight]), span("reduce"):
+            return activity.feature_square_sum(inputs, self.backend)
 
     def _on_errors(
         self, weight: Tensor, feature_sums: Tensor | None, feature_rows: int
@@ -363,26 +384,45 @@ class HookTap:
 
         def deliver(errors: Tensor) -> Tensor | None:
             sink = self._sink()
-            if sink is None or destination(weight, self._accumulator_of(weight)) != "grad":
+            if sink is None:
                 return None
-            # Without torch.no_grad(), which costs ten calls: nothing detached is recorded.
-            with span("bookkeeping", [self.weight]):
-                scale, signal = _as_tensor(sink.loss_scale(), errors), errors.detach()
-                with span("reduce"):
-                    unit_sums, rows = axes_square_sum(
-                        signal, self.activity.unit_axes, scale, self.backend
-                    )
-                sums = Sums(unit_sums, rows, feature_sums, feature_rows)
-                with self._lock:
-                    factors = sink.rescale(sums) if rows else None
-                    sink.add(sums)
-                    self.fired = True
+            accumulator = self._accumulator if weight is self.weight else None
+            if accumulator is None:
+                accumulator = self._accumulator_of(weight)
+            if destination(weight, accumulator) != "grad":
+                return None
+            features = feature_sums, feature_rows
+            if not is_observed():
+                factors = self._take(sink, self._reduced(sink, errors), features)
+            else:
+                with span("bookkeeping", [self.weight]):
+                    with span("reduce"):
+                        units = self._reduced(sink, errors)
+                    factors = self._take(sink, units, features)
             if factors is None:
                 return None
             with span("scale", [self.weight]):
                 return self.activity.scale_units(errors, factors)
 
         return deliver
+
+    def _reduced(self, sink: Sink, errors: Tensor) -> tuple[Tensor, int]:
+        """Return the sums of squares of D and its rows."""
+        scale = sink.loss_scale()
+        if scale is not None:
+            scale = _as_tensor(scale, errors)
+        return axes_square_sum(errors, self.activity.unit_axes, scale, self.backend)
+
+    def _take(
+        self, sink: Sink, units: tuple[Tensor, int], features: tuple[Tensor | None, int]
+    ) -> Tensor | None:
+        """Deliver sums; return what D is multiplied by, if it is."""
+        sums = Sums(*units, *features)
+        with self._lock:
+            factors = sink.rescale(sums) if sums.rows else None
+            sink.add(sums)
+            self.fired = True
+        return factors
 
     def _accumulator_of(self, weight: Tensor) -> Any:
         """Return the node that accumulates the tapped weight's gradient; finding it takes long."""
@@ -445,6 +485,19 @@ def _never_compile_alone(function: Any) -> None:
 
 
 _never_compile_alone(HookTap.__call__)
+
+
+def removed_taps(taps: Iterable[Any]) -> list[HookTap]:
+    """Return those that somebody else has taken off their modules, without a call for each."""
+    return [
+        tap
+        for tap in taps
+        if tap is not None
+        and tap.leaves_gradient
+        and (handle := tap._handle) is not None
+        and (module := tap._module()) is not None
+        and (handle.id not in module._forward_hooks or module._forward_hooks[handle.id] is not tap)
+    ]
 
 
 def forget_compiled_graphs() -> None:

@@ -64,6 +64,9 @@ _NUMBER = torch.float32
 _keys = itertools.count()
 # Graphs outlive taps, and must not keep them, their optimizer and its model alive.
 _TAPS: weakref.WeakValueDictionary[int, ServesGraphs] = weakref.WeakValueDictionary()
+# By where the leaf lies, which is faster to ask than its value: nothing else can lie there while
+# the tap lives. A copy of the leaf, as hooks on saved tensors make, is known by its value.
+_PLACES: weakref.WeakValueDictionary[int, ServesGraphs] = weakref.WeakValueDictionary()
 
 
 class Probe:
@@ -106,7 +109,7 @@ class Probe:
         key = next(_keys)
         # On the CPU whatever the layer's device: reading it must not wait for an accelerator.
         self._leaf = torch.tensor(float(key), device="cpu", dtype=_NUMBER, requires_grad=True)
-        _TAPS[key] = tap
+        _TAPS[key] = _PLACES[self._leaf.data_ptr()] = tap
 
     def through(self, outputs: Tensor, inputs: Tensor | None) -> Tensor:
         """Return ``outputs`` for the graph being recorded to go on with.
@@ -233,14 +236,15 @@ def _take_sums(
     leaf: Tensor,
     mark: Tensor,
 ) -> Tensor:
-    tap = _TAPS.get(int(leaf))
+    tap = _PLACES.get(leaf.data_ptr()) or _TAPS.get(int(leaf))
     if tap is not None:
-        with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False):
-            tap.take(errors, unit_sums, inputs, feature_rows)
+        tap.take(errors, unit_sums, inputs, feature_rows)
     return torch.zeros_like(mark)
 
 
 _LIBRARY.impl("take_sums", _take_sums, "CompositeExplicitAutograd")
+# Nothing of it is differentiated, and autograd stays switched on: see above.
+_LIBRARY.impl("take_sums", torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("neurms::take_sums")

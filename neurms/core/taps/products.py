@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ _TILE = 1 << 16
 """Elements of a gradient that are looked at together."""
 
 
-class Product(NamedTuple):
+@dataclass(slots=True)
+class Product:
     """A gradient that is not formed: D^T H.
 
     Args:
@@ -37,8 +39,11 @@ class Product(NamedTuple):
     @property
     def in_bfloat16(self) -> bool:
         """Whether the factors are to be bfloat16, or are: then their products are exact."""
-        low = torch.bfloat16
-        return self.gemm == "bfloat16" or self.errors.dtype is self.activations.dtype is low
+        return _in_bfloat16(self.gemm, self.errors, self.activations)
+
+
+def _in_bfloat16(gemm: str, errors: Tensor, activations: Tensor) -> bool:
+    return gemm == "bfloat16" or errors.dtype is activations.dtype is torch.bfloat16
 
 
 def add_product_(
@@ -57,13 +62,16 @@ def add_product_(
         rate: A number.
         decay: A number.
     """
-    errors, activations, scaled, _, backend = product
-    if product.in_bfloat16:
-        move = bfloat16_gemm_.on(backend)
+    errors, activations, scaled = product.errors, product.activations, product.scaled
+    if _in_bfloat16(product.gemm, errors, activations):
+        move = bfloat16_gemm_.on(product.backend)
         move(target, errors, activations, *factors, scalar(rate), scalar(decay))
         return
     wide = target.dtype
-    if scaled is None or scaled[0].dtype != wide:
+    if scaled is None and factors[0] is None and factors[1] is None:
+        # The product's own casts serve, and make no copies where there is nothing to cast.
+        scaled = errors, activations
+    elif scaled is None or scaled[0].dtype != wide:
         s, c = factors
         with span("scale"):
             d = errors.to(wide) if s is None else errors.to(wide) * s.to(wide)

@@ -24,6 +24,8 @@ class Layer(Protocol):
 
     route: Route
     weight: Tensor
+    dirty: bool
+    """Whether there is something that :meth:`clear` forgets."""
 
     @property
     def tap(self) -> HookTap | BackwardUpdateTap | None:
@@ -52,8 +54,10 @@ class TapSet(Generic[L, Held]):
     """
 
     def __init__(self, owner: Held) -> None:
-        self._owner = weakref.ref(owner)
+        self.owner_ref = weakref.ref(owner)
+        """Returns the owner while there is one: what hooks ask in every layer."""
         self._layers: dict[Tensor, L] = {}
+        self._ids: set[int] = set()
         self._guard: GradientGuard | None = None
         self._guarded: list[Tensor] = []
         self._compiled = False
@@ -64,7 +68,7 @@ class TapSet(Generic[L, Held]):
     @property
     def owner(self) -> Held:
         """The optimizer or preconditioner."""
-        owner = self._owner()
+        owner = self.owner_ref()
         if owner is None:
             raise ReferenceError("the optimizer of these layers no longer exists")
         return owner
@@ -87,6 +91,7 @@ class TapSet(Generic[L, Held]):
             guarded: Parameters whose gradients nobody may change where others have none.
         """
         self._layers.update({layer.weight: layer for layer in layers})
+        self._ids = {id(weight) for weight in self._layers}
         self._compiled = any(map(_is_compiled, model.modules()))
         self._guarded = list(guarded)
 
@@ -119,6 +124,7 @@ class TapSet(Generic[L, Held]):
     def remove(self, layer: L) -> None:
         """Take a layer out and its tap off."""
         del self._layers[layer.weight]
+        self._ids.discard(id(layer.weight))
         if layer.tap is not None:
             layer.tap.detach()
 
@@ -129,6 +135,7 @@ class TapSet(Generic[L, Held]):
             self.remove(layer)
             layer.route, layer.weight = new, new.parameter
             self._layers[new.parameter] = layer
+            self._ids.add(id(new.parameter))
         return layer
 
     def unformed(self) -> dict[str, int]:
@@ -150,10 +157,13 @@ class TapSet(Generic[L, Held]):
         """Drop what no step has taken, and let backward updates begin anew."""
         self._bad.clear()
         self._updated.clear()
-        for layer in self:
-            layer.clear()
-            if isinstance(layer.tap, BackwardUpdateTap):
-                layer.tap.rearm()
+        # After each step and once more in zero_grad: layers that have seen nothing cost no call.
+        for layer in self._layers.values():
+            if layer.dirty:
+                layer.clear()
+            tap = layer.tap
+            if tap is not None and tap.used:
+                tap.rearm()
 
     def forget(self) -> None:
         """As :meth:`clear`, along with gradients."""
@@ -173,7 +183,7 @@ class TapSet(Generic[L, Held]):
         """
         if self._guard is not None:
             self._guard.check()
-        for layer in layers if self._updated else ():
+        for layer in layers if self._updated and not self._ids.isdisjoint(moving) else ():
             if id(layer.weight) in moving and layer.route.name in self._updated:
                 raise UnsupportedTrainingError(
                     f"weight {layer.route.name!r} was updated during backward and has a gradient "

@@ -14,22 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from neurms.compiled.backends import PROMPT, use_backend
+from neurms.compiled.finite import are_small, within
 from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.ground.ranks import ALONE, Ranks, ranks_of, world_size
-from neurms.core.ground.spans import is_observed, span
+from neurms.core.ground.spans import is_observed, span, spanning
 from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import Route, RoutedModel
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.backward import BackwardUpdateTap
-from neurms.core.taps.hooks import HookTap
+from neurms.core.taps.hooks import HookTap, removed_taps
 from neurms.core.taps.products import Product
 from neurms.core.taps.protocol import Sums
 from neurms.core.taps.tap_set import TapSet, has_own_linear
 from neurms.core.unitwise.layers import Heads, check_rows, pairs
 from neurms.core.unitwise.rule import Gemm, LossReduction, UnitwiseRule
-from neurms.core.unitwise.statistics import Factors, synchronize
+from neurms.core.unitwise.statistics import GREATEST, Factors, synchronize
 from neurms.core.unitwise.tapped import Seat, TappedLayer, commit
 
 __all__ = ["Engine", "Owner"]
@@ -44,6 +45,9 @@ class Owner(Protocol):
     def rule_of(self, weight: Tensor) -> UnitwiseRule:
         """Return what the current settings say of a weight."""
 
+    def seat_of(self, weight: Tensor) -> tuple[UnitwiseRule, dict[str, Any]]:
+        """Return a weight's rule and its state."""
+
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
         """Return a parameter's state, empty before its first step."""
 
@@ -51,7 +55,12 @@ class Owner(Protocol):
         """Return a parameter's state, made if it is not there, with a velocity where one is due."""
 
     def write_in_backward(
-        self, layer: TappedLayer, rule: UnitwiseRule, product: Product, factors: Factors
+        self,
+        layer: TappedLayer,
+        rule: UnitwiseRule,
+        state: dict[str, Any],
+        product: Product,
+        factors: Factors,
     ) -> None:
         """Write the update of a layer whose weight has no gradient."""
 
@@ -91,14 +100,6 @@ class Engine(TapSet[TappedLayer, Owner]):
         self._ranks: Ranks | None = None
         self._stood_still: set[str] = set()
         self._changed: set[str] = set()
-
-    def rule_of(self, weight: Tensor) -> UnitwiseRule:
-        """Return what the current settings say of a weight."""
-        return self.owner.rule_of(weight)
-
-    def state_of(self, parameter: Tensor) -> dict[str, Any]:
-        """Return a parameter's state, empty before its first step."""
-        return self.owner.state_of(parameter)
 
     @property
     def ranks(self) -> Ranks:
@@ -228,11 +229,9 @@ class Engine(TapSet[TappedLayer, Owner]):
                 outside its layer, where ``update="backward"`` cannot see it.
         """
         self.check_use(layers, moving)
-        for layer in layers:
-            tap = layer.tap
-            if id(layer.weight) not in moving:
-                continue
-            if isinstance(tap, HookTap) and tap.removed:
+        removed = removed_taps([layer.tap for layer in layers])
+        for layer in layers if removed else ():
+            if layer.tap in removed and id(layer.weight) in moving:
                 raise UnsupportedTrainingError(
                     f"the tap of layer {layer.name!r} was removed from its module (were its "
                     "forward hooks cleared?), so its error signal is no longer seen; keep the "
@@ -243,21 +242,21 @@ class Engine(TapSet[TappedLayer, Owner]):
 
     def _warn_of_changes(self, layers: Iterable[TappedLayer]) -> None:
         for layer in layers:
-            change = layer.tap.changed if isinstance(layer.tap, HookTap) else ""
-            if not change or layer.name in self._changed:
+            tap = layer.tap
+            if tap is None or not tap.changed or layer.name in self._changed:
                 continue
             self._changed.add(layer.name)
             warn_user(
-                f"layer {layer.name!r} {change} since the optimizer was built: its statistics are "
-                "those of its product with the weight that is made now, and its gradient may be "
-                "that of something else; build the optimizer anew, or name the layer in exclude"
+                f"layer {layer.name!r} {tap.changed} since the optimizer was built: its statistics "
+                "are those of its product with the weight that is made now, and its gradient may "
+                "be that of something else; build the optimizer anew, or name the layer in exclude"
             )
 
-    def warn_of_still(self, layers: Iterable[TappedLayer], moving: Collection[int]) -> None:
+    def warn_of_still(self, layers: Sequence[TappedLayer], moving: Collection[int]) -> None:
         """Warn, once for each layer, of statistics that stand still while training goes on."""
         self._warn_of_changes(layers)
-        for layer in layers:
-            if layer.observed.rows or id(layer.weight) not in moving or not layer.stands_still:
+        for layer in [layer for layer in layers if not layer.observed.rows]:
+            if id(layer.weight) not in moving or not layer.stands_still:
                 continue
             if not layer.state.get("step"):
                 continue
@@ -275,13 +274,16 @@ class Engine(TapSet[TappedLayer, Owner]):
         if self._bad:
             # What backward has left out makes any look fail.
             return [torch.ones(1, device="cpu")], [0.0]
-        tensors, bounds = [], []
-        for layer in self._unjudged():
-            bound, sums = layer.observed.greatest(), layer.observed
-            for own in (sums.units, sums.features):
-                if own is not None:
-                    tensors.append(own)
-                    bounds.append(bound)
+        seen = [layer.observed for layer in self._unjudged()]
+        own = [x for x in seen if x.features is None]
+        tensors: list[Any] = [x.units for x in own]
+        bounds = [
+            GREATEST[x.units.dtype] / (4.0 * (x.rows or 1)) for x in own if x.units is not None
+        ]
+        for sums in seen if len(own) < len(seen) else ():
+            if sums.features is not None:
+                tensors += sums.units, sums.features
+                bounds += [sums.greatest()] * 2
         return tensors, bounds
 
     def bad_names(self) -> list[str]:
@@ -291,58 +293,80 @@ class Engine(TapSet[TappedLayer, Owner]):
 
     def _unjudged(self) -> list[TappedLayer]:
         """Return layers with statistics, but for those that backward has looked at."""
-        seen = set(self._updated) if self._updated and self.ranks.size == 1 else ()
-        return [x for x in self if x.observed.units is not None and x.name not in seen]
+        seen = self._updated if self._updated and self.ranks.size == 1 else ()
+        own = [x for x in self._layers.values() if x.observed.units is not None]
+        return [x for x in own if x.route.name not in seen] if seen else own
 
     # ------------------------------------------------------------- commit and write
 
-    @torch.no_grad()
     def commit(self, layers: Iterable[TappedLayer]) -> None:
         """Move what layers have observed into their state, all in one call."""
         owner = self.owner
+        self.commit_seats([(x.rule.structure, x, owner.opened_state(x.weight)) for x in layers])
+
+    @torch.no_grad()
+    def commit_seats(
+        self, seats: Iterable[tuple[UnitFeatureDiagonal, TappedLayer, dict[str, Any]]]
+    ) -> None:
+        """As :meth:`commit`, of layers whose settings and state are at hand."""
         alike: dict[int, tuple[UnitFeatureDiagonal, list[Seat]]] = {}
-        for layer in layers:
-            state, structure = owner.opened_state(layer.weight), layer.rule.structure
-            alike.setdefault(id(structure), (structure, []))[1].append((layer, state))
-        for structure, seats in alike.values():
+        last: UnitFeatureDiagonal | None = None
+        own: list[Seat] = []
+        for structure, layer, state in seats:
+            if structure is not last:
+                last, (_, own) = structure, alike.setdefault(id(structure), (structure, []))
+            own += ((layer, state),)
+        for structure, together in alike.values():
             # Who measures wants each layer's time.
-            for part in [[one] for one in seats] if is_observed() else [seats]:
+            for part in [[one] for one in together] if is_observed() else [together]:
                 with span("bookkeeping", [layer.weight for layer, _ in part]):
-                    commit(structure, part, self.backend)
+                    commit(structure, part, self.loss_reduction, self.backend)
 
     def write_in_backward(
         self,
         layer: TappedLayer,
         rule: UnitwiseRule,
+        state: dict[str, Any],
         errors: Tensor,
         activations: Tensor,
         sums: Sums,
+        scaled: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Have a layer's update written if its D and H are finite."""
-        if not self.accepts(layer, *_seen_of(layer, sums, activations)):
+        if not self.judges(layer, self._are_good(layer, sums, activations)):
             return
-        owner = self.owner
-        owner.opened_state(layer.weight)
-        factors = layer.foreseen(sums)
-        layer.add(sums)
-        product = Product(errors, activations, layer.scaled, self.gemm, self.backend)
+        owner = self.owner_ref() or self.owner
+        if not state or rule.momentum or rule.normalize:
+            state = owner.opened_state(layer.weight)
+        ahead = layer.foresight
+        if ahead is not None and ahead.sums is sums:
+            factors = ahead.factors
+        else:
+            factors = layer.foreseen(sums)
+        layer.take(sums)
+        product = Product(errors, activations, scaled, self.gemm, self.backend)
+        write = owner.write_in_backward
+        given = layer, rule, state, product, factors
+        if not (rule.momentum or rule.normalize):
+            spanning("update", [layer.weight], write, *given)
+            return
+        # Which form a velocity's kernels take is for the context to say.
         with torch.no_grad(), use_backend(owner.backend), span("update", [layer.weight]):
-            owner.write_in_backward(layer, rule, product, factors)
+            write(*given)
+
+    def _are_good(self, layer: TappedLayer, sums: Sums, activations: Tensor) -> bool:
+        """Return whether D and H are finite: told by their sums of squares, or by H without one."""
+        units, features = sums.unit_square_sum, sums.feature_square_sum
+        room = 4.0 * max(layer.pending.rows + sums.rows, 1)
+        seen, bounds = [units], [GREATEST[units.dtype] / room]
+        if features is not None:
+            seen, bounds = [units, features], [*bounds, GREATEST[features.dtype] / room]
+        else:
+            # What is finite may round to an infinity, but not where its square is finite.
+            dtype = torch.bfloat16 if self.gemm == "bfloat16" else activations.dtype
+            seen, bounds = [units, activations], [*bounds, torch.finfo(dtype).max]
+        return are_small(seen, bounds) or within(seen, bounds)
 
     def unseen(self) -> list[TappedLayer]:
         """Return layers of which no rank has ever seen an error signal."""
-        return [layer for layer in self if not layer.observed.rows and not layer.state]
-
-
-def _seen_of(
-    layer: TappedLayer, sums: Sums, activations: Tensor
-) -> tuple[list[Tensor], list[float]]:
-    """Return what shows whether D and H are finite: their sums of squares, or H without one."""
-    rows = max(layer.pending.rows + sums.rows, 1)
-    squares = [s for s in (sums.unit_square_sum, sums.feature_square_sum) if s is not None]
-    bounds = [torch.finfo(s.dtype).max / (4.0 * rows) for s in squares]
-    if sums.feature_square_sum is not None:
-        return squares, bounds
-    # What is finite may round to an infinity, but not where its square is finite.
-    dtype = torch.bfloat16 if layer.engine.gemm == "bfloat16" else activations.dtype
-    return [*squares, activations], [*bounds, torch.finfo(dtype).max]
+        return [x for x in self._layers.values() if not x.observed.rows and not x.state]

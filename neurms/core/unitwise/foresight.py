@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neurms.compiled.signals import scaled_signal
-from neurms.core.ground.spans import span
+from neurms.core.ground.spans import spanning
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.rule import LossReduction
-from neurms.core.unitwise.statistics import Basis, Factors, PendingSums
+from neurms.core.unitwise.statistics import Basis, Factors, PendingSums, basis_of, is_basis
 
 __all__ = ["Foresight", "foresee"]
 
 
-class Foresight(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Foresight:
     """What committing one firing now would give.
 
     Args:
@@ -27,7 +29,6 @@ class Foresight(NamedTuple):
         moments: v and u after it.
         factors: s and c after it.
         error_sum: Column sums of D, the bias's gradient.
-        scaled: D S and H C, where they were asked for; dropped once they are used.
     """
 
     sums: Sums
@@ -35,7 +36,6 @@ class Foresight(NamedTuple):
     moments: tuple[Tensor, ...]
     factors: Factors
     error_sum: Tensor
-    scaled: tuple[Tensor, Tensor] | None = None
 
     def holds(
         self, structure: UnitFeatureDiagonal, state: Mapping[str, Any], pending: PendingSums
@@ -44,7 +44,7 @@ class Foresight(NamedTuple):
         return (
             pending.units is self.sums.unit_square_sum
             and pending.features is self.sums.feature_square_sum
-            and self.basis.holds(structure, state)
+            and is_basis(self.basis, structure, state)
         )
 
 
@@ -57,8 +57,8 @@ def foresee(
     backend: str,
     *,
     scale: bool = True,
-) -> Foresight | None:
-    """Observe a firing's D and H, and scale them if so asked; None where that has no fused form.
+) -> tuple[Foresight, tuple[Tensor, Tensor] | None] | None:
+    """Observe a firing's D and H, and scale them if so asked.
 
     Args:
         errors: D, shape (rows, m), at least one row.
@@ -68,33 +68,36 @@ def foresee(
         reduction: How the loss reduces over rows.
         backend: How kernels run.
         scale: Whether D S and H C are wanted.
+
+    Returns:
+        What is foreseen, and D S and H C or None; None for both where there is no fused form.
     """
-    v, u = state.get("v"), state.get("u")
-    if v is None or structure.clip != "absolute" or not _go_with(v, errors, scale):
+    if "v" not in state:
+        return None
+    v, u = state["v"], state["u"] if "u" in state else None
+    if structure.clip != "absolute" or not (errors.dtype is v.dtype or _go_with(v, errors, scale)):
         return None
     if structure.factored and (u is None or not _go_with(u, activations, scale)):
         return None
     rows = errors.shape[0]
     root = (structure.beta, structure.divisor(state["step"] + 1), structure.eps, structure.v_min)
     observe: Any = scaled_signal.on(backend)
-    with span("scale"):
-        q, total, v_next, s, d = observe(
-            errors, v, reduction == "mean", *root, structure.s_min, structure.s_max, scale
-        )
-    sums, basis = Sums(q, rows), Basis.of(structure, state)
+    settings = (*root, structure.s_min, structure.s_max, scale)
+    q, total, v_next, s, d = spanning(
+        "scale", None, observe, errors, v, reduction == "mean", *settings
+    )
+    basis = basis_of(structure, state)
     if u is None or not structure.factored:
-        scaled = (d, activations) if scale else None
-        return Foresight(sums, basis, (v_next,), (s, None), total, scaled)
-    with span("scale"):
-        qh, _, u_next, c, h = observe(
-            activations, u, False, *root, structure.c_min, structure.c_max, scale
-        )
-    sums = sums._replace(feature_square_sum=qh, feature_rows=activations.shape[0])
-    scaled = (d, h) if scale else None
-    return Foresight(sums, basis, (v_next, u_next), (s, c), total, scaled)
+        seen = Foresight(Sums(q, rows), basis, (v_next,), (s, None), total)
+        return seen, (d, activations) if scale else None
+    settings = (*root, structure.c_min, structure.c_max, scale)
+    qh, _, u_next, c, h = spanning("scale", None, observe, activations, u, False, *settings)
+    sums = Sums(q, rows, qh, activations.shape[0])
+    return Foresight(sums, basis, (v_next, u_next), (s, c), total), (d, h) if scale else None
 
 
 def _go_with(moments: Tensor, signal: Tensor, scale: bool) -> bool:
     """Return whether a signal may be observed at once, and keeps its dtype if it is scaled."""
-    same = signal.dtype is moments.dtype
-    return same or (not scale and signal.dtype is torch.bfloat16 and moments.dtype is torch.float32)
+    if signal.dtype is moments.dtype:
+        return True
+    return not scale and signal.dtype is torch.bfloat16 and moments.dtype is torch.float32

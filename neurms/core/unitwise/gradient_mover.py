@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neurms.compiled.backends import PROMPT
 from neurms.compiled.gradient_factors import gradient_factors
+from neurms.compiled.gradient_steps import gradient_steps_
 from neurms.compiled.square_sums import joint_square_sums, with_bias
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.precision import compute_dtype
@@ -37,6 +38,7 @@ __all__ = ["Factors", "GradientMover", "Holder", "Target", "scales", "structure_
 
 State = dict[str, Any]
 Factors = tuple[Tensor, Tensor]
+Sums = tuple[Tensor, Tensor]
 
 
 class Holder(Protocol):
@@ -66,20 +68,83 @@ class GradientMover(RecipeMover):
         super().__init__(optimizer.recipe_of)
         self._optimizer = optimizer
         self._known = Known()
+        self._ahead: list[list[Sums]] | None = None
+
+    def prepare(self, views: Sequence[View]) -> None:
+        """Get ready; the sums over gradients of layers that are known are read here already."""
+        super().prepare(views)
+        self._ahead = None
+        alike = self._known.of(views)
+        # Who measures wants each layer's time; somebody may have dropped a state.
+        if not alike or is_observed() or not all([view.state for view in views]):
+            return
+        backend = self._backend(views)
+        sums = [_sums_of(own.layers, backend) for own in alike]
+        rows = [rows for own in sums for rows, _ in own]
+        # A sum is finite where all of its numbers are: squares of float32 never leave float64.
+        if len({x.device for x in rows}) == 1 and bool(torch.cat(rows).isfinite().all()):
+            self._ahead = sums
+
+    def has_judged(self, views: Sequence[View]) -> bool:
+        """Return whether the sums have shown that these gradients are good."""
+        return self._ahead is not None
 
     def move(self, views: Sequence[View]) -> None:
         """Take the step of all layers: sums, factors and moves of each kind in one call."""
         backend = self._backend(views)
+        ahead, self._ahead = self._ahead, None
         alike = self._known.of(views)
         if alike is not None:
             self._begin(views)
         else:
             alike = self._found(views, backend)
             self._known.keep(views, alike)
-        for own in alike:
+        for index, own in enumerate(alike):
+            sums = None if ahead is None else ahead[index]
+            if self._in_one_call(own, sums, backend):
+                continue
             # Who measures wants each layer's time.
             for part in [[one] for one in own.layers] if is_observed() else [own.layers]:
-                self.write(part, self._scales(part, own.structure, backend), backend)
+                self.write(part, self._scales(part, sums, own.structure, backend), backend)
+
+    def _in_one_call(self, own: Alike, sums: Sequence[Sums] | None, backend: str) -> bool:
+        """Move layers by one kernel, if it serves all of them; return whether it did.
+
+        Args:
+            own: The layers.
+            sums: Over their gradients; None reads them.
+            backend: How kernels run.
+        """
+        layers, structure = own.layers, own.structure
+        if backend != PROMPT or is_observed() or False in are_direct(layers):
+            return False
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        there = [bias for bias in biases if bias is not None]
+        targets, rates, decays = self._targets(weights, there)
+        count, own_biases = len(weights), iter(targets[len(weights) :])
+        bias_rates, bias_decays = iter(rates[count:]), iter(decays[count:])
+        momentum, states = structure.momentum, [weight.state for weight in weights]
+        sums = _sums_of(layers, backend) if sums is None else sums
+        return gradient_steps_.natively(
+            targets[:count],
+            [weight.gradient for weight in weights],
+            [state["momentum"] if momentum else None for state in states],
+            [None if bias is None else next(own_biases) for bias in biases],
+            [None if bias is None else bias.gradient for bias in biases],
+            [bias.state["momentum"] if bias and momentum else None for bias in biases],
+            [rows for rows, _ in sums],
+            [columns for _, columns in sums],
+            [state["q"] for state in states],
+            [state["s"] for state in states],
+            [1.0 - structure.beta ** state["step"] for state in states],
+            rates[:count],
+            decays[:count],
+            [0.0 if bias is None else next(bias_rates) for bias in biases],
+            [0.0 if bias is None else next(bias_decays) for bias in biases],
+            structure.beta,
+            structure.kappa,
+            momentum,
+        )
 
     def _begin(self, views: Sequence[View]) -> None:
         """Count the step of views whose layers are known."""
@@ -98,7 +163,8 @@ class GradientMover(RecipeMover):
                 cut.append(layer)
             elif layer.weight.sharded:
                 # At once: matrices that are gathered would all be whole together.
-                self.write([layer], self._scales([layer], layer.structure, backend), backend)
+                factors = self._scales([layer], None, layer.structure, backend)
+                self.write([layer], factors, backend)
             else:
                 whole.append(layer)
         self._move_rows(cut, backend)
@@ -166,12 +232,17 @@ class GradientMover(RecipeMover):
     # ---------------------------------------------------------------- moments and factors
 
     def _scales(
-        self, layers: Sequence[Layer], structure: GradientMoments, backend: str
+        self,
+        layers: Sequence[Layer],
+        sums: Sequence[Sums] | None,
+        structure: GradientMoments,
+        backend: str,
     ) -> list[Factors]:
         """Bring the moments of layers up to date and return the factors (m,) and (n [+ 1],)."""
         parameters = _parameters_of(layers)
-        with span("reduce", parameters):
-            sums = _sums_of(layers, backend)
+        if sums is None:
+            with span("reduce", parameters):
+                sums = _sums_of(layers, backend)
         with span("scale", parameters):
             return scales(layers, sums, structure, backend)
 

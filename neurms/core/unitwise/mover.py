@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,7 +14,9 @@ from neurms.core.ground.warn import warn_user
 from neurms.core.optimizers.fallback import adamw_state
 from neurms.core.optimizers.mover import Mover
 from neurms.core.optimizers.view import View
+from neurms.core.optimizers.work import Work
 from neurms.core.routing import FALLBACK, Route
+from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.unitwise.engine import Engine
 from neurms.core.unitwise.lengths import length_like
 from neurms.core.unitwise.moves import Scaled, move_
@@ -31,11 +33,47 @@ class Reroutes(Protocol):
 
     routes: dict[Tensor, Route]
 
+    def work(self) -> Work:
+        """Return the views of all parameters."""
+
     def reroute(self, route: Route) -> None:
         """Give a parameter to another rule."""
 
     def opened_state(self, parameter: Tensor) -> dict[str, Any]:
         """Return a parameter's state, made if it is not there."""
+
+
+Seat = tuple[TappedLayer, View, View | None, View | None]
+"""A layer, its weight's view, and the views of weight and bias where those have a gradient."""
+
+
+class Seats:
+    """Which views of a step are of which layer.
+
+    Args:
+        views: The views.
+        layers: All layers.
+        work: The views of all parameters.
+    """
+
+    def __init__(self, views: Sequence[View], layers: list[TappedLayer], work: Work) -> None:
+        self.layers = layers
+        self._work = work
+        self.moving = {id(view.parameter) for view in views}
+        self._views = list(views)
+        of = {id(view.parameter): view for view in views}
+        self._seats: list[Seat] = [
+            (x, work.view_of(x.weight), of.get(id(x.weight)), of.get(id(x.bias))) for x in layers
+        ]
+        self.without = [view for _, view, moving, _ in self._seats if moving is None]
+        """Views of weights that have no gradient."""
+
+    def hold(self, views: Sequence[View], layers: Sequence[TappedLayer], work: Work) -> bool:
+        """Return whether views and layers are the same. Of both, equal is identical."""
+        return self._work is work and self._views == views and self.layers == layers
+
+    def __iter__(self) -> Iterator[Seat]:
+        return iter(self._seats)
 
 
 class UnitwiseMover(Mover):
@@ -56,12 +94,14 @@ class UnitwiseMover(Mover):
         self._optimizer = optimizer
         self._engine = engine
         self._rules = rules
+        self._seats: Seats | None = None
 
     def prepare(self, views: Sequence[View]) -> None:
         """Sum statistics over ranks; give to AdamW what no backward pass has shown."""
         engine = self._engine
-        moving = {id(view.parameter) for view in views}
-        engine.prepare(list(engine), moving)
+        seats = self._seated(views)
+        moving = seats.moving
+        engine.prepare(seats.layers, moving)
         unseen = engine.unseen()
         for layer in [x for x in unseen if _is_lost(x, moving)]:
             warn_user(
@@ -80,10 +120,19 @@ class UnitwiseMover(Mover):
                 "in exclude"
             )
             bias_to_fallback(self._optimizer, layer)
-        for view in views:
-            rule = self._rules.of(view.group)
+        group: Mapping[str, Any] | None = None
+        for view in [*views, *seats.without]:
+            if view.group is not group:
+                group, rule = view.group, self._rules.of(view.group)
             if view.recipe is not rule and not view.route.is_fallback:
                 view.recipe, view.bound = rule, rule.greatest(view.parameter)
+
+    def _seated(self, views: Sequence[View]) -> Seats:
+        """Return which views are of which layer; nothing changes from step to step, as a rule."""
+        layers, work = list(self._engine), self._optimizer.work()
+        if self._seats is None or not self._seats.hold(views, layers, work):
+            self._seats = Seats(views, layers, work)
+        return self._seats
 
     def look_at(self) -> tuple[list[Tensor], list[float]]:
         """Return the statistics of all layers."""
@@ -95,35 +144,67 @@ class UnitwiseMover(Mover):
 
     def move(self, views: Sequence[View]) -> None:
         """Commit the statistics of layers that move, then move their weights and biases."""
-        engine, own = self._engine, {id(view.parameter): view for view in views}
-        engine.warn_of_still(engine, own)
-        engine.commit(
-            layer
-            for layer in engine
-            if layer.observed.rows and (layer.weight.grad is not None or layer.updated_in_backward)
-        )
-        alike: dict[int, list[Scaled]] = {}
-        for layer in engine:
-            weight, bias = own.get(id(layer.weight)), own.get(id(layer.bias))
-            state = layer.state if weight is None else weight.state
-            step = state.get("step")
-            if not step or (weight is None and bias is None):
-                continue
-            rule = layer.rule if weight is None else weight.recipe
-            factors = layer.factors_of(rule.structure, state)
-            if weight is not None:
-                alike.setdefault(id(weight.group), []).append(Scaled(weight, factors, step))
-            if bias is not None:
-                bias.state["step"] += 1
-                part = Scaled(bias, (factors[0], None), bias.state["step"])
-                alike.setdefault(id(bias.group), []).append(part)
-        for parts in alike.values():
-            rule = parts[0].view.recipe
+        engine, seats = self._engine, self._seated(views)
+        engine.warn_of_still(seats.layers, seats.moving)
+        fresh = self._commit(seats)
+        for parts in self._parts(seats, fresh):
+            rule = parts[0][0].recipe
             if rule.momentum or rule.normalize:
-                for part in parts:
+                for view, _, _ in parts:
                     # Either may have been switched on since the state was made.
-                    self._optimizer.opened_state(part.view.parameter)
+                    self._optimizer.opened_state(view.parameter)
             move_(parts, rule, engine.backend)
+
+    def _commit(self, seats: Seats) -> list[bool]:
+        """Have the engine commit what layers have seen; return which of them it was."""
+        seen = [
+            layer.observed.rows > 0
+            and (
+                layer.weight.grad is not None
+                or (layer.tap is not None and not layer.tap.leaves_gradient)
+            )
+            for layer, _, _, _ in seats
+        ]
+        due: list[tuple[UnitFeatureDiagonal, TappedLayer, dict[str, Any]]] = []
+        for (layer, view, weight, _), own in zip(seats, seen, strict=True):
+            if not own:
+                continue
+            rule, state = view.recipe, view.state
+            # Without a gradient the state is the one that backward had, if it wrote an update.
+            if rule.momentum or rule.normalize or (weight is None and layer.foresight is None):
+                state = view.state = self._optimizer.opened_state(layer.weight)
+            due += ((rule.structure, layer, state),)
+        self._engine.commit_seats(due)
+        return seen
+
+    def _parts(self, seats: Seats, fresh: Sequence[bool]) -> Iterable[list[Scaled]]:
+        """Return what moves, group by group."""
+        alike: dict[int, list[Scaled]] = {}
+        group: Mapping[str, Any] | None = None
+        own: list[Scaled] = []
+        for (layer, view, weight, bias), committed in zip(seats, fresh, strict=True):
+            if weight is None and bias is None:
+                continue
+            state = view.state if committed or weight is not None else layer.state
+            if not state or not state["step"]:
+                continue
+            rule = view.recipe
+            # What was committed just now is not asked whether it still holds.
+            known = layer.standing if committed else None
+            if known is not None and known[0][0] is rule.structure:
+                factors = known[1]
+            else:
+                factors = layer.factors_of(rule.structure, state)
+            if weight is not None:
+                if weight.group is not group:
+                    group, own = weight.group, alike.setdefault(id(weight.group), [])
+                own += ((weight, factors, state["step"]),)
+            if bias is not None:
+                if bias.group is not group:
+                    group, own = bias.group, alike.setdefault(id(bias.group), [])
+                step = bias.state["step"] = bias.state["step"] + 1
+                own += ((bias, (factors[0], None), step),)
+        return alike.values()
 
     # ---------------------------------------------------------------- state
 

@@ -22,12 +22,8 @@ from neurms.core.unitwise.statistics import Factors
 __all__ = ["Move", "Scaled", "move_", "write_moves_"]
 
 
-class Scaled(NamedTuple):
-    """A parameter that moves, its factors s and c, and the number of its step."""
-
-    view: View
-    factors: Factors
-    step: int
+Scaled = tuple[View, Factors, int]
+"""A parameter that moves, its factors s and c, and the number of its step."""
 
 
 def move_(
@@ -44,25 +40,60 @@ def move_(
     """
     if not parts:
         return
+    if not into_gradients and _move_at_once_(parts, rule, backend):
+        return
     kind: SpanKind = "scale" if into_gradients else "update"
     of = _into_gradient if into_gradients else _into_weight
     moves = None
     if rule.normalize:
         # Measured all together, observed or not: the other ranks take part in one exchange.
-        with span("scale", [part.view.parameter for part in parts]):
+        with span("scale", [view.parameter for view, _, _ in parts]):
             moves = normalized([of(part, rule) for part in parts], parts, rule, backend)
     # Who measures wants each parameter's time.
     for own in [slice(i, i + 1) for i in range(len(parts))] if is_observed() else [slice(None)]:
-        with span(kind, [part.view.parameter for part in parts[own]]):
+        with span(kind, [view.parameter for view, _, _ in parts[own]]):
             made = [of(part, rule) for part in parts[own]] if moves is None else moves[own]
             write_moves_([move for move in made if move.target.numel()], rule, backend)
             if not into_gradients:
-                for part, move in zip(parts[own], made, strict=True):
-                    part.view.written(move.target)
+                for (view, _, _), move in zip(parts[own], made, strict=True):
+                    view.written(move.target)
+
+
+def _move_at_once_(parts: Sequence[Scaled], rule: UnitwiseRule, backend: str) -> bool:
+    """Move parameters that are matrices and vectors as they are; return whether they were.
+
+    The same one call of the kernel, whose lists are made without a call for each parameter.
+    """
+    if rule.normalize is not None or rule.agc is not None or is_observed():
+        return False
+    views = [view for view, _, _ in parts]
+    if not all([v.kept is v.dtype and not v.sharded for v in views]):
+        return False
+    targets = [view.parameter for view in views]
+    two = [target.ndim >= 2 for target in targets]
+    if not all([v.route.layout.is_matrix for v, own in zip(views, two, strict=True) if own]):
+        return False
+    # B's gradients came out of backward scaled; its velocity may be scaled once more.
+    applied = not rule.upstream or (rule.momentum and rule.coupled)
+    absent: list[Tensor | None] = [None] * len(parts)
+    rate, decay = float(views[0].group["lr"]), views[0].decay
+    apply_updates_.on(backend)(
+        targets,
+        [view.gradient for view in views],
+        [view.state["momentum"] for view in views] if rule.momentum else absent,
+        [s for _, (s, _), _ in parts] if applied else absent,
+        [c for _, (_, c), _ in parts] if applied else absent,
+        [rate] * len(parts),
+        [decay if own else 1.0 for own in two],
+        momentum=rule.momentum,
+        scale_gradient=not rule.upstream,
+        scale_velocity=rule.coupled,
+    )
+    return True
 
 
 def _into_weight(part: Scaled, rule: UnitwiseRule) -> Move:
-    view, target = part.view, part.view.target()
+    view, target = part[0], part[0].target()
     # Weight decay is for weights.
     decay = view.decay if view.parameter.ndim >= 2 else 1.0
     gradient, velocity, layout, factors = _shown(part, rule)
@@ -72,7 +103,7 @@ def _into_weight(part: Scaled, rule: UnitwiseRule) -> Move:
 
 def _into_gradient(part: Scaled, rule: UnitwiseRule) -> Move:
     gradient, velocity, layout, factors = _shown(part, rule)
-    weight = local(part.view.parameter)
+    weight = local(part[0].parameter)
     return Move(gradient, gradient, velocity, layout, factors, -1.0, 0.0, weight)
 
 
@@ -80,7 +111,7 @@ def _shown(
     part: Scaled, rule: UnitwiseRule
 ) -> tuple[Tensor, Tensor | None, Layout, tuple[Tensor | None, Tensor | None]]:
     """Return what this rank holds of a gradient and its velocity, with their layout and factors."""
-    view, factors = part.view, part.factors
+    view, factors, _ = part
     gradient, layout = view.gradient, view.route.layout
     velocity = view.state["momentum"] if rule.momentum else None
     if not view.sharded:
@@ -218,7 +249,7 @@ def normalized(
         rule: Their rule.
         backend: How kernels run.
     """
-    lengths = [_length_of(part.view, part.step) for part in parts]
+    lengths = [_length_of(view, step) for view, _, step in parts]
     own = _without_velocity(moves, rule, backend)
     # A part without rows of a grouped kernel has no blocks to be seen as.
     there = [seen(move) for move in own if move.target.numel()]

@@ -403,7 +403,13 @@ class NeuRMS(PreconditionedOptimizer):
 
     def rule_of(self, weight: Tensor) -> UnitwiseRule:
         """Return what the settings of a weight's group say."""
-        return self._rules.of((self._work or self.work()).view_of(weight).group)
+        work = self._work or self.work()
+        return self._rules.of(work.view_of(weight).group)
+
+    def seat_of(self, weight: Tensor) -> tuple[UnitwiseRule, dict[str, Any]]:
+        """Return what the settings of a weight's group say, and its state."""
+        work = self._work or self.work()
+        return self._rules.of(work.view_of(weight).group), self.state.get(weight, {})
 
     def view_of(self, parameter: Tensor) -> View:
         """Return a parameter's view."""
@@ -428,18 +434,28 @@ class NeuRMS(PreconditionedOptimizer):
         return state
 
     def write_in_backward(
-        self, layer: TappedLayer, rule: UnitwiseRule, product: Product, factors: Factors
+        self,
+        layer: TappedLayer,
+        rule: UnitwiseRule,
+        state: dict[str, Any],
+        product: Product,
+        factors: Factors,
     ) -> None:
         """Write W -= lr (D S)^T H C into the weight, or into its velocity first."""
-        view = self.view_of(layer.weight)
-        if view.group["maximize"]:
+        view = (self._work or self.work()).view_of(layer.weight)
+        group = view.group
+        if group["maximize"]:
             raise UnsupportedTrainingError(NO_ASCENT)
-        view.state = self.state[layer.weight]
-        velocity = view.state["momentum"] if rule.momentum else None
-        target, rate = view.target(), float(view.group["lr"])
+        view.state = state
+        velocity = state["momentum"] if rule.momentum else None
+        rate = float(group["lr"])
+        decay = 1.0 - rate * float(group["weight_decay"])
         length = length_of(layer) if rule.normalize else None
-        write_product_(target, product, factors, rule, velocity, rate, view.decay, length)
-        view.written(target)
+        plain = view.kept is view.dtype and not view.sharded
+        target = view.parameter if plain else view.target()
+        write_product_(target, product, factors, rule, velocity, rate, decay, length)
+        if not plain:
+            view.written(target)
 
     # ---------------------------------------------------------------- the step
 

@@ -221,6 +221,10 @@ class GradientPreconditioner:
             return self._rule
         return replace(self._rule, momentum=momentum)
 
+    def seat_of(self, weight: Tensor) -> tuple[UnitwiseRule, dict[str, Any]]:
+        """Return a weight's rule and its state."""
+        return self.rule_of(weight), self.state_of(weight)
+
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
         """Return a parameter's state, empty before its first step."""
         return self.state.get(parameter, {})
@@ -232,12 +236,17 @@ class GradientPreconditioner:
         return self.state[parameter]
 
     def write_in_backward(
-        self, layer: TappedLayer, rule: UnitwiseRule, product: Product, factors: Factors
+        self,
+        layer: TappedLayer,
+        rule: UnitwiseRule,
+        state: dict[str, Any],
+        product: Product,
+        factors: Factors,
     ) -> None:
         """Write W -= lr (D S)^T H C with the settings of the SGD that holds the weight."""
         rate = float(self._group_of(layer.weight)["lr"])
         decay = 1.0 - rate * self.settings["weight_decay"]
-        velocity = self.state[layer.weight].get("momentum")
+        velocity = state.get("momentum")
         length = length_of(layer) if rule.normalize else None
         write_product_(layer.weight, product, factors, rule, velocity, rate, decay, length)
 
@@ -310,7 +319,7 @@ class GradientPreconditioner:
             self.layers.commit(layer for layer in layers if layer.observed.rows)
             parts = [part for layer in layers for part in self._parts_of(layer, views)]
             move_(parts, self._rule, self.layers.backend, into_gradients=True)
-            self._decay((part.view.parameter for part in parts), moving)
+            self._decay((view.parameter for view, _, _ in parts), moving)
         self._groups = {}
         if self._in_backward:
             self.layers.clear()
@@ -375,7 +384,7 @@ class GradientPreconditioner:
             view = views.get(id(parameter))
             if view is not None:
                 view.state = self.opened_state(view.parameter)
-                yield Scaled(view, factors, step)
+                yield view, factors, step
 
     def _decay(self, scaled: Iterable[Tensor], moving: Mapping[Tensor, Any]) -> None:
         decay = self.settings["weight_decay"]

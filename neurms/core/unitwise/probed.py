@@ -9,11 +9,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from neurms.compiled.backends import use_backend
+from neurms.compiled.backends import PROMPT
+from neurms.compiled.finite import are_small, within
 from neurms.compiled.gradient_factors import gradient_factors
+from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.probes import mean_squares, probe_products
 from neurms.core.ground.precision import compute_dtype
-from neurms.core.ground.spans import span
+from neurms.core.ground.spans import spanning
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.optimizers.view import View
@@ -68,10 +70,9 @@ def drawn_probes(
         like: Gives device and dtype.
     """
     generator = Context(step, None, (seed,)).generator(0)
-    right, left = (
-        torch.randint(0, 2, (size, count), generator=generator).mul_(2).sub_(1).to(like)
-        for size in sizes
-    )
+    # The generator goes row by row: these are the draws of two calls, one after the other.
+    signs = torch.randint(0, 2, (sum(sizes), count), generator=generator)
+    right, left = signs.mul_(2).sub_(1).to(like).split(sizes)
     return right, left
 
 
@@ -94,6 +95,7 @@ class ProbedLayer:
         self.foreseen: Foreseen | None = None
         self.products: tuple[Tensor, Tensor] | None = None
         self.tap: BackwardUpdateTap | None = None
+        self.dirty = False
         self._layers = weakref.ref(layers)
         self._probes: tuple[Tensor, Tensor] | None = None
 
@@ -105,18 +107,14 @@ class ProbedLayer:
             raise ReferenceError(f"the optimizer of layer {self.route.name!r} no longer exists")
         return layers
 
-    @property
-    def fired(self) -> bool:
-        """Whether a step has something to commit."""
-        return self.foreseen is not None or self.products is not None
-
     def rescale_errors(self, errors: Tensor) -> None:
         """Leave D as it is."""
 
-    @torch.no_grad()
     def update(self, errors: Tensor, activations: Tensor) -> None:
         """Take D and H of one backward."""
-        owner = self.layers.owner
+        self.dirty = True
+        layers = self._layers() or self.layers
+        owner = layers.owner_ref() or layers.owner
         view = owner.view_of(self.weight)
         view.state = owner.opened_state(self.weight)
         structure = structure_of(owner.recipe_of(view.group))
@@ -126,25 +124,29 @@ class ProbedLayer:
                 'the optimizer was built, and update="backward" cannot begin or end to keep an '
                 'average; build it anew, or use update="step"'
             )
-        with use_backend(owner.backend), span("reduce", [self.weight]):
-            products = probe_products(errors, activations, *self._drawn(view))
+        backend = self._backend(owner.backend)
+        probes = self._probes or self._drawn(view)
+        form = probe_products.on(backend)
+        products = spanning("reduce", [self.weight], form, errors, activations, *probes)
         # Whatever is not finite in D or H has made a product NaN or infinite.
-        seen = [item.contiguous() for item in products]
-        if not self.layers.accepts(self, seen, [torch.finfo(x.dtype).max for x in seen]):
+        seen = [x if x.is_contiguous() else x.contiguous() for x in products]
+        bounds = [torch.finfo(x.dtype).max for x in seen]
+        if not layers.judges(self, are_small(seen, bounds) or within(seen, bounds)):
             return
-        product = Product(errors, activations, None, self.layers.gemm, owner.backend)
-        with use_backend(owner.backend), span("update", [self.weight]):
-            if self.waits:
-                self._gather(view, structure, product, products)
-            else:
-                self._write(view, structure, product, products)
+        product = Product(errors, activations, None, layers.gemm, backend)
+        take = self._gather if self.waits else self._write
+        spanning("update", [self.weight], take, view, structure, product, products)
+
+    def _backend(self, chosen: str) -> str:
+        """Return how kernels run: natively too where they are small, beside a large weight."""
+        large = self.weight.numel() >= LEAST_ELEMENTS
+        return PROMPT if large and chosen == "auto" else chosen
 
     def _drawn(self, view: View) -> tuple[Tensor, Tensor]:
         """Return this step's probes, drawn once for all parts of its batch."""
-        if self._probes is None:
-            q, s = view.state["q"], view.state["s"]
-            sizes, count = (s.numel(), q.numel()), int(view.group["probes"])
-            self._probes = drawn_probes(view.seed, view.state["step"] + 1, sizes, count, q)
+        q, s = view.state["q"], view.state["s"]
+        sizes, count = (s.numel(), q.numel()), int(view.group["probes"])
+        self._probes = drawn_probes(view.seed, view.state["step"] + 1, sizes, count, q)
         return self._probes
 
     def _gather(
@@ -170,22 +172,22 @@ class ProbedLayer:
         products: tuple[Tensor, Tensor],
     ) -> None:
         state, features = view.state, product.activations.size(1)
-        rows, columns = map(mean_squares, products)
+        rows, columns = mean_squares(products[0]), mean_squares(products[1])
         correction = 1.0 - structure.beta ** (state["step"] + 1)
-        made = gradient_factors.on(product.backend)(
+        (q,), (s,), (left,), (right,) = gradient_factors.on(product.backend)(
             [rows], [columns], [state["q"]], [state["s"]], [correction],
             structure.beta, structure.kappa,
         )  # fmt: skip
-        self.foreseen = Foreseen(*(item for (item,) in made))
-        factors = self.foreseen.left, self.foreseen.right[:features]
+        self.foreseen = Foreseen(q, s, left, right)
         rate = float(view.group["lr"]) * (-1.0 if view.group["maximize"] else 1.0)
         target = view.target()
-        add_product_(target, product, factors, rate, view.decay)
+        add_product_(target, product, (left, right[:features]), rate, view.decay)
         view.written(target)
 
     def clear(self) -> None:
         """Forget what no step has committed."""
         self.foreseen = self.products = self._probes = None
+        self.dirty = False
 
 
 class ProbedLayers(TapSet[ProbedLayer, Owner]):
@@ -234,4 +236,5 @@ class ProbedLayers(TapSet[ProbedLayer, Owner]):
 def _tap_of(layer: ProbedLayer) -> BackwardUpdateTap:
     module = layer.route.module
     assert isinstance(module, nn.Linear)
-    return BackwardUpdateTap(module, layer, name=layer.route.name, writes=not layer.waits)
+    name, writes = layer.route.name, not layer.waits
+    return BackwardUpdateTap(module, layer, name=name, writes=writes, rescales=False)

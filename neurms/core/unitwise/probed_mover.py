@@ -9,8 +9,9 @@ from torch import Tensor
 
 from neurms.compiled.probes import mean_squares
 from neurms.compiled.update import apply_updates_
-from neurms.core.ground.spans import span
+from neurms.core.ground.spans import is_observed, span
 from neurms.core.optimizers.view import View
+from neurms.core.structures.gradient_moments import GradientMoments
 from neurms.core.unitwise.gradient_layers import Layer
 from neurms.core.unitwise.gradient_mover import (
     Factors,
@@ -51,37 +52,54 @@ class ProbedMover(GradientMover):
 
     def move(self, views: Sequence[View]) -> None:
         """Commit probed layers and move their biases, then all others."""
-        own = {view.parameter: view for view in views}
-        backend = self._backend(views)
+        own = {id(view.parameter): view for view in views}
+        alike: dict[GradientMoments, list[tuple[Layer, ProbedLayer]]] = {}
+        pairs: list[tuple[Layer, ProbedLayer]] = []
+        last: GradientMoments | None = None
         for probed in self._probed:
-            if probed.fired:
-                other = partner_of(probed.route, self._optimizer.routes)
-                bias = None if other is None else own.pop(other.parameter, None)
-                self._commit(probed, bias, backend)
+            if probed.foreseen is None and probed.products is None:
+                continue
+            other = partner_of(probed.route, self._optimizer.routes)
+            bias = None if other is None else own.pop(id(other.parameter), None)
+            weight = self._optimizer.view_of(probed.weight)
+            layer = self._layer(weight, bias, moves=False)
+            if layer.structure is not last:
+                last, pairs = layer.structure, alike.setdefault(layer.structure, [])
+            pairs += ((layer, probed),)
+        weights = [layer.weight for together in alike.values() for layer, _ in together]
+        # Small ones beside large weights run natively, wherever those have moved.
+        backend = self._backend([*views, *weights])
+        for pairs in alike.values():
+            # Who measures wants each layer's time.
+            for part in [[one] for one in pairs] if is_observed() else [pairs]:
+                layers = [layer for layer, _ in part]
+                self.write(layers, self._committed(part, backend), backend)
         super().move(list(own.values()))
 
-    def _commit(self, probed: ProbedLayer, bias: View | None, backend: str) -> None:
-        weight = self._optimizer.view_of(probed.weight)
-        layer = self._layer(weight, bias, moves=False)
-        factors = self._committed(probed, layer, backend)
-        if probed.waits:
-            _move_waiting(weight, layer, factors, backend)
-        self.write([layer], [factors], backend)
-
-    def _committed(self, probed: ProbedLayer, layer: Layer, backend: str) -> Factors:
-        state, ahead = layer.weight.state, probed.foreseen
-        if ahead is not None:
-            torch._foreach_copy_([state["q"], state["s"]], [ahead.q, ahead.s])
-            return ahead.left, ahead.right
-        assert probed.products is not None
-        rows, columns = map(mean_squares, probed.products)
-        (factors,) = scales([layer], [(rows, columns)], layer.structure, backend)
+    def _committed(self, pairs: Sequence[tuple[Layer, ProbedLayer]], backend: str) -> list[Factors]:
+        """Commit what backward has seen, and move the weights that have waited for it."""
+        factors: list[Factors] = []
+        kept: list[Tensor] = []
+        fresh: list[Tensor] = []
+        for layer, probed in pairs:
+            state, ahead = layer.weight.state, probed.foreseen
+            if ahead is not None:
+                kept += state["q"], state["s"]
+                fresh += ahead.q, ahead.s
+                factors += ((ahead.left, ahead.right),)
+                continue
+            assert probed.products is not None
+            rows, columns = map(mean_squares, probed.products)
+            factors += scales([layer], [(rows, columns)], layer.structure, backend)
+            _move_waiting(layer, factors[-1], backend)
+        if kept:
+            torch._foreach_copy_(kept, fresh)
         return factors
 
 
-def _move_waiting(weight: View, layer: Layer, factors: Factors, backend: str) -> None:
+def _move_waiting(layer: Layer, factors: Factors, backend: str) -> None:
     """Move a weight by its average M, which backward has brought up to date."""
-    left, right = factors
+    weight, (left, right) = layer.weight, factors
     target, rate = weight.target(), float(weight.group["lr"])
     with span("update", [weight.parameter]):
         apply_updates_.on(backend)(

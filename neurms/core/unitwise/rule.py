@@ -129,17 +129,26 @@ class Rules:
     """Makes each group's rule once, and anew only when a setting of it has changed."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[dict[str, Any], UnitwiseRule]] = {}
+        self._made: dict[int, tuple[dict[str, Any], Any, UnitwiseRule]] = {}
+        self._last: Any = None, {}, None, None
 
     def of(self, group: Mapping[str, Any]) -> UnitwiseRule:
         """Return what a group's settings say."""
-        known = self._made.get(id(group))
         # Asked several times a step; users may change any setting between two of them.
+        params = group["params"] if "params" in group else None
+        last, settings, known, rule = self._last
         # Lists of other parameters are not compared: a tensor's == is no truth value.
-        same = known is not None and known[0].get("params") is group.get("params")
-        if known is None or not same or known[0] != group:
-            known = self._made[id(group)] = (dict(group), UnitwiseRule.of(group))
-        return known[1]
+        if last is group and known is params and settings == group:
+            made: UnitwiseRule = rule
+            return made
+        key = id(group)
+        settings, known, rule = self._made.get(key, ({}, None, None))
+        if rule is None or known is not params or settings != group:
+            settings, rule = dict(group), UnitwiseRule.of(group)
+            self._made[key] = settings, params, rule
+        self._last = group, settings, params, rule
+        made = rule
+        return made
 
 
 def check_gemm(gemm: Any, update: str) -> None:

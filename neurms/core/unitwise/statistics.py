@@ -25,12 +25,26 @@ from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.rule import LossReduction
 
-__all__ = ["Basis", "Factors", "Moved", "Part", "PendingSums", "moved", "scalar", "synchronize"]
+__all__ = [
+    "GREATEST",
+    "Basis",
+    "Factors",
+    "Moved",
+    "Part",
+    "PendingSums",
+    "basis_of",
+    "by_unit",
+    "is_basis",
+    "moved",
+    "pooled",
+    "scalar",
+    "synchronize",
+]
 
 Factors = tuple[Tensor, Tensor | None]
 """s (m,) and c (n,), None for 1."""
 
-_GREATEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+GREATEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
 @dataclass
@@ -103,9 +117,9 @@ class PendingSums:
 
         An average that has become infinite would be NaN one step later.
         """
-        least = math.inf if self.units is None else _GREATEST[self.units.dtype]
+        least = math.inf if self.units is None else GREATEST[self.units.dtype]
         if self.features is not None:
-            least = min(least, _GREATEST[self.features.dtype])
+            least = min(least, GREATEST[self.features.dtype])
         return least / (4.0 * max(self.rows, 1))
 
     def is_finite(self) -> bool:
@@ -170,93 +184,104 @@ def synchronize(
 
 
 class Moved(NamedTuple):
-    """Second moments, v and perhaps u, as a commit makes them, and the factors that they give."""
+    """What a commit of several layers makes of them, one list of each.
 
-    moments: tuple[Tensor, ...]
-    factors: Factors
+    Args:
+        v: Second moments of units.
+        u: Of features; None where those have none.
+        s: Factors of units.
+        c: Factors of features, None for 1.
+    """
+
+    v: Sequence[Tensor]
+    u: Sequence[Tensor | None]
+    s: Sequence[Tensor]
+    c: Sequence[Tensor | None]
 
 
 class Part(NamedTuple):
-    """One layer's part in a commit.
+    """One layer's part in a commit; lists of them need not be of this class.
 
     Args:
         state: The layer's state; read only.
         pending: What it has seen.
-        reduction: How the loss reduces over rows.
-        units: m.
         features: n.
         heads: Number of equal runs of units that share one second moment, 0 for none.
     """
 
     state: Mapping[str, Any]
     pending: PendingSums
-    reduction: LossReduction
-    units: int
     features: int
     heads: int = 0
 
-    def squares(self) -> Tensor:
-        """Return D's sums of squares (k,), one for each second moment: heads are pooled."""
-        units = self.pending.units
-        assert units is not None
-        return units.reshape(self.heads, -1).mean(-1) if self.heads else units
 
-    def expanded(self, s: Tensor, c: Tensor | None) -> Factors:
-        """Return factors by unit where heads share them."""
-        return (s.repeat_interleave(self.units // self.heads), c) if self.heads else (s, c)
-
-    def means(self) -> Moments:
-        """Return the mean squares of D and H over rows, None where nothing was seen."""
-        seen = self.pending.moments(self.reduction)
-        if not self.heads or seen.units is None:
-            return seen
-        return Moments(seen.units.reshape(self.heads, -1).mean(-1), seen.features)
-
-    def last(self, key: str, like: Tensor) -> Tensor:
-        """Return a second moment of the state, zero before the first commit."""
-        known: Tensor | None = self.state.get(key)
-        return torch.zeros_like(like) if known is None else known
+AnyPart = Part | tuple[Mapping[str, Any], PendingSums, int, int]
+"""Making a plain tuple is no call of Python's, of which there would be two for each layer."""
 
 
-def moved(structure: UnitFeatureDiagonal, parts: Sequence[Part], backend: str) -> list[Moved]:
+def pooled(units: Tensor, heads: int) -> Tensor:
+    """Return one number for each second moment: the mean of the units of each head, if any."""
+    return units.reshape(heads, -1).mean(-1) if heads else units
+
+
+def by_unit(s: Tensor, units: int, heads: int) -> Tensor:
+    """Return factors by unit where heads share them."""
+    return s.repeat_interleave(units // heads) if heads else s
+
+
+def moved(
+    structure: UnitFeatureDiagonal,
+    parts: Sequence[AnyPart],
+    reduction: LossReduction,
+    backend: str,
+) -> Moved:
     """Return what committing all parts now would give; nothing changes.
 
     Args:
         structure: The settings, the same for all.
         parts: Layers that have seen rows of D.
+        reduction: How the loss reduces over rows.
         backend: How kernels run.
     """
     if not parts:
-        return []
-    steps = [part.state.get("step", 0) + 1 for part in parts]
-    squares = [part.squares() for part in parts]
-    weights = [part.pending.unit_weight(part.reduction) for part in parts]
-    last = [part.last("v", own) for part, own in zip(parts, squares, strict=True)]
-    with span("scale"):
-        v, s = _moved_vectors(
-            structure, last, squares, weights, steps, backend, (structure.s_min, structure.s_max)
-        )
-        u, c = _moved_features(structure, parts, steps, backend)
-    return [
-        Moved((one,) if other is None else (one, other), part.expanded(left, right))
-        for part, one, other, left, right in zip(parts, v, u, s, c, strict=True)
+        return Moved([], [], [], [])
+    # Lists of plain attributes: where caches are cold, a call for each layer costs more.
+    states, pending, _, heads = zip(*parts, strict=True)
+    steps = [state["step"] + 1 if state else 1 for state in states]
+    sums: list[Any] = [own.units for own in pending]
+    squares = [pooled(own, h) if h else own for own, h in zip(sums, heads, strict=True)]
+    mean = reduction == "mean"
+    weights = [float(own.rows) if mean else 1.0 / own.rows for own in pending]
+    last = [
+        state["v"] if "v" in state else torch.zeros_like(own)
+        for state, own in zip(states, squares, strict=True)
     ]
+    with span("scale"):
+        bounds = structure.s_min, structure.s_max
+        v, s = _moved_vectors(structure, last, squares, weights, steps, backend, bounds)
+        u, c = _moved_features(structure, parts, steps, backend)
+    left = [
+        by_unit(one, own.numel(), h) if h else one
+        for one, own, h in zip(s, sums, heads, strict=True)
+    ]
+    return Moved(v, u, left, c)
 
 
 def _moved_features(
-    structure: UnitFeatureDiagonal, parts: Sequence[Part], steps: Sequence[int], backend: str
+    structure: UnitFeatureDiagonal, parts: Sequence[AnyPart], steps: Sequence[int], backend: str
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
     nothing: list[Tensor | None] = [None] * len(parts)
     if not structure.factored:
         return nothing, nothing
     # A layer that saw no rows of H, in an empty batch, weighs none: its u stays.
-    rows = [part.pending.feature_rows for part in parts]
-    sizes = [part.features for part in parts]
-    squares = [
-        part.squares().new_zeros(size) if part.pending.features is None else part.pending.features
-        for part, size in zip(parts, sizes, strict=True)
+    rows = [own.feature_rows for _, own, _, _ in parts]
+    squares: list[Any] = [
+        _zeros(own, size) if own.features is None else own.features for _, own, size, _ in parts
     ]
-    last: list[Any] = [part.last("u", own) for part, own in zip(parts, squares, strict=True)]
+    last: list[Any] = [
+        state["u"] if "u" in state else torch.zeros_like(own)
+        for (state, _, _, _), own in zip(parts, squares, strict=True)
+    ]
     weights = [1.0 / count if count else 0.0 for count in rows]
     u: list[Any]
     c: list[Any]
@@ -272,6 +297,11 @@ def _moved_features(
     return u, c
 
 
+def _zeros(pending: PendingSums, size: int) -> Tensor:
+    assert pending.units is not None
+    return pending.units.new_zeros(size)
+
+
 def _moved_vectors(
     structure: UnitFeatureDiagonal,
     moments: Sequence[Tensor],
@@ -282,36 +312,31 @@ def _moved_vectors(
     bounds: tuple[float, float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     kappa = structure.kappa if structure.clip == "relative" else None
-    corrections = [structure.divisor(step) for step in steps]
+    divisors = {step: structure.divisor(step) for step in set(steps)}
+    corrections = [divisors[step] for step in steps]
     settings = structure.beta, structure.eps, structure.v_min
     move = move_moments.on(backend)
     return move(moments, squares, weights, corrections, *settings, *bounds, kappa)
 
 
-class Basis(NamedTuple):
-    """What factors were made of: settings and second moments, with how often each was written."""
+Basis = tuple[UnitFeatureDiagonal, int, Tensor, int, Tensor | None, int]
+"""What factors were made of: settings, step, v and u, each with how often it was written."""
 
-    structure: UnitFeatureDiagonal
-    step: int
-    v: Tensor
-    v_version: int
-    u: Tensor | None
-    u_version: int
 
-    @classmethod
-    def of(cls, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> Basis:
-        """Return the basis that a layer's present state is."""
-        v, u = state["v"], state.get("u")
-        return cls(structure, state["step"], v, v._version, u, 0 if u is None else u._version)
+def basis_of(structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> Basis:
+    """Return the basis that a layer's present state is."""
+    v, u = state["v"], state["u"] if "u" in state else None
+    return structure, state["step"], v, v._version, u, 0 if u is None else u._version
 
-    def holds(self, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> bool:
-        """Return whether this is still so: nothing was written or replaced."""
-        v, u = state["v"], state.get("u")
-        return (
-            self.structure is structure
-            and self.step == state["step"]
-            and self.v is v
-            and self.v_version == v._version
-            and self.u is u
-            and (u is None or self.u_version == u._version)
-        )
+
+def is_basis(basis: Basis, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> bool:
+    """Return whether a basis is the present state's: nothing was written or replaced."""
+    made, step, v, v_version, u, u_version = basis
+    return (
+        made is structure
+        and step == state["step"]
+        and v is state["v"]
+        and v_version == v._version
+        and u is (state["u"] if "u" in state else None)
+        and (u is None or u_version == u._version)
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,27 +11,41 @@ from torch import Tensor
 
 from neurms.compiled.reductions import column_square_sum
 from neurms.core.ground.ranks import Ranks
-from neurms.core.ground.spans import span, spanned
+from neurms.core.ground.spans import span, spanned, spanning
 from neurms.core.routing import Route
 from neurms.core.structures.base import Moments
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
-from neurms.core.taps.accumulation import graph_task
 from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.hooks import HookTap
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.foresight import Foresight, foresee
 from neurms.core.unitwise.rule import Gemm, LossReduction, UnitwiseRule
 from neurms.core.unitwise.statistics import (
+    AnyPart,
     Basis,
     Factors,
-    Moved,
-    Part,
     PendingSums,
+    by_unit,
+    is_basis,
     moved,
+    pooled,
     synchronize,
 )
 
 __all__ = ["Holder", "TappedLayer", "commit"]
+
+
+class HasRules(Protocol):
+    """Whoever an engine belongs to, as its layers know it."""
+
+    def rule_of(self, weight: Tensor) -> UnitwiseRule:
+        """Return what the current settings say of a weight."""
+
+    def seat_of(self, weight: Tensor) -> tuple[UnitwiseRule, dict[str, Any]]:
+        """Return a weight's rule and its state."""
+
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, empty before its first step."""
 
 
 class Holder(Protocol):
@@ -39,17 +53,20 @@ class Holder(Protocol):
 
     backend: str
     loss_reduction: LossReduction
+    loss_scale: Callable[[], Tensor | float] | None
     gemm: Gemm
+
+    @property
+    def owner_ref(self) -> Callable[[], HasRules | None]:
+        """Returns the owner while there is one."""
+
+    @property
+    def owner(self) -> HasRules:
+        """The optimizer or preconditioner."""
 
     @property
     def ranks(self) -> Ranks:
         """The ranks over which statistics are summed."""
-
-    def rule_of(self, weight: Tensor) -> UnitwiseRule:
-        """Return what the current settings say of a weight."""
-
-    def state_of(self, parameter: Tensor) -> dict[str, Any]:
-        """Return a parameter's state, empty before its first step."""
 
     def current_loss_scale(self) -> Tensor | float | None:
         """Return the factor that the loss carries, or None."""
@@ -58,9 +75,11 @@ class Holder(Protocol):
         self,
         layer: TappedLayer,
         rule: UnitwiseRule,
+        state: dict[str, Any],
         errors: Tensor,
         activations: Tensor,
         sums: Sums,
+        scaled: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Have a layer's update written if its D and H are finite."""
 
@@ -81,19 +100,26 @@ class TappedLayer:
         self.weight = route.parameter
         self.bias = bias
         self.heads = heads
+        self.features = route.layout.features
         self.pending = PendingSums()
         self.tap: HookTap | BackwardUpdateTap | None = None
         self.follows_gradient = True
         self._engine = weakref.ref(engine)
         self.observed = self.pending
         """What the next commit takes: sums over all ranks once they are synchronised."""
+        self.dirty = False
+        """Whether there is something that :meth:`clear` forgets."""
         self._task: int | None = None
         self._version: int | None = None
         self._everywhere = self.pending
         self._rescaled: Sums | None = None
-        self._foresight: Foresight | None = None
-        self._known: tuple[Basis, Factors] | None = None
-        self._settled = 0
+        self._seat: tuple[UnitwiseRule, dict[str, Any]] | None = None
+        self.foresight: Foresight | None = None
+        """What backward has worked out already of the next commit."""
+        self.standing: tuple[Basis, Factors] | None = None
+        """Factors of the last commit, and what they were made of."""
+        self.settled = 0
+        """Identity of the gradient in whose step that was."""
 
     @property
     def engine(self) -> Holder:
@@ -106,12 +132,13 @@ class TappedLayer:
     @property
     def rule(self) -> UnitwiseRule:
         """What the current settings say of the layer."""
-        return self.engine.rule_of(self.weight)
+        engine = self._engine() or self.engine
+        return (engine.owner_ref() or engine.owner).rule_of(self.weight)
 
     @property
     def state(self) -> dict[str, Any]:
         """The weight's state: empty before its first commit, then ``step``, ``v``, ``u``."""
-        return self.engine.state_of(self.weight)
+        return self.engine.owner.state_of(self.weight)
 
     @property
     def backend(self) -> str:
@@ -126,7 +153,7 @@ class TappedLayer:
     @property
     def updated_in_backward(self) -> bool:
         """Whether the weight moves during backward and never has a gradient."""
-        return isinstance(self.tap, BackwardUpdateTap)
+        return self.tap is not None and not self.tap.leaves_gradient
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -147,11 +174,16 @@ class TappedLayer:
 
     def loss_scale(self) -> Tensor | float | None:
         """Return the factor that the loss carries; D is divided by it."""
-        return self.engine.current_loss_scale()
+        engine = self._engine() or self.engine
+        return None if engine.loss_scale is None else engine.current_loss_scale()
 
     def add(self, sums: Sums) -> None:
         """Take one backward firing whose gradient accumulates into the weight."""
         self._follow_gradient()
+        self.take(sums)
+
+    def take(self, sums: Sums) -> None:
+        """As :meth:`add`, of a firing whose gradient was looked after."""
         if not sums.rows and self.rule.upstream:
             # Nothing to rescale here, but ranks whose batch is not empty wait in their all-reduce.
             self._rescaled = self._summed_over_ranks(sums)
@@ -159,21 +191,25 @@ class TappedLayer:
         if self._rescaled is not None or self._everywhere is not self.pending:
             self._everywhere = self._everywhere.plus(self._rescaled or sums)
         self.pending.add(sums)
-        self._rescaled, self.observed = None, self.pending
+        self._rescaled, self.observed, self.dirty = None, self.pending, True
 
     def rescale(self, sums: Sums) -> Tensor | None:
         """Return variant B's factors (units,) for D, from v with this pass blended in."""
         self._rescaled = None
-        if not self.rule.upstream:
+        engine = self._engine() or self.engine
+        if not (engine.owner_ref() or engine.owner).rule_of(self.weight).upstream:
             return None
         self._follow_gradient()
-        self._rescaled = self._summed_over_ranks(sums)
+        self._rescaled, self.dirty = self._summed_over_ranks(sums), True
         s, _ = self.foreseen(self._rescaled)
         return s
 
     def rescale_errors(self, errors: Tensor) -> Tensor | None:
         """Return D S for variant B (``update="backward"``), else None."""
-        if not self.rule.upstream:
+        # Asked once for this and for the update that follows.
+        engine = self._engine() or self.engine
+        self._seat = (engine.owner_ref() or engine.owner).seat_of(self.weight)
+        if not self._seat[0].upstream:
             self._rescaled = None
             return None
         factors = self.rescale(self._unit_sums(errors))
@@ -188,47 +224,48 @@ class TappedLayer:
         Returns:
             The column sums of D where they came along, else None.
         """
-        with span("bookkeeping", [self.weight]):
-            self._follow_gradient()
-            # Asked once: finding the settings of now takes many calls.
-            rule = self.rule
-            ahead = self._foresee(rule, errors, activations)
-            if ahead is None:
-                sums = self._rescaled or self._unit_sums(errors)
-                if rule.structure.factored:
-                    with span("reduce"):
-                        features = column_square_sum.on(self.backend)(activations)
-                    rows = activations.shape[0]
-                    sums = sums._replace(feature_square_sum=features, feature_rows=rows)
-                self.engine.write_in_backward(self, rule, errors, activations, sums)
-                return None
-            self._foresight = ahead
-            try:
-                self.engine.write_in_backward(self, rule, errors, activations, ahead.sums)
-            finally:
-                # A copy of the layer's signals must not outlive their use.
-                if self._foresight is ahead and ahead.scaled is not None:
-                    self._foresight = ahead._replace(scaled=None)
-            return ahead.error_sum
+        return spanning("bookkeeping", [self.weight], self._update, errors, activations)
 
-    def _foresee(self, rule: UnitwiseRule, errors: Tensor, activations: Tensor) -> Foresight | None:
+    def _update(self, errors: Tensor, activations: Tensor) -> Tensor | None:
+        self._follow_gradient()
+        engine = self._engine() or self.engine
+        seat, self._seat, self.dirty = self._seat, None, True
+        rule, state = seat or (engine.owner_ref() or engine.owner).seat_of(self.weight)
+        ahead = self._foresee(engine, rule, state, errors, activations)
+        if ahead is None:
+            sums = self._rescaled or self._unit_sums(errors)
+            if rule.structure.factored:
+                with span("reduce"):
+                    features = column_square_sum.on(self.backend)(activations)
+                rows = activations.shape[0]
+                sums = sums._replace(feature_square_sum=features, feature_rows=rows)
+            engine.write_in_backward(self, rule, state, errors, activations, sums)
+            return None
+        # A copy of the layer's signals must not outlive their use.
+        foresight, scaled = ahead
+        self.foresight = foresight
+        engine.write_in_backward(self, rule, state, errors, activations, foresight.sums, scaled)
+        return foresight.error_sum
+
+    def _foresee(
+        self,
+        engine: Holder,
+        rule: UnitwiseRule,
+        state: Mapping[str, Any],
+        errors: Tensor,
+        activations: Tensor,
+    ) -> tuple[Foresight, tuple[Tensor, Tensor] | None] | None:
         """Work everything out in one pass over D and H, where nothing else has a say in it."""
         seen = self._everywhere.rows or self._rescaled is not None
-        if self.heads or seen or rule.upstream:
+        if self.heads or seen or rule.upstream or not state:
             return None
-        engine = self.engine
         # Where the product is of bfloat16 numbers its factors are applied to its sums.
         rounded = errors.dtype is activations.dtype is torch.bfloat16
         scale = engine.gemm == "float32" and not rounded
         return foresee(
-            errors, activations, rule.structure, self.state, engine.loss_reduction, engine.backend,
+            errors, activations, rule.structure, state, engine.loss_reduction, engine.backend,
             scale=scale,
         )  # fmt: skip
-
-    @property
-    def scaled(self) -> tuple[Tensor, Tensor] | None:
-        """D S and H C of the firing that is being written, if they are at hand."""
-        return None if self._foresight is None else self._foresight.scaled
 
     def _follow_gradient(self) -> None:
         """At a backward's first firing, drop sums whose gradient was dropped without a step.
@@ -236,13 +273,14 @@ class TappedLayer:
         That happens after a GradScaler's overflow or a bad step, by ``model.zero_grad()``: the
         gradient is None then, or zero.
         """
-        task, gradient = graph_task(), self.weight.grad
+        task, gradient = torch._C._current_graph_task_id(), self.weight.grad
         if task == self._task or not self.follows_gradient:
             return
         self._task = task
         if gradient is None:
             self._version = None
-            self.clear()
+            if self.dirty:
+                self.clear()
             return
         # Accumulation itself counts one version up. Only where something else has written are the
         # values looked at, which an accelerator would have to wait for.
@@ -267,60 +305,47 @@ class TappedLayer:
 
     def begin_synchronization(self) -> PendingSums:
         """Return a copy of the pending sums, to be summed over ranks in place."""
-        self.observed = self.pending.copy()
+        self.observed, self.dirty = self.pending.copy(), True
         return self.observed
 
     def restore(self, pending: PendingSums) -> None:
         """Make ``pending`` what the layer has seen since the last commit."""
-        self.pending = pending.copy()
-        self._forget()
+        self.clear()
+        self.pending = self.observed = self._everywhere = pending.copy()
+        self.dirty = True
 
     def clear(self) -> None:
         """Forget what was observed since the last commit."""
-        self.pending.clear()
-        self._forget()
-
-    def _forget(self) -> None:
-        self.observed = self._everywhere = self.pending
-        self._rescaled = self._foresight = None
-
-    def part(self, state: Mapping[str, Any], pending: PendingSums) -> Part:
-        """Return the layer's part in a commit of ``pending`` into ``state``."""
-        layout, reduction = self.route.layout, self.engine.loss_reduction
-        return Part(state, pending, reduction, layout.units, layout.features, self.heads)
+        # All in one call: a step makes it for every layer.
+        pending = self.pending
+        pending.units = pending.features = None
+        pending.rows = pending.feature_rows = 0
+        self.observed = self._everywhere = pending
+        self._rescaled = self.foresight = self._seat = None
+        self.dirty = False
 
     def moments(self, pending: PendingSums) -> Moments:
         """Return the mean squares of ``pending``, heads pooled."""
-        return self.part(self.state, pending).means()
+        seen = pending.moments(self.engine.loss_reduction)
+        if not self.heads or seen.units is None:
+            return seen
+        return Moments(pooled(seen.units, self.heads), seen.features)
 
     @spanned("bookkeeping")
     def foreseen(self, sums: Sums) -> Factors:
         """Return the factors as they would be if ``sums`` were committed now; nothing changes."""
-        if self._foresight is not None and self._foresight.sums is sums:
-            return self._foresight.factors
-        part = self.part(self.state, self._everywhere.plus(sums))
-        (ahead,) = moved(self.rule.structure, [part], self.backend)
-        return ahead.factors
-
-    def known(self, structure: UnitFeatureDiagonal, state: Mapping[str, Any]) -> Moved | None:
-        """Return what the next commit gives, where backward has worked it out already."""
-        ahead = self._foresight
-        if ahead is None or not ahead.holds(structure, state, self.observed):
-            return None
-        return Moved(ahead.moments, ahead.factors)
-
-    def settle(
-        self, structure: UnitFeatureDiagonal, state: Mapping[str, Any], factors: Factors
-    ) -> None:
-        """End a commit whose statistics are in the state, and give these factors."""
-        self._known = Basis.of(structure, state), factors
-        self._settled = id(self.weight.grad)
-        self.clear()
+        if self.foresight is not None and self.foresight.sums is sums:
+            return self.foresight.factors
+        everywhere, features = self._everywhere.plus(sums), self.route.layout.features
+        part = (self.state, everywhere, features, self.heads)
+        engine = self.engine
+        ahead = moved(self.rule.structure, [part], engine.loss_reduction, engine.backend)
+        return ahead.s[0], ahead.c[0]
 
     @property
     def stands_still(self) -> bool:
         """Whether the weight has a gradient of which nothing was seen, and nothing committed."""
-        return not self.observed.rows and self._settled != id(self.weight.grad)
+        return not self.observed.rows and self.settled != id(self.weight.grad)
 
     def factors(self) -> Factors:
         """Return s (m,) and c (n,) from the committed statistics; c is None unless factored."""
@@ -329,33 +354,56 @@ class TappedLayer:
     @spanned("bookkeeping")
     def factors_of(self, structure: UnitFeatureDiagonal, state: dict[str, Any]) -> Factors:
         """As :meth:`factors`, of the layer's settings and state where those are at hand."""
-        if self._known is not None and self._known[0].holds(structure, state):
-            return self._known[1]
+        if self.standing is not None and is_basis(self.standing[0], structure, state):
+            return self.standing[1]
         with span("scale"):
-            factors = structure.factors(state, state["step"])
-            return self.part(state, self.pending).expanded(*factors)
+            s, c = structure.factors(state, state["step"])
+            return by_unit(s, self.route.layout.units, self.heads), c
 
 
 Seat = tuple[TappedLayer, dict[str, Any]]
 """A layer and its state."""
 
 
-def commit(structure: UnitFeatureDiagonal, seats: Sequence[Seat], backend: str) -> None:
+def commit(
+    structure: UnitFeatureDiagonal, seats: Sequence[Seat], reduction: LossReduction, backend: str
+) -> None:
     """Move what layers have observed into their state, all in one call.
 
     Args:
         structure: The settings, the same for all.
         seats: Layers that have seen rows of D, each with its state.
+        reduction: How the loss reduces over rows.
         backend: How kernels run.
     """
-    known = [layer.known(structure, state) for layer, state in seats]
-    rest = [seat for seat, own in zip(seats, known, strict=True) if own is None]
-    parts = [layer.part(state, layer.observed) for layer, state in rest]
-    fresh = iter(moved(structure, parts, backend))
-    results: list[Moved] = [next(fresh) if own is None else own for own in known]
+    kept: list[Tensor] = []
+    fresh: list[Tensor] = []
+    settled: list[tuple[TappedLayer, dict[str, Any], Factors]] = []
+    rest: list[Seat] = []
+    for layer, state in seats:
+        ahead = layer.foresight
+        if ahead is None or not ahead.holds(structure, state, layer.observed):
+            rest += ((layer, state),)
+            continue
+        kept += (state["v"], state["u"]) if structure.factored else (state["v"],)
+        fresh += ahead.moments
+        settled += ((layer, state, ahead.factors),)
+    parts: list[AnyPart] = [
+        (state, layer.observed, layer.features, layer.heads) for layer, state in rest
+    ]
+    v, u, s, c = moved(structure, parts, reduction, backend)
+    kept += [state["v"] for _, state in rest]
+    fresh += v
+    if structure.factored:
+        kept += [state["u"] for _, state in rest]
+        fresh += [own for own in u if own is not None]
     with span("reduce"):
-        kept = [state[key] for _, state in seats for key in ("v", "u") if key in state]
-        torch._foreach_copy_(kept, [moment for own in results for moment in own.moments])
-    for (layer, state), own in zip(seats, results, strict=True):
-        state["step"] += 1
-        layer.settle(structure, state, own.factors)
+        torch._foreach_copy_(kept, fresh)
+    settled += [(*seat, own) for seat, own in zip(rest, zip(s, c, strict=True), strict=True)]
+    for layer, state, factors in settled:
+        step = state["step"] = state["step"] + 1
+        now, other = state["v"], state["u"] if "u" in state else None
+        version = 0 if other is None else other._version
+        layer.standing = (structure, step, now, now._version, other, version), factors
+        layer.settled = id(layer.weight.grad)
+        layer.clear()

@@ -108,6 +108,55 @@ def test_loss_scales_are_divided_out() -> None:
     close(first, (errors / 64).square().sum(0))
 
 
+def test_a_loss_scale_that_leaves_no_square_is_divided_out_first() -> None:
+    model = network()
+    _, recorder = tap(model[2], scale=2.0**90)
+    (2.0**90 * whole(model)(X).pow(3).sum()).backward()
+    errors, _ = truth(model, "2", cubes, X)
+    close(recorder.units, errors.square().sum(0))
+
+
+def test_sums_are_not_left_in_memory_that_a_graph_uses_again() -> None:
+    hook_tap, recorder = tap(nn.Linear(3, 2))
+    units, features = torch.ones(2), torch.ones(3)
+    hook_tap.take(torch.ones(4, 2), units, features, 4)
+    units.zero_()
+    features.zero_()
+    assert recorder.units.tolist() == [1, 1]
+    assert recorder.features.tolist() == [1, 1, 1]
+
+
+def test_a_copy_of_a_leaf_finds_the_tap() -> None:
+    """Hooks on saved tensors, which offload them, give copies back."""
+    model = network()
+    _, recorder = tap(model[0])
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        loss = run(X).sum()
+    loss.backward()
+    assert recorder.rows == 10
+
+
+class Words(nn.Module):
+    """An embedding, whose H is token indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.table(tokens)).tanh()
+
+
+def test_tokens_are_counted() -> None:
+    model, tokens = Words(), torch.tensor([[0, 3, 3], [1, 3, 0]])
+    (_, table), (_, head) = tap(model.table), tap(model.head)
+    whole(model)(tokens).sum().backward()
+    assert table.features.tolist() == [2, 1, 0, 3, 0]
+    assert (table.rows, table.received[0].feature_rows) == (6, 6)
+    close(head.features, model.table(tokens).detach().square().sum((0, 1)))
+
+
 def test_autocast_signals_are_squared_in_float32() -> None:
     plain = network()
     compiled = copy.deepcopy(plain)

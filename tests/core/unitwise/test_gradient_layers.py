@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from neurms import GradientPreconditioner, NeuRMS
+from neurms import GradientPreconditioner, NeuRMS, NonFiniteError
 from neurms.core.unitwise.gradient_layers import Known
 from tests.core.unitwise.neurms_models import cnn, images, vectors, wide
 from tests.core.unitwise.test_gradient_mover import backward
@@ -105,3 +106,47 @@ def test_a_preconditioner_sees_a_state_that_is_loaded() -> None:
         assert p.grad is not None
         assert q.grad is not None
         assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "2.weight"])
+def test_sums_that_are_not_finite_refuse_a_step_and_change_nothing(name: str, bad: float) -> None:
+    """Layers that are known are judged by their sums, and no second read of the gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 200), nn.ReLU(), nn.Linear(200, 200), nn.LayerNorm(200))
+    optimizer = NeuRMS(model, lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 9)).square().mean().backward()
+        optimizer.step()
+    gradient = model.get_parameter(name).grad
+    assert gradient is not None
+    gradient.view(-1)[-1] = bad
+    weights = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(NonFiniteError, match=name):
+        optimizer.step()
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert str(optimizer.state_dict()["state"]) == str(state)
+    gradient.view(-1)[-1] = 0.0
+    optimizer.step()
+    assert not torch.equal(weights[name], model.get_parameter(name))
+
+
+def test_known_layers_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[torch.Size] = []
+
+    def noted(tensors: Any, bounds: Any) -> bool:
+        read.extend(x.shape for x in tensors)
+        return True
+
+    model = nn.Sequential(nn.Linear(9, 200), nn.ReLU(), nn.Linear(200, 200), nn.LayerNorm(200))
+    optimizer = NeuRMS(model, lr=1e-3)
+    monkeypatch.setattr("neurms.core.optimizers.gradients.within", noted)
+    for _ in range(3):
+        read.clear()
+        optimizer.zero_grad()
+        model(torch.randn(4, 9)).square().mean().backward()
+        optimizer.step()
+    assert set(read) == {torch.Size([200])}
+    assert len(read) == 2

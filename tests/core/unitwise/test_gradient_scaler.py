@@ -116,3 +116,26 @@ def test_other_variants_keep_sgds_scale() -> None:
     model = mlp()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     GradientPreconditioner(model, optimizers=[sgd], variant="U").detach()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_one_native_call_scales_as_the_definitions_do(momentum: float) -> None:
+    """Large enough for it; the last bias is frozen, and weights must stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 190), nn.Tanh(), nn.Linear(190, 10))
+    model[2].bias.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    made = [
+        GradientPreconditioner(own, variant="P", momentum=momentum, backend=backend)
+        for own, backend in ((model, "auto"), (twin, "eager"))
+    ]
+    for seed in range(4):
+        for own, scaler in zip((model, twin), made, strict=True):
+            for number, parameter in enumerate(own.parameters()):
+                if parameter.requires_grad:
+                    generator = torch.Generator().manual_seed(10 * seed + number)
+                    parameter.grad = torch.randn(parameter.shape, generator=generator)
+            assert scaler.precondition_(own.parameters())
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p, q)
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)

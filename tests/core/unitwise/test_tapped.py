@@ -43,6 +43,9 @@ class Owner:
     def rule_of(self, weight: Tensor) -> UnitwiseRule:
         return self.rule
 
+    def seat_of(self, weight: Tensor) -> tuple[UnitwiseRule, dict[str, Any]]:
+        return self.rule, self.state
+
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
         return self.state
 
@@ -50,7 +53,12 @@ class Owner:
         return self.state
 
     def write_in_backward(
-        self, layer: TappedLayer, rule: UnitwiseRule, product: Product, factors: Factors
+        self,
+        layer: TappedLayer,
+        rule: UnitwiseRule,
+        state: dict[str, Any],
+        product: Product,
+        factors: Factors,
     ) -> None:
         self.written.append(product)
 

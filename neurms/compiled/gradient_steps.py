@@ -1,0 +1,185 @@
+"""Variant P's step of matrices and their biases, from sums over gradients: factors and moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from neurms.compiled.gradient_factors import gradient_factors
+from neurms.compiled.lists import list_kernel
+from neurms.compiled.native import addresses, are_plain, library, numbers, threads
+from neurms.compiled.update import apply_updates_
+
+__all__ = ["gradient_steps_"]
+
+
+@list_kernel
+def gradient_steps_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    velocities: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    bias_gradients: Sequence[Tensor | None],
+    bias_velocities: Sequence[Tensor | None],
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+    rates: Sequence[float],
+    decays: Sequence[float],
+    bias_rates: Sequence[float],
+    bias_decays: Sequence[float],
+    beta: float,
+    kappa: float,
+    momentum: float,
+) -> None:
+    """Move matrices and biases by their scaled gradients, in place.
+
+    With ``L, R`` the factors that :func:`~neurms.compiled.gradient_factors.gradient_factors` makes
+    of the sums of squares of [G | g], ``W <- decay W - rate L G R`` and ``b <- decay b - rate (L
+    r) g``, r the last of R; with ``momentum`` of the averages of G and g instead.
+
+    Args:
+        weights: Shape (m, n) each; overwritten.
+        gradients: The same shapes.
+        velocities: The same shapes, overwritten; None for all without momentum.
+        biases: Shape (m,) each, overwritten, or None.
+        bias_gradients: The same shapes, None where there is no bias.
+        bias_velocities: The same shapes, overwritten; None without a bias or momentum.
+        rows: Sums by row of every matrix, shape (m,), float64, as
+            :func:`~neurms.compiled.square_sums.joint_square_sums` makes them.
+        columns: Sums by column, shaped as s.
+        q: Roots of averages by row, shape (m,); overwritten.
+        s: Roots of averages by column, shape (n,), or (n + 1,) with a column for a bias.
+        corrections: ``1 - beta^t`` of every matrix.
+        rates: Learning rates of weights.
+        decays: What is kept of weights.
+        bias_rates: Learning rates of biases, any number for None.
+        bias_decays: What is kept of biases, likewise.
+        beta: Decay of the averages, in [0, 1).
+        kappa: Width of the clip, at least 1.
+        momentum: What is kept of velocities, 0 for none.
+
+    Reference:
+        NeuRMS's variant P. The native form makes the same calls as this definition. The sums come
+        from outside: they also tell, before anything is written, whether gradients are good.
+
+    Example:
+        >>> import torch
+        >>> w, g, q, s = torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2), torch.zeros(2)
+        >>> no, one, sums = [None], [1.0], [torch.tensor([2.0, 2.0]).double()]
+        >>> sizes = [sums, sums, [q], [s]]
+        >>> gradient_steps_([w], [g], no, no, no, no, *sizes, *[one] * 5, 0.0, 10.0, 0.0)
+        >>> w.round(decimals=4)
+        tensor([[-1., -1.],
+                [-1., -1.]])
+    """
+    new_q, new_s, left, right = gradient_factors(rows, columns, q, s, corrections, beta, kappa)
+    torch._foreach_copy_([*q, *s], [*new_q, *new_s])
+    there = [k for k, bias in enumerate(biases) if bias is not None]
+    apply_updates_(
+        [*weights, *_chosen(biases, there)],
+        [*gradients, *_chosen(bias_gradients, there)],
+        [*velocities, *_chosen(bias_velocities, there)],
+        [*left, *[left[k] * right[k][-1] for k in there]],
+        [*[y[: w.size(1)] for y, w in zip(right, weights, strict=True)], *[None] * len(there)],
+        [*rates, *_chosen(bias_rates, there)],
+        [*decays, *_chosen(bias_decays, there)],
+        momentum,
+        1.0 - momentum,
+        not momentum,
+        bool(momentum),
+    )
+
+
+def _chosen(items: Sequence[Any], there: Sequence[int]) -> list[Any]:
+    return [items[k] for k in there]
+
+
+def _are_plain(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    velocities: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    bias_gradients: Sequence[Tensor | None],
+    bias_velocities: Sequence[Tensor | None],
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    *numbers_of_each: Sequence[float],
+) -> list[bool]:
+    """Return which items the native form serves; where they are plain, without a call for each."""
+    own = weights, gradients, velocities, biases, bias_gradients, bias_velocities, q, s
+    sums = [*rows, *columns]
+    if not (
+        are_plain([x for column in own for x in column if x is not None])
+        and {torch.float64}.issuperset([x.dtype for x in sums])
+        and all(map(Tensor.is_contiguous, sums))
+    ):
+        return [False] * len(weights)
+    return [
+        w.ndim == 2
+        and g.shape == w.shape
+        and (v is None or v.shape == w.shape)
+        and r.shape == up.shape == w.shape[:1]
+        and c.shape == across.shape
+        and across.ndim == 1
+        and w.shape[1] + (b is not None) <= across.shape[0] <= w.shape[1] + 1
+        and (x is None if b is None else x is not None and x.shape == b.shape == w.shape[:1])
+        and (y is None if v is None or b is None else y is not None and y.shape == b.shape)
+        for w, g, v, b, x, y, up, across, r, c in zip(*own, rows, columns, strict=True)
+    ]
+
+
+def _step_natively(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    velocities: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    bias_gradients: Sequence[Tensor | None],
+    bias_velocities: Sequence[Tensor | None],
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    q: Sequence[Tensor],
+    s: Sequence[Tensor],
+    corrections: Sequence[float],
+    rates: Sequence[float],
+    decays: Sequence[float],
+    bias_rates: Sequence[float],
+    bias_decays: Sequence[float],
+    beta: float,
+    kappa: float,
+    momentum: float,
+) -> None:
+    kernels = library()
+    assert kernels is not None
+    first = *weights, *gradients, *velocities, *biases
+    last = *bias_gradients, *bias_velocities, *q, *s
+    kernels.neurms_gradient_steps(
+        len(weights),
+        addresses((*first, *last)),
+        addresses((*rows, *columns)),
+        numbers("q", [w.shape[0] for w in weights]),
+        numbers("q", [w.shape[1] for w in weights]),
+        numbers("q", [x.shape[0] for x in s]),
+        numbers("d", corrections),
+        numbers("f", (*rates, *decays, *bias_rates, *bias_decays)),
+        beta,
+        kappa,
+        momentum,
+        1.0 - momentum,
+        threads(),
+    )
+    # Autograd must know, as of any write: a graph that is kept has saved these weights.
+    written = *weights, *velocities, *biases, *bias_velocities, *q, *s
+    increment_version([x for x in written if x is not None])
+
+
+# A graph holds the kernels of the definition.
+gradient_steps_.native(_are_plain, gradient_steps_.eager)(_step_natively)

@@ -1,0 +1,61 @@
+// Variant P's step of many matrices and their biases from their sums in one call: factors and moves, as Python would
+// ask for them. What lies between costs a small network more than the passes themselves.
+
+#include "common.h"
+
+namespace {
+
+int64_t total(int64_t count, const int64_t* sizes) {
+  int64_t sum = 0;
+  for (int64_t k = 0; k < count; ++k) sum += sizes[k];
+  return sum;
+}
+
+}  // namespace
+
+extern "C" {
+
+// `tensors` are eight lists of `count` each, one after the other: weights, their gradients and velocities, biases, theirs,
+// and the roots q (m) and s (n, or n + 1 with a bias). Velocities may all be null pointers; so may what belongs to a bias.
+// `sums` are two lists: squares added up by row (m) and by column (as s). `rates` are four lists: the rates of weights, what is kept of those, and the same of biases.
+void neurms_gradient_steps(int64_t count, float* const* tensors, const double* const* sums, const int64_t* m,
+                           const int64_t* n, const int64_t* widths, const double* corrections, const float* rates, double beta,
+                           double kappa, float momentum, float fresh, int threads) {
+  float* const* const weights = tensors;
+  float* const* const gradients = tensors + count;
+  float* const* const velocities = tensors + 2 * count;
+  float* const* const biases = tensors + 3 * count;
+  float* const* const bias_gradients = tensors + 4 * count;
+  float* const* const bias_velocities = tensors + 5 * count;
+  float* const* const q = tensors + 6 * count;
+  float* const* const s = tensors + 7 * count;
+
+  // Factors of rows, of columns, and of biases.
+  std::vector<float> factors(2 * total(count, m) + total(count, widths));
+  std::vector<float*> left(count), right(count);
+  float* next = factors.data();
+  for (int64_t k = 0; k < count; ++k) left[k] = next, right[k] = next + m[k], next += m[k] + widths[k];
+  neurms_gradient_factors(count, sums, sums + count, q, s, m, widths, corrections, beta, kappa, q, s, left.data(),
+                          right.data());
+
+  std::vector<float*> w(weights, weights + count), v(velocities, velocities + count);
+  std::vector<const float*> g(gradients, gradients + count), l(left.begin(), left.end()), r(right.begin(), right.end());
+  std::vector<int64_t> by_rows(m, m + count), by_columns(n, n + count);
+  std::vector<float> rate(rates, rates + count), decay(rates + count, rates + 2 * count);
+  for (int64_t k = 0; k < count; ++k) {
+    if (biases[k] == nullptr) continue;
+    // A vector is one row, whose elements have factors of their own.
+    float* const own = next;
+    next += m[k];
+    for (int64_t i = 0; i < m[k]; ++i) own[i] = left[k][i] * right[k][n[k]];
+    w.push_back(biases[k]), g.push_back(bias_gradients[k]), v.push_back(bias_velocities[k]);
+    l.push_back(nullptr), r.push_back(own);
+    by_rows.push_back(1), by_columns.push_back(m[k]);
+    rate.push_back(rates[2 * count + k]), decay.push_back(rates[3 * count + k]);
+  }
+  neurms_apply_updates(static_cast<int64_t>(w.size()), w.data(), g.data(), v.data(), by_rows.data(), by_columns.data(),
+                       l.data(), r.data(), rate.data(), decay.data(), momentum, fresh, momentum == 0, momentum != 0,
+                       nullptr, threads);
+}
+
+}  // extern "C"
