@@ -19,7 +19,7 @@ def panel_count(side: int) -> int:
         (1, 4, 8)
     """
     # Below it, or into smaller ones, cutting costs what it saves.
-    return 1 if side < 256 else min(8, side // 128)
+    return 1 if side < 512 else min(8, side // 128)
 
 
 def half_product_(total: Tensor, x: Tensor, y: Tensor, keep: float, share: float) -> Tensor:
