@@ -60,7 +60,7 @@ def newton_schulz(
         x = _gram_rounds(x, steps, a, b, c)
     else:
         # No call for a product that is not cut, nor for a size: small matrices wait for calls.
-        cut = x.shape[-2] >= 512 and x.dim() == 2
+        cut = x.dim() == 2 and panel_count(x.shape[-2]) > 1
         for _ in range(steps):
             gram = _symmetric(x, x.mT) if cut else x @ x.mT
             if cut:

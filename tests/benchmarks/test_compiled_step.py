@@ -1,4 +1,4 @@
-"""Graphs of a compiled training step: one to train, one to evaluate, none broken, none made anew."""
+"""Graphs of a compiled training step: one to train, one to evaluate, none broken or made anew."""
 
 from __future__ import annotations
 

@@ -10,13 +10,15 @@ import sys
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
-from neurms.compiled.backends import use_backend
+from neurms.compiled.backends import current_backend, use_backend
 from neurms.core.ground.errors import NonFiniteError, check_real
 from neurms.core.ground.interrupts import WholeStep
 from neurms.core.ground.precision import compute_dtype, without_autocast
@@ -279,18 +281,23 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 parameter.grad = None
 
-    @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients_ready()
-        work = self.work()
+        recorded = torch.is_grad_enabled()
+        # As torch.no_grad() does, in a third of the calls.
+        torch.set_grad_enabled(False)
         try:
-            self.take(work.due())
+            gradients_ready()
+            work = self.work()
+            try:
+                self.take(work.due())
+            finally:
+                work.release()
         finally:
-            work.release()
+            torch.set_grad_enabled(recorded)
         return loss
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -325,17 +332,19 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             self._rehearse(views, steps=0)
             return True
         views = self.sharing.met(self, views)
-        for mover, own in self._shares(views):
+        shares, routes = self._shares(views), [view.route for view in views]
+        for mover, own in shares:
             mover.prepare(own)
-        # What a mover has learnt may have changed a route.
-        shares = self._shares(views)
+        if not all(map(is_, routes, [view.route for view in views])):
+            # What a mover has learnt has changed one.
+            shares = self._shares(views)
         unread = [v for mover, own in shares if not mover.has_judged(own) for v in own]
         if bad := bad_names(unread, [mover for mover, _ in shares]):
             self.on_nonfinite(bad)
             return False
         device = views[0].device if views else torch.device("cpu")
         try:
-            with use_backend(self.backend), without_autocast(device), WholeStep():
+            with self._on_backend(), without_autocast(device), WholeStep():
                 if first is not None:
                     first()
                 self._make_states(views)
@@ -346,6 +355,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 "broken off half done; load the last checkpoint, then lower lr or clip gradients"
             ) from error
         return True
+
+    def _on_backend(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.backend == current_backend() else use_backend(self.backend)
 
     def move(self, shares: Sequence[tuple[Mover, Sequence[View]]]) -> None:
         """Take the step of parameters whose gradients are good."""

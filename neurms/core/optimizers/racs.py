@@ -14,7 +14,7 @@ from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.structures.two_sided import Fit, Scales, TwoSidedDiagonal
-from neurms.core.transforms.safeguards import NormGrowthLimiter, growth_factor
+from neurms.core.transforms.safeguards import NormGrowthLimiter, growth_factors
 
 __all__ = ["RACS"]
 
@@ -111,7 +111,7 @@ def _fused_steps(
         made = structure.scales(
             [call.gradient for call in calls],
             [call.state for call in calls],
-            [call.step for call in calls],
+            [call.context.step for call in calls],
         )
     _move(limiter, alpha, calls, made)
 
@@ -127,16 +127,18 @@ def _fused_rows(
 def _move(
     limiter: NormGrowthLimiter, alpha: float, calls: Sequence[FusedStep], made: Sequence[Scales]
 ) -> None:
-    etas = [
-        growth_factor(norm, call.state["phi"], limiter.gamma, call.step)
-        for call, (_, _, norm) in zip(calls, made, strict=True)
-    ]
+    etas = growth_factors(
+        [norm for _, _, norm in made],
+        [call.state["phi"] for call in calls],
+        limiter.gamma,
+        [call.context.step for call in calls],
+    )
     apply_updates_(
         [call.weight for call in calls],
         [call.gradient for call in calls],
         [None] * len(calls),
         [left for left, _, _ in made],
         [right for _, right, _ in made],
-        [eta.double() * (call.lr * alpha) for call, eta in zip(calls, etas, strict=True)],
+        [eta * (call.lr * alpha) for call, eta in zip(calls, etas, strict=True)],
         [call.decay for call in calls],
     )

@@ -40,6 +40,10 @@ State = dict[str, Any]
 Factors = tuple[Tensor, Tensor]
 Sums = tuple[Tensor, Tensor]
 
+_PLAINLY_GOOD = 1e60
+"""A sum of squares of numbers that are all far below the bound of any matrix. Gradients that have a
+larger one are looked at by themselves: the root of the sum might still be beyond float32."""
+
 
 class Holder(Protocol):
     """What the mover needs of its optimizer."""
@@ -81,8 +85,8 @@ class GradientMover(RecipeMover):
         backend = self._backend(views)
         sums = [_sums_of(own.layers, backend) for own in alike]
         rows = [rows for own in sums for rows, _ in own]
-        # A sum is finite where all of its numbers are: squares of float32 never leave float64.
-        if len({x.device for x in rows}) == 1 and bool(torch.cat(rows).isfinite().all()):
+        # Sums of squares of float32 never leave float64, and a NaN is no less than anything.
+        if len({x.device for x in rows}) == 1 and bool((torch.cat(rows) <= _PLAINLY_GOOD).all()):
             self._ahead = sums
 
     def has_judged(self, views: Sequence[View]) -> bool:
@@ -97,7 +101,8 @@ class GradientMover(RecipeMover):
         if alike is not None:
             self._begin(views)
         else:
-            alike = self._found(views, backend)
+            # What was read ahead was of other layers.
+            ahead, alike = None, self._found(views, backend)
             self._known.keep(views, alike)
         for index, own in enumerate(alike):
             sums = None if ahead is None else ahead[index]

@@ -150,3 +150,31 @@ def test_known_layers_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer.step()
     assert set(read) == {torch.Size([200])}
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [1e36, 1e38, 3e38])
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "2.weight"])
+def test_known_layers_refuse_what_new_ones_do(name: str, value: float, dtype: torch.dtype) -> None:
+    """Finite numbers whose sum of squares is finite in float64, and its root not in float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 200), nn.ReLU(), nn.Linear(200, 200)).to(dtype)
+    optimizer = NeuRMS(model, lr=1e-3, head="rule", nonfinite="skip")
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 9, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+    gradient = model.get_parameter(name).grad
+    assert gradient is not None
+    gradient.fill_(value)
+    twin = copy.deepcopy(model)
+    new = NeuRMS(twin, lr=1e-3, head="rule", nonfinite="skip")
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        q.grad = p.grad
+    for one in (optimizer, new):
+        one.step()
+    assert optimizer.skipped_steps == new.skipped_steps
+    if value >= 1e38:
+        assert optimizer.skipped_steps == (dtype is torch.float32)
+    tensors = [x for state in optimizer.state.values() for x in state.values()]
+    assert all(bool(x.isfinite().all()) for x in tensors if isinstance(x, Tensor))
