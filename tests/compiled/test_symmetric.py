@@ -8,14 +8,14 @@ import torch
 from neurms.compiled.symmetric import add_gram_, panel_count
 
 
-@pytest.mark.parametrize("side", [1, 255, 256, 511, 1376, 5000])
+@pytest.mark.parametrize("side", [1, 511, 512, 1376, 5000])
 def test_panels_are_few_and_not_thin(side: int) -> None:
     count = panel_count(side)
     assert 1 <= count <= 8
     assert count == 1 or side // count >= 128
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (256, 64), (300, 32), (2, 256, 16)])
+@pytest.mark.parametrize("shape", [(3, 5), (512, 64), (600, 32), (2, 512, 16)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_it_is_the_whole_product(shape: tuple[int, ...], turned: bool) -> None:
     torch.manual_seed(0)

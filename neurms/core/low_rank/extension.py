@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from neurms.core.ground.errors import check_choice, check_real
-from neurms.core.low_rank.residuals import Projection, Residual
+from neurms.core.low_rank.residuals import LARGE, OptimalCompensation, Projection, Residual
 from neurms.core.low_rank.subspaces import Subspace
 from neurms.core.structures.base import Context, State, Structure
 from neurms.core.transforms.bias_correction import BiasCorrection
@@ -142,9 +142,17 @@ class LowRank(Structure):
             assert hasattr(self.structure, "column_energy")
             energy = self.structure.column_energy(state, context)
         seen = Projection(wide, basis, z, direction, inner, energy)
-        orthonormal = self.subspace.orthonormal
-        result = self.residual.joined(seen, state, context, orthonormal=orthonormal)
+        residual = self.residual
+        if isinstance(residual, OptimalCompensation) and self._is_large(wide):
+            result = residual.joined(seen, state, context)
+        else:
+            result = seen.update + residual(seen, state, context)
         return result.mT if wide is not update else result
+
+    def _is_large(self, wide: Tensor) -> bool:
+        """Return whether a product with the basis is worth the calls that save it."""
+        large = wide.numel() >= LARGE and wide.ndim == 2 and wide.is_cpu
+        return large and self.subspace.orthonormal
 
     @cached_property
     def _knows_energy(self) -> bool:

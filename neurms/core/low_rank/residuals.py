@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ _ROUNDING = 256.0
 """Ulps of a column that rounding may leave outside of a subspace that the column lies in."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Projection:
     """One step seen from the subspace.
 
@@ -54,16 +53,19 @@ class Projection:
     direction: Tensor
     inner: Tensor
     energy: Tensor | None
+    _update: Tensor | None = None
 
-    @cached_property
+    @property
     def inside(self) -> Tensor:
         """U z, the gradient's part in the subspace, shape (..., m, n)."""
         return self.basis @ self.z
 
-    @cached_property
+    @property
     def update(self) -> Tensor:
         """The update from within, shape (..., m, n)."""
-        return self.basis @ self.inner
+        if self._update is None:
+            self._update = self.basis @ self.inner
+        return self._update
 
 
 class Residual(ABC):
@@ -76,19 +78,6 @@ class Residual(ABC):
     @abstractmethod
     def __call__(self, projection: Projection, state: State, context: Context) -> Tensor:
         """Return the contribution (..., m, n) and bring ``state`` up to date in place."""
-
-    def joined(
-        self, projection: Projection, state: State, context: Context, *, orthonormal: bool
-    ) -> Tensor:
-        """Return the update from within plus the contribution (..., m, n), in place as a call.
-
-        Args:
-            projection: The step.
-            state: Brought up to date in place.
-            context: The step's number.
-            orthonormal: Whether the columns of U are.
-        """
-        return projection.update + self(projection, state, context)
 
 
 @dataclass(frozen=True)
@@ -151,18 +140,14 @@ class OptimalCompensation(Residual):
         limit = limited(residual * scale[..., None, :], state["phi"], self.gamma, context.step)
         return limit * self.compensation
 
-    def joined(
-        self, projection: Projection, state: State, context: Context, *, orthonormal: bool
-    ) -> Tensor:
-        """Return U inner + alpha_c C, of a large matrix from two products with U instead of three.
+    def joined(self, projection: Projection, state: State, context: Context) -> Tensor:
+        """Return U inner + alpha_c C of one matrix (m, n), from two products with U, not three.
 
         With D = alpha_c eta diag(sqrt(m - r) / sqrt(p)) it is G D + U (inner - z D). The squares of
-        G - U z are those of G less those of z; columns of which that difference is a small share
-        have their residual formed, as all have it in a call.
+        G - U z are those of G less those of z, as U is orthonormal; columns of which that
+        difference is a small share have their residual formed, as all have it in a call.
         """
         gradient, basis, z = projection.gradient, projection.basis, projection.z
-        if not (orthonormal and gradient.ndim == 2 and gradient.is_cpu) or gradient.numel() < LARGE:
-            return super().joined(projection, state, context, orthonormal=orthonormal)
         whole, within = square_sums([gradient, z])[1]
         outside = whole - within
         doubtful = (outside < _SURE * whole).nonzero()[:, 0]

@@ -143,3 +143,27 @@ def test_fira_plus_has_the_norm_of_the_low_rank_update() -> None:
 def test_bad_settings(kind: type, settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-4), (torch.float64, 1e-11)])
+def test_two_products_give_what_three_give(dtype: torch.dtype, off: float) -> None:
+    m, n, r = 520, 300, 8
+    basis = orthonormal(m, r)
+    steps = gradients(m, n, steps=4)
+    # Columns that lie in the subspace: as a whole, and for the most part.
+    inside = basis @ basis.mT @ steps
+    for column, share in enumerate((0.0, 1e-2, 0.3)):
+        steps[:, :, column] = inside[:, :, column] + share * (steps - inside)[:, :, column]
+    residual = OptimalCompensation()
+    states = [residual.init(steps[0].to(dtype), True) for _ in range(2)]
+    exact = residual.init(steps[0], True)
+    for number, gradient in enumerate(steps, 1):
+        seen = projection(gradient.to(dtype), basis.to(dtype), knows_energy=True)
+        formed = seen.update + residual(seen, states[0], Context(number))
+        joined = residual.joined(seen, states[1], Context(number))
+        true = projection(gradient, basis, knows_energy=True)
+        truth = true.update + residual(true, exact, Context(number))
+        assert float((joined - truth).norm() / truth.norm()) < off
+        assert float((joined - formed).norm() / truth.norm()) < off
+        torch.testing.assert_close(joined[:, 0], seen.update[:, 0])
+        torch.testing.assert_close(states[1]["phi"].double(), exact["phi"], rtol=off, atol=0)
