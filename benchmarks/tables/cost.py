@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.overhead_plot import PICTURE
 from benchmarks.overhead_plot import draw as draw_overhead
+from benchmarks.tables import whole_steps
 from benchmarks.tables.calls import calls
 from benchmarks.tables.memory import memory
 from benchmarks.tables.overhead import moments, overhead, profiler
@@ -20,6 +21,8 @@ NAMES = (
     "overhead",
     "overhead_moments",
     "zero_adapter",
+    "compiled_step",
+    "step_images",
     "profiler_cost",
     "calls",
     "memory",
@@ -36,6 +39,8 @@ _SECTIONS = {
     "overhead": overhead,
     "overhead_moments": moments,
     "zero_adapter": zero_adapter,
+    "compiled_step": whole_steps.compiled,
+    "step_images": whole_steps.images,
     "profiler_cost": profiler,
     "calls": calls,
     "memory": memory,

@@ -16,7 +16,7 @@ threads; ratios are medians of paired ratios. Below 1 is faster than the baselin
 AdamW.
 
 {kernels}
-
+{reach}
 `neurms bench step`: forward, backward and update of a ReLU network, against torch's fused SGD. In
 rows marked bf16 NeuRMS's own product, which stands for the gradient of the weights, is in bfloat16
 and all others are in float32; in rows marked all in bf16 the model's own are, too
@@ -26,6 +26,14 @@ and all others are in float32; in rows marked all in bf16 the model's own are, t
 
 {made}
 {elsewhere}"""
+
+REACH = """
+How near these come to their limit, the bytes that they must read and write at the speed of a plain
+copy in the same rounds, in percent (over 100: kept in the processor's caches, or a copy that is not
+the fastest that memory allows):
+
+{table}
+"""
 
 ELSEWHERE = """
 The same where the processor has no products of bfloat16 numbers (AVX2), with variant P, and RMNP
@@ -53,6 +61,7 @@ def speed(
         return markdown(["optimizer", *runs], lines)
 
     return SPEED.format(
+        reach=_reach(kernels["runs"]),
         threads=kernels["settings"]["threads"],
         kernels=table(kernels, "{ms:.2f} (x{ratio:.2f})"),
         step=table(step, "x{ratio:.3f}"),
@@ -61,3 +70,13 @@ def speed(
         if elsewhere is None
         else ELSEWHERE.format(step=table(elsewhere, "x{ratio:.3f}"), made=made_by(elsewhere)),
     )
+
+
+def _reach(runs: dict[str, Any]) -> str:
+    """Return the table of how near steps come to their limit, empty for files without it."""
+    sizes = {k: run for k, run in runs.items() if any("reach" in row for row in run.values())}
+    names = dict.fromkeys(n for run in sizes.values() for n, row in run.items() if "reach" in row)
+    lines = [
+        [name, *(f"{100 * run[name]['reach']:.0f}" for run in sizes.values())] for name in names
+    ]
+    return REACH.format(table=markdown(["optimizer", *sizes], lines)) if lines else ""
