@@ -1,6 +1,7 @@
 """A whole training step (forward, backward, update) of a ReLU MLP, against torch's fused SGD.
 
     neurms bench step --threads 2
+    neurms bench step --small      # a network that waits for Python, on one thread
 
 Fresh data in every step, denormals flushed, medians of interleaved turns. A turn is a few steps and
 one before them that is not counted: in training a step follows one of the same model, which has
@@ -29,6 +30,7 @@ CASES = (
     ((784, 1024, 1024, 10), 512),
     ((1024, 4096, 4096, 1024), 128),
 )
+SMALL = (((64, 256, 256, 10), 64),)
 STEPS = 3
 """Counted steps of a turn."""
 BACKWARD = {"update": "backward"}
@@ -51,6 +53,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "NeuRMS-U backward bf16": ("neurms", {"variant": "U", **ROUNDED}),
     "NeuRMS-F backward bf16": ("neurms", {"variant": "F", **ROUNDED}),
     "NeuRMS-U momentum backward bf16": ("neurms", {"variant": "U", "momentum": 0.9, **ROUNDED}),
+    "RACS step": ("racs", {"head": "rule"}),
+    "RACS sums step": ("racs", {"head": "rule", "fit": "sums"}),
     "RMNP step": ("rmnp", {"head": "rule", "nesterov": False}),
     "RMNP backward": ("rmnp", {"head": "rule", "nesterov": False, **BACKWARD}),
 }
@@ -115,11 +119,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
+    parser.add_argument("--small", action="store_true", help="the smallest network, on one thread")
+    parser.add_argument("--out", type=Path, help="by default step.json or step_small.json")
     arguments = parser.parse_args()
+    if arguments.small:
+        arguments.threads = 1
     torch.set_num_threads(arguments.threads)
-    results = Results(arguments.out, {"threads": arguments.threads, "steps of a turn": STEPS})
-    for sizes, batch in CASES:
+    path = arguments.out or RESULTS / ("step_small.json" if arguments.small else "step.json")
+    results = Results(path, {"threads": arguments.threads, "steps of a turn": STEPS})
+    for sizes, batch in SMALL if arguments.small else CASES:
         turns = {name: turn(name, sizes, batch) for name in OPTIMIZERS}
         for name in ALL_ROUNDED:
             turns[f"{name}, all in bf16"] = turn(name, sizes, batch, rounded=True)

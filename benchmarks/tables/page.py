@@ -15,7 +15,7 @@ __all__ = ["OLDER", "SHOWN", "older", "page"]
 
 Content = dict[str, Any]
 
-SHOWN = (*headline.NAMES, *COSTS_OF, "step_avx2", "llama_cpu")
+SHOWN = (*headline.NAMES, *COSTS_OF, "step_avx2", "step_small", "llama_cpu")
 """The results files of the page."""
 
 OLDER = (*NAMES, "mnist")
@@ -50,7 +50,12 @@ def page(contents: Mapping[str, Content]) -> str:
         contests.summary(judged),
         llama_cpu(contents["llama_cpu"]) if "llama_cpu" in contents else "",
         costs(contents),
-        speed(contents["kernels"], contents["step"], contents.get("step_avx2")),
+        speed(
+            contents["kernels"],
+            contents["step"],
+            contents.get("step_avx2"),
+            contents.get("step_small"),
+        ),
     ]
     return "\n".join([HEAD, *filter(None, sections)])
 

@@ -25,7 +25,7 @@ and all others are in float32; in rows marked all in bf16 the model's own are, t
 {step}
 
 {made}
-{elsewhere}"""
+{elsewhere}{small}"""
 
 REACH = """
 How near these come to their limit, the bytes that they must read and write at the speed of a plain
@@ -45,10 +45,29 @@ whose gradients enter its momentum in backward:
 """
 
 
+SMALL = """
+A network that is small enough to wait for Python, one thread:
+
+{step}
+
+{made}
+"""
+
+
 def speed(
-    kernels: dict[str, Any], step: dict[str, Any], elsewhere: dict[str, Any] | None = None
+    kernels: dict[str, Any],
+    step: dict[str, Any],
+    elsewhere: dict[str, Any] | None = None,
+    small: dict[str, Any] | None = None,
 ) -> str:
-    """Return the section on speed, with steps on another processor if they were timed there."""
+    """Return the section on speed.
+
+    Args:
+        kernels: ``kernels.json``.
+        step: ``step.json``.
+        elsewhere: Steps on another processor, if they were timed there.
+        small: Steps of a small network, if they were timed.
+    """
 
     def table(content: dict[str, Any], cell: str) -> str:
         # Other libraries' have a table of their own.
@@ -69,6 +88,9 @@ def speed(
         elsewhere=""
         if elsewhere is None
         else ELSEWHERE.format(step=table(elsewhere, "x{ratio:.3f}"), made=made_by(elsewhere)),
+        small=""
+        if small is None
+        else SMALL.format(step=table(small, "x{ratio:.3f}"), made=made_by(small)),
     )
 
 
