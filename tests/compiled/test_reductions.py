@@ -4,8 +4,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from neurms.compiled.backends import PROMPT
 from neurms.compiled.native import library
 from neurms.compiled.reductions import channel_square_sum, column_square_sum
+from neurms.compiled.signals import scaled_signal
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -206,3 +208,25 @@ class TestNative:
         assert bool(result[0].isnan())
         assert bool(result[15].isinf())
         assert result[1:15].tolist() == [20 * 1024.0] * 14
+
+
+@pytest.mark.parametrize("form", ["eager", PROMPT])
+def test_nothing_sums_to_zero(form: str) -> None:
+    """Layers without inputs or outputs, and batches without rows: whole numbers divide nothing."""
+    for rows, columns in ((5, 0), (0, 3), (0, 0), (200, 0), (0, 300)):
+        for dtype in (torch.float32, torch.bfloat16):
+            found = column_square_sum.on(form)(torch.ones(rows, columns, dtype=dtype), None)
+            assert torch.equal(found.float(), torch.zeros(columns))
+    for shape in ((2, 0, 3, 3), (0, 3, 2, 2), (2, 3, 0, 2)):
+        for memory in (torch.contiguous_format, torch.channels_last):
+            x = torch.ones(shape).to(memory_format=memory)
+            found = channel_square_sum.on(form)(x, 1, None)
+            assert torch.equal(found, torch.zeros(shape[1]))
+
+
+@pytest.mark.parametrize("form", ["eager", PROMPT])
+def test_a_signal_of_no_columns_is_scaled(form: str) -> None:
+    one = torch.tensor(1.0, dtype=torch.float64)
+    x = torch.ones(5, 0)
+    made = scaled_signal.on(form)(x, torch.zeros(0), True, 0.9, one, 1e-8, 1e-12, 1e-3, 1e3)
+    assert [part.numel() for part in made] == [0] * len(made)

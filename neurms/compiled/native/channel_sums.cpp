@@ -73,7 +73,7 @@ void channel_square_sum(const Number* x, int64_t images, int64_t channels, int64
     const int part = omp_get_thread_num();
     const Range own = share(planes, part, omp_get_num_threads(), 1);
     double* mine = totals.data() + static_cast<size_t>(width) * part;
-    int64_t channel = own.begin % channels;
+    int64_t channel = channels == 0 ? 0 : own.begin % channels;
     for (int64_t plane = own.begin; plane < own.end; ++plane) {
       add_plane(x + plane * positions, positions, mine + channel * kWidth);
       if (++channel == channels) channel = 0;

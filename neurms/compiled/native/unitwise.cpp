@@ -64,7 +64,7 @@ void add_columns(const Number* x, int64_t rows, int64_t stride, int64_t width, d
 // The same of whole rows. Those of few columns are too short for a loop: several are one row of it.
 template <bool kWithSums, typename Number>
 void add_rows(const Number* x, int64_t rows, int64_t columns, double* squares, double* sums) {
-  const int64_t times = std::min(rows, kWide / columns);
+  const int64_t times = columns == 0 ? 0 : std::min(rows, kWide / columns);
   if (times < 2) {
     for (int64_t j = 0; j < columns; j += kStrip)
       add_columns<kWithSums>(x + j, rows, columns, std::min(kStrip, columns - j), squares + j, sums + j);
