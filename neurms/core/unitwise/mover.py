@@ -62,8 +62,12 @@ class Seats:
         self.moving = {id(view.parameter) for view in views}
         self._views = list(views)
         of = {id(view.parameter): view for view in views}
+        # Those of the step, where they are: a wrapper that shares the optimizer's attributes, as
+        # Fabric's does, may have made this mover, and has views of its own.
+        weights = [of.get(id(x.weight)) for x in layers]
         self.each: list[Seat] = [
-            (x, work.view_of(x.weight), of.get(id(x.weight)), of.get(id(x.bias))) for x in layers
+            (x, work.view_of(x.weight) if view is None else view, view, of.get(id(x.bias)))
+            for x, view in zip(layers, weights, strict=True)
         ]
         self.without = [view for _, view, moving, _ in self.each if moving is None]
         """Views of weights that have no gradient."""
