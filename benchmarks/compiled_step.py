@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -87,10 +87,14 @@ class Trained:
         return steps
 
 
+_NUMBERS = count()
+
+
 def _of_its_own_code() -> type[nn.Sequential]:
     """Return a class that shares no graphs: Dynamo keeps them by code, and looks at no hooks."""
     forward = nn.Sequential.forward
-    code = forward.__code__.replace(co_name="forward")
+    # Equal code counts as the same, and a limit holds for all graphs of one: the name tells apart.
+    code = forward.__code__.replace(co_name=f"forward_{next(_NUMBERS)}")
     return type("Own", (nn.Sequential,), {"forward": FunctionType(code, forward.__globals__)})
 
 

@@ -31,11 +31,11 @@ OLD = {
 MEASUREMENTS = (
     "again/llama_step",
     "calls",
+    "compiled_step",
     "contest_step",
     "fault_matrix",
     "kernels",
     "kill_resume",
-    "llama_cpu",
     "llama_step",
     "memory",
     "overhead",
@@ -50,6 +50,8 @@ MEASUREMENTS = (
     "startup",
     "step",
     "step_avx2",
+    "step_images",
+    "step_small",
     "step_times",
     "zero_adapter",
 )
