@@ -11,7 +11,7 @@ import torch
 
 from neurms.compiled.backends import Kernel
 from neurms.compiled.finite import GREATEST, within
-from neurms.compiled.gemm import bfloat16_gemm_
+from neurms.compiled.gemm import scaled_gemm_
 from neurms.compiled.moments import move_moments
 from neurms.compiled.reductions import column_square_sum
 from neurms.compiled.row_update import row_normalized_update_
@@ -82,7 +82,7 @@ def _calls(size: int) -> list[tuple[Kernel[..., Any], tuple[Any, ...]]]:
     return [
         (within, ([g], [GREATEST])),
         (column_square_sum, (g,)),
-        (bfloat16_gemm_, (w, g, m, units, features, rate, keep)),
+        (scaled_gemm_, (w, g, m, units, features, rate, keep, None, None, False, True)),
         (apply_updates_, ([w], [g], [None], [units], [features], [1e-6], [1.0])),
         (move_moments, ([units], [features], [0.5], [0.5], 0.9, 1e-8, 1e-12, 0.0, 100.0)),
         (row_normalized_update_, (w, m, g, 0.95, True, rate, keep, 1e-12)),

@@ -33,7 +33,7 @@ from neurms.compiled.backends import (
 )
 from neurms.compiled.correlation import correlation_from_sums, correlation_sums
 from neurms.compiled.finite import within
-from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
+from neurms.compiled.gemm import scaled_gemm_, update_gemm_
 from neurms.compiled.moments import ema_, moment_factors, move_moments
 from neurms.compiled.native import warm_up
 from neurms.compiled.reductions import channel_square_sum, column_square_sum
@@ -43,7 +43,6 @@ __all__ = [
     "BACKENDS",
     "Kernel",
     "apply_updates_",
-    "bfloat16_gemm_",
     "channel_square_sum",
     "column_square_sum",
     "compilations",
@@ -56,6 +55,7 @@ __all__ = [
     "move_moments",
     "row_clip_",
     "scale_gradients_",
+    "scaled_gemm_",
     "update_gemm_",
     "use_backend",
     "validate_backend",

@@ -212,9 +212,10 @@ class Kernel(Generic[P, R]):
         needed = sum(default is inspect.Parameter.empty for default in defaults)
 
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            if kwargs or not needed <= len(args) <= length:
+            count = len(args)
+            if kwargs or not needed <= count <= length:
                 return otherwise(*args, **kwargs)
-            whole: tuple[Any, ...] = (*args, *defaults[len(args) :])
+            whole: tuple[Any, ...] = (*args, *defaults[count:])
             form: Callable[..., R] = native if fits(*whole) else otherwise
             return form(*whole)
 

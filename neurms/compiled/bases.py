@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neurms.compiled.products import product
 from neurms.compiled.roots import eigh, positive_qr
 
 __all__ = [
@@ -86,7 +87,7 @@ def leading_basis(gradient: Tensor, rank: int) -> Tensor:
         rank: At most min(m, n).
     """
     if gradient.shape[-2] <= gradient.shape[-1]:
-        return descending_eigenvectors(gradient @ gradient.mT)[..., :rank]
+        return descending_eigenvectors(product(gradient, gradient.mT))[..., :rank]
     return singular_basis(gradient, rank)
 
 
@@ -112,7 +113,7 @@ def subspace_iteration(
     Returns:
         U', orthonormal columns, shape (..., m, r).
     """
-    image = (1.0 - decay) * (gradient @ (gradient.mT @ basis))
+    image = (1.0 - decay) * product(gradient, product(gradient.mT, basis))
     if tracked is not None:
         image = image + decay * (basis @ (tracked @ (basis.mT @ basis)))
     return ritz_basis(torch.linalg.qr(image)[0], gradient, basis, tracked, decay)
@@ -122,8 +123,8 @@ def ritz_basis(
     frame: Tensor, gradient: Tensor, basis: Tensor, tracked: Tensor | None, decay: float
 ) -> Tensor:
     """Return H E, where E holds the eigenvectors of H^T Q H for H = ``frame`` (..., m, r)."""
-    seen = frame.mT @ gradient
-    core = (1.0 - decay) * (seen @ seen.mT)
+    seen = product(frame.mT, gradient)
+    core = (1.0 - decay) * product(seen, seen.mT)
     if tracked is not None:
         inside = frame.mT @ basis
         core = core + decay * (inside @ tracked @ inside.mT)
@@ -140,7 +141,7 @@ def orthogonal_iteration(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Ten
     Returns:
         The new basis (..., d, d) and the columns' order (..., d), largest quotient first.
     """
-    image = covariance @ basis
+    image = product(covariance, basis)
     order = (basis * image).sum(-2).argsort(-1, descending=True)
     picked = order[..., None, :].expand(image.shape)
     return torch.linalg.qr(image.gather(-1, picked))[0], order

@@ -1,10 +1,10 @@
 """The weight's update as one matrix product, without a gradient in between.
 
-In the weight's own precision one call of the BLAS library leaves nothing to fuse, so these are
-plain functions and no kernels: they are the same on every backend. ``addmm_`` takes its
-coefficients as numbers; a 0-d tensor is read with ``float``, which on an accelerator waits for the
-device. The product of bfloat16 numbers is a kernel, whose native form applies the factors to the
-sums on their way into the weight.
+One call of the BLAS library leaves nothing to fuse, so :func:`update_gemm_` is a plain function and
+no kernel: it is the same on every backend. ``addmm_`` takes its coefficients as numbers; a 0-d
+tensor is read with ``float``, which on an accelerator waits for the device. Where the processor
+multiplies faster than that library does, :func:`scaled_gemm_` has a native form, which applies the
+factors to the sums on their way into the weight.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from torch.autograd.graph import increment_version
 from neurms.compiled.backends import kernel
 from neurms.compiled.native import (
     LEAST_ELEMENTS,
+    addresses,
+    are_plain,
     bfloat16_engine,
     fits,
     is_plain,
     library,
     reads,
     threads,
+    wide_float32,
 )
 
-__all__ = ["bfloat16_gemm_", "update_gemm_"]
+__all__ = ["scaled_gemm_", "update_gemm_"]
 
 
 def update_gemm_(
@@ -80,7 +83,7 @@ def update_gemm_(
 
 
 @kernel
-def bfloat16_gemm_(
+def scaled_gemm_(
     w: Tensor,
     errors: Tensor,
     activations: Tensor,
@@ -91,13 +94,15 @@ def bfloat16_gemm_(
     velocity: Tensor | None = None,
     momentum: Tensor | None = None,
     scale_velocity: bool = False,
+    bfloat16: bool = False,
 ) -> Tensor:
-    """Descend along a scaled gradient whose product is of bfloat16 numbers, in place.
+    """Descend along a scaled gradient that is never formed, in place.
 
-    ``W <- decay W - lr S (D^T H) C`` with D and H rounded to bfloat16 (unless they are already),
-    their products summed in the weight's precision: as a GEMM of bfloat16 operands does it, but
-    that the result is never rounded. With a velocity, ``V <- momentum V + S (D^T H) C`` and
-    ``W <- decay W - lr V``, or with ``scale_velocity`` ``W <- decay W - lr S V C``.
+    ``W <- decay W - lr S (D^T H) C``. With a velocity, ``V <- momentum V + S (D^T H) C`` and
+    ``W <- decay W - lr V``, or with ``scale_velocity`` ``W <- decay W - lr S V C``. With
+    ``bfloat16`` D and H are rounded to it (unless they are already) and their products summed in
+    the weight's precision: as a GEMM of bfloat16 operands does it, but that the result is never
+    rounded.
 
     Args:
         w: The weight, shape (m, n), float32 or float64; overwritten.
@@ -110,38 +115,52 @@ def bfloat16_gemm_(
         velocity: Shape (m, n), zeros before the first step, or None; overwritten.
         momentum: 0-d tensor; None is 0.
         scale_velocity: Apply the factors to the velocity as well.
+        bfloat16: Multiply bfloat16 numbers, not those of the weight's precision.
 
     Returns:
         ``w``.
 
     Reference:
-        NeuRMS, ``update="backward"``. The native form multiplies with the matrix unit of the
-        processor (AMX) or its bfloat16 vectors, and reads and writes ``w`` and ``velocity`` once.
+        NeuRMS, ``update="backward"``. The native form reads and writes ``w`` and ``velocity``
+        once. It multiplies bfloat16 numbers with the matrix unit of the processor (AMX) or its
+        bfloat16 vectors, and float32 with vectors of 512 bits where torch's BLAS library uses
+        shorter ones.
 
     Example:
         >>> import torch
         >>> one = torch.tensor(1.0)
         >>> d, h, s = torch.ones(3, 1), torch.full((3, 2), 1.0 + 2**-9), torch.tensor([2.0])
-        >>> bfloat16_gemm_(torch.ones(1, 2), d, h, s, None, one, one)
+        >>> scaled_gemm_(torch.ones(1, 2), d, h, s, None, one, one, bfloat16=True)
         tensor([[-5., -5.]])
     """
-    d = errors.to(torch.bfloat16).to(w.dtype)
-    h = activations.to(torch.bfloat16).to(w.dtype)
-    left, right = w.new_ones(w.size(0)), w.new_ones(w.size(1))
+    d, h = errors, activations
+    if bfloat16:
+        d, h = d.to(torch.bfloat16), h.to(torch.bfloat16)
+    d, h = d.to(w.dtype), h.to(w.dtype)
     if s is not None:
-        left = s.to(w.dtype)
+        d = d * s.to(w.dtype)
     if c is not None:
-        right = c.to(w.dtype)
-    d, h = d * left, h * right
+        h = h * c.to(w.dtype)
     if velocity is None:
         return w.addmm_(d.t(), h, beta=float(decay), alpha=-float(lr))
     velocity.addmm_(d.t(), h, beta=0.0 if momentum is None else float(momentum))
-    moved = left.unsqueeze(1) * velocity * right if scale_velocity else velocity
+    moved = velocity
+    if scale_velocity and s is not None:
+        moved = moved * s.to(w.dtype).unsqueeze(1)
+    if scale_velocity and c is not None:
+        moved = moved * c.to(w.dtype)
     return w.mul_(decay).sub_(moved * lr.to(w.dtype))
 
 
 # Its coefficients are read as numbers, which a graph cannot hold; one call of BLAS gains nothing.
-bfloat16_gemm_.keep_eager_on_inductor()
+scaled_gemm_.keep_eager_on_inductor()
+
+
+_FLOATS = 3
+"""The engine that multiplies float32; others have :func:`bfloat16_engine`'s number."""
+
+_NARROWEST = 32
+"""Units of a weight whose float32 product is worth it: narrower ones fill the tiles badly."""
 
 
 def _multiplies(
@@ -153,23 +172,28 @@ def _multiplies(
     lr: Tensor,
     decay: Tensor,
     velocity: Tensor | None = None,
-    *rest: object,
+    momentum: Tensor | None = None,
+    scale_velocity: bool = False,
+    bfloat16: bool = False,
 ) -> bool:
-    if w.dim() != 2 or not (is_plain(w) and w.numel() and errors.numel()):
+    if w.ndim != 2 or errors.ndim != 2 or 0 in (*w.shape, *errors.shape):
         return False
     if velocity is not None and velocity.shape != w.shape:
         return False
+    if not bfloat16:
+        plain = [x for x in (w, errors, activations, s, c, velocity) if x is not None]
+        return w.shape[0] >= _NARROWEST and are_plain(plain) and wide_float32()
     if errors.dtype != activations.dtype or not bfloat16_engine():
         return False
-    return errors.dim() == 2 and reads(errors, activations) and fits(s, c, velocity)
+    return is_plain(w) and reads(errors, activations) and fits(s, c, velocity)
 
 
 def _is_worth_it(w: Tensor, *others: Any) -> bool:
     return w.numel() >= LEAST_ELEMENTS and _multiplies(w, *others)
 
 
-@bfloat16_gemm_.native(_is_worth_it, mutates=("w", "velocity"), fits=_multiplies, returns="w")
-def _bfloat16_gemm_(
+@scaled_gemm_.native(_is_worth_it, mutates=("w", "velocity"), fits=_multiplies, returns="w")
+def _scaled_gemm_(
     w: Tensor,
     errors: Tensor,
     activations: Tensor,
@@ -180,29 +204,25 @@ def _bfloat16_gemm_(
     velocity: Tensor | None,
     momentum: Tensor | None,
     scale_velocity: bool,
+    bfloat16: bool,
 ) -> Tensor:
     kernels = library()
     assert kernels is not None
     done = kernels.neurms_update_gemm(
-        w.data_ptr(),
-        None if velocity is None else velocity.data_ptr(),
+        addresses([w, velocity, errors, activations, s, c]),
         *w.shape,
-        errors.data_ptr(),
-        activations.data_ptr(),
         errors.shape[0],
         errors.dtype is torch.bfloat16,
-        None if s is None else s.data_ptr(),
-        None if c is None else c.data_ptr(),
         float(lr),
         float(decay),
         0.0 if momentum is None else float(momentum),
         scale_velocity,
-        bfloat16_engine(),
+        bfloat16_engine() if bfloat16 else _FLOATS,
         threads(),
     )
     if not done:
         raise MemoryError(
-            f"no memory for {errors.shape[0]} rows of errors and activations in bfloat16; use "
+            f"no memory for another copy of {errors.shape[0]} rows of errors and activations; use "
             "smaller batches, and call optimizer.zero_grad() before the next one"
         )
     increment_version(w if velocity is None else (w, velocity))

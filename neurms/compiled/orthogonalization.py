@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import kernel
+from neurms.compiled.products import product
 from neurms.compiled.symmetric import half_product_, panel_count
 
 __all__ = ["newton_schulz", "whiten"]
@@ -64,7 +65,7 @@ def newton_schulz(
         for _ in range(steps):
             gram = _symmetric(x, x.mT) if cut else x @ x.mT
             if cut:
-                x = torch.addmm(x, _polynomial(gram, 0.0, b, c), x, beta=a)
+                x = product(_polynomial(gram, 0.0, b, c), x).add_(x, alpha=a)
             else:
                 x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
@@ -79,7 +80,7 @@ def _gram_rounds(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
         polynomial = factor if step == 0 else _symmetric(polynomial, factor)
         if step + 1 < steps:
             gram = _symmetric(factor, _symmetric(gram, factor))
-    return polynomial @ x
+    return product(polynomial, x)
 
 
 def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
@@ -102,14 +103,27 @@ def _symmetric(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _low_rounds(x: Tensor, steps: int, a: float, b: float, c: float, native: bool) -> Tensor:
+    # Panels of shorter rows cost two threads as much as halves save.
+    halved = native and x.shape[-1] >= 2 * x.shape[-2]
     for _ in range(steps):
-        gram = _low_product(x, x.mT, native)
-        x = a * x + _low_product(b * gram + c * _low_product(gram, gram, native), x, native)
+        if native:
+            gram = _symmetric(x, x.mT) if halved else x @ x.mT
+        else:
+            gram = (x.float() @ x.mT.float()).to(torch.bfloat16)
+        x = _low_sum(x, a, _low_sum(gram, b, gram, gram, c, native), x, 1.0, native)
     return x
 
 
-def _low_product(x: Tensor, y: Tensor, native: bool) -> Tensor:
-    return x @ y if native else (x.float() @ y.float()).to(torch.bfloat16)
+def _low_sum(
+    total: Tensor, keep: float, x: Tensor, y: Tensor, share: float, native: bool
+) -> Tensor:
+    """Return ``keep total + share x @ y``, rounded once."""
+    if not native:
+        return (keep * total.float() + share * (x.float() @ y.float())).to(torch.bfloat16)
+    if total.dim() == 2:
+        return torch.addmm(total, x, y, beta=keep, alpha=share)
+    many = [part.flatten(0, -3) for part in (total, x, y)]
+    return torch.baddbmm(many[0], many[1], many[2], beta=keep, alpha=share).view_as(total)
 
 
 def _unit_norm(matrix: Tensor) -> Tensor:
@@ -148,11 +162,11 @@ def whiten(matrix: Tensor, steps: int, beta: float) -> Tensor:
     tall = matrix.size(-2) > matrix.size(-1)
     x = _unit_norm(matrix.mT if tall else matrix)
     eye = torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
-    y = x @ x.mT
+    y = product(x, x.mT)
     z = eye.expand_as(y)
     for _ in range(steps):
-        t = beta * (3.0 * eye - z @ y)
-        y = y @ t
-        z = t @ z
-    x = z @ x
+        t = beta * (3.0 * eye - product(z, y))
+        y = product(y, t)
+        z = product(t, z)
+    x = product(z, x)
     return x.mT if tall else x

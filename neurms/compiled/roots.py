@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neurms.compiled.products import product
+
 __all__ = [
     "damped_power",
     "eigenvalues",
@@ -109,8 +111,7 @@ def inverse_root(matrix: Tensor, root: int, eps: float) -> Tensor:
                 [0.0000, 0.2500]])
     """
     values, vectors = eigh(matrix)
-    result: Tensor = (vectors * damped_power(values, -1.0 / root, eps)[..., None, :]) @ vectors.mT
-    return result
+    return product(vectors * damped_power(values, -1.0 / root, eps)[..., None, :], vectors.mT)
 
 
 def positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:

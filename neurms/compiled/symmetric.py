@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from neurms.compiled.products import addmm_, product
+
 __all__ = ["add_gram_", "half_product_", "panel_count"]
 
 
@@ -42,7 +44,7 @@ def half_product_(total: Tensor, x: Tensor, y: Tensor, keep: float, share: float
     side, count = x.size(-2), panel_count(x.size(-2))
     for i in range(count):
         begin, end = side * i // count, side * (i + 1) // count
-        total[begin:end, :end].addmm_(x[begin:end], y[:, :end], beta=keep, alpha=share)
+        addmm_(total[begin:end, :end], x[begin:end], y[:, :end], keep, share)
         total[:begin, begin:end] = total[begin:end, :begin].mT
     return total
 
@@ -70,4 +72,4 @@ def add_gram_(total: Tensor, matrix: Tensor, keep: float, share: float) -> Tenso
     cut = total.ndim == 2 and total.is_cpu and total.stride(-1) == 1
     if cut and panel_count(total.shape[-1]) > 1:
         return half_product_(total, matrix, matrix.mT, keep, share)
-    return total.mul_(keep).add_(matrix @ matrix.mT, alpha=share)
+    return total.mul_(keep).add_(product(matrix, matrix.mT), alpha=share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.calls import OPTIMIZERS, added_calls
+from neurms.compiled.native import wide_float32
 
 # Of what stands in benchmarks/results/calls.json, with a little room for other versions of torch.
 MOST = {
@@ -21,9 +22,14 @@ MOST = {
 }
 
 
+# One call of BLAS takes few of Python; a product of our own looks at its operands first.
+OWN_PRODUCT = 16
+
+
 @pytest.mark.parametrize("name", MOST)
 def test_a_layer_makes_no_more_calls_than_it_did(name: str) -> None:
-    assert added_calls(OPTIMIZERS[name]) <= MOST[name]
+    multiplies = name.endswith("backward") and wide_float32()
+    assert added_calls(OPTIMIZERS[name]) <= MOST[name] + OWN_PRODUCT * multiplies
 
 
 def test_torch_itself_is_counted_in_the_same_way() -> None:

@@ -108,14 +108,14 @@ CASES: dict[str, Case] = {
             *([1 / 7, 2.0], [0.3, 1.0], 0.9, *ROOT),
         )
     ),
-    "bfloat16_gemm_": Case(
+    "scaled_gemm_": Case(
         lambda g: (
             like(g, 3) * magnitude(g),
             like(g, 6, 33, g.shape[0]) * magnitude(g),
             like(g, 7, 33, g.shape[1]),
             units(g),
             features(g),
-            *(ONE * 0.1, ONE * 0.9),
+            *(ONE * 0.1, ONE * 0.9, None, None, False, True),
         )
     ),
     "scaled_signal": Case(lambda g: (g, features(g), True, 0.9, ONE * 0.3, *ROOT), SQUARED),

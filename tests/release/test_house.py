@@ -37,6 +37,7 @@ FOREIGN = {
         "_global_optimizer_post_hooks",
         "_global_optimizer_pre_hooks",
         "_is_profiler_enabled",
+        "_linear_pointwise",
         "_modules",
         "_optimizer_step_pre_hooks",
         "_orig_mod",

@@ -25,6 +25,7 @@ from neurms.compiled.native.toolchain import compiler
 __all__ = [
     "CACHE_VARIABLE",
     "LEAST_ELEMENTS",
+    "PLAIN",
     "addresses",
     "are_plain",
     "bfloat16_engine",
@@ -40,6 +41,7 @@ __all__ = [
     "suits",
     "threads",
     "warm_up",
+    "wide_float32",
 ]
 
 LEAST_ELEMENTS = 1 << 15
@@ -64,7 +66,7 @@ def suits(matrix: Tensor, *others: Tensor | None) -> bool:
 def is_signal(tensor: Tensor) -> bool:
     """Return whether a tensor is plain, or would be in float32 and is bfloat16."""
     return (
-        type(tensor) in _PLAIN
+        type(tensor) in PLAIN
         and (tensor.dtype is torch.float32 or tensor.dtype is torch.bfloat16)
         and tensor.is_cpu
         and tensor.is_contiguous()
@@ -81,6 +83,13 @@ def bfloat16_engine() -> int:
     """Return what multiplies bfloat16 numbers: 2 is AMX, 1 AVX512-BF16, 0 nothing that gains."""
     kernels = library()
     return 0 if kernels is None else int(kernels.neurms_bf16_engine())
+
+
+@functools.cache
+def wide_float32() -> bool:
+    """Return whether vectors of 512 bits multiply float32 faster here than torch's BLAS library."""
+    kernels = library()
+    return kernels is not None and bool(kernels.neurms_wide_float32())
 
 
 _NOTHING = torch.empty(0, device="cpu")
@@ -118,7 +127,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""Types whose numbers lie in memory; a subclass may keep them elsewhere."""
+
 _FLOAT = frozenset((torch.float32,))
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
@@ -126,7 +137,7 @@ _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 def is_plain(tensor: Tensor) -> bool:
     """Return whether a tensor is what the kernels read: contiguous float32 on the CPU."""
     return (
-        type(tensor) in _PLAIN
+        type(tensor) in PLAIN
         and tensor.dtype is torch.float32
         and tensor.is_cpu
         and tensor.is_contiguous()
@@ -141,7 +152,7 @@ def are_plain(tensors: Sequence[Tensor], dtypes: frozenset[torch.dtype] = _FLOAT
         dtypes: What their dtypes may be.
     """
     return (
-        _PLAIN.issuperset(map(type, tensors))
+        PLAIN.issuperset(map(type, tensors))
         and dtypes.issuperset(map(_dtype, tensors))
         and all(map(_is_cpu, tensors))
         and all(map(Tensor.is_contiguous, tensors))

@@ -12,6 +12,7 @@ extern "C" {
 
 // processor.cpp
 int neurms_level();
+int neurms_wide_float32();
 
 // unitwise.cpp
 int neurms_within(int64_t count, const void* const* x, const int* rounded, const int64_t* sizes, const float* bounds,
@@ -37,8 +38,7 @@ void neurms_channel_square_sum(const void* x, int rounded, int64_t images, int64
 
 // update_gemm.cpp
 int neurms_bf16_engine();
-int neurms_update_gemm(float* w, float* velocity, int64_t m, int64_t n, const void* errors, const void* activations,
-                       int64_t rows, int rounded, const float* s, const float* c, float step, float decay,
+int neurms_update_gemm(void* const* tensors, int64_t m, int64_t n, int64_t rows, int rounded, float step, float decay,
                        float momentum, int coupled, int engine, int threads);
 
 // row_update.cpp

@@ -8,18 +8,26 @@ namespace {
 constexpr int64_t kRows = 4;         // rows taken together: fewer loads and stores of the column sums
 constexpr int64_t kAlone = 1 << 14;  // elements below which one thread is faster than two
 
-// Adds the squares of four rows to `columns`, and stores their sums.
-void take_four(const float* g, int64_t n, double* rows, double* columns) {
-  const float *p = g, *q = g + n, *r = q + n, *s = r + n;
-  double a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-  for (int64_t j = 0; j < n; ++j) {
-    const double x = p[j], y = q[j], z = r[j], w = s[j];
-    const double xx = x * x, yy = y * y, zz = z * z, ww = w * w;
-    a += xx, b += yy, c += zz, d += ww;
-    columns[j] += (xx + yy) + (zz + ww);
+// Adds the squares of four rows to `columns`, and stores their sums; those at `next` are fetched meanwhile.
+void take_four(const float* g, int64_t n, const float* next, double* rows, double* columns) {
+  Wide sums[kRows] = {}, others[kRows] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    fetch_rows<kRows>(next, j);
+    Wide first = load(columns + j), second = load(columns + j + kDoubles);
+    for (int64_t r = 0; r < kRows; ++r) {
+      const Wide x = load_wide(g + r * n + j), y = load_wide(g + r * n + j + kDoubles);
+      sums[r] += x * x, others[r] += y * y;
+      first += x * x, second += y * y;
+    }
+    store(columns + j, first), store(columns + j + kDoubles, second);
   }
-  rows[0] = a, rows[1] = b, rows[2] = c, rows[3] = d;
+  for (int64_t r = 0; r < kRows; ++r) rows[r] = total(sums[r] + others[r]);
+  for (; j < n; ++j)
+    for (int64_t r = 0; r < kRows; ++r) {
+      const double x = g[r * n + j];
+      rows[r] += x * x, columns[j] += x * x;
+    }
 }
 
 void take_one(const float* g, int64_t n, double* row, double* columns) {
@@ -35,7 +43,10 @@ void take_one(const float* g, int64_t n, double* row, double* columns) {
 
 void take_rows(const float* g, Range own, int64_t n, double* rows, double* columns) {
   int64_t i = own.begin;
-  for (; i + kRows <= own.end; i += kRows) take_four(g + i * n, n, rows + i, columns);
+  for (; i + kRows <= own.end; i += kRows) {
+    const float* const four = g + i * n;
+    take_four(four, n, i + 2 * kRows <= own.end ? four + kRows * n : four, rows + i, columns);
+  }
   for (; i < own.end; ++i) take_one(g + i * n, n, rows + i, columns);
 }
 

@@ -9,12 +9,6 @@ constexpr int64_t kRows = 4;      // rows taken together: fewer loads and stores
 constexpr int64_t kFlush = 64;    // rows summed in float32 before they enter the float64 totals
 constexpr int64_t kChunk = 2048;  // columns summed in float32 before they enter a float64 total, full lines
 
-inline double total(const Lanes& lanes) {
-  double sum = 0;
-  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
-  return sum;
-}
-
 // out_r = sum_j g_rj^2 s_j and, with kAlso, more_r = sum_j g_rj^2 also_j, for each of kCount rows. The rows `ahead` of
 // these are fetched meanwhile, which the hardware does not do across pages.
 template <int kCount, bool kAlso>

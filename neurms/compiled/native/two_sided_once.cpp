@@ -21,20 +21,25 @@ float blend(float old, float value, float fresh) {
 }
 
 // sums_r = sum_j g_rj^2 u_j of four rows, whose sums wait for each other less than one; without u the plain sum.
+// Half of the rows at `next` are fetched meanwhile, the other half by `add_rows`.
 template <bool kUnit>
-void dot_four(const float* g, int64_t n, const float* u, double* sums) {
+void dot_four(const float* g, int64_t n, const float* next, const float* u, double* sums) {
   std::fill(sums, sums + kRows, 0.0);
-  const float *p = g, *q = g + n, *r = q + n, *s = r + n;
-  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
-    const int64_t end = std::min(n, chunk + kChunk);
-    float a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int64_t j = chunk; j < end; ++j) {
-      const float unit = kUnit ? u[j] : 1.0f;
-      a += p[j] * p[j] * unit, b += q[j] * q[j] * unit, c += r[j] * r[j] * unit, d += s[j] * s[j] * unit;
+  int64_t j = 0;
+  while (j + kLanes <= n) {
+    const int64_t end = std::min(n, j + kChunk);
+    Lanes a[kRows] = {};
+    for (; j + kLanes <= end; j += kLanes) {
+      fetch_rows<kRows / 2>(next, j);
+      for (int r = 0; r < kRows; ++r) {
+        const Lanes x = load(g + r * n + j), square = x * x;
+        a[r] += kUnit ? square * load(u + j) : square;
+      }
     }
-    sums[0] += a, sums[1] += b, sums[2] += c, sums[3] += d;
+    for (int r = 0; r < kRows; ++r) sums[r] += total(a[r]);
   }
+  for (; j < n; ++j)
+    for (int r = 0; r < kRows; ++r) sums[r] += g[r * n + j] * g[r * n + j] * (kUnit ? u[j] : 1.0f);
 }
 
 template <bool kUnit, bool kMore>
@@ -55,11 +60,24 @@ void dot_one(const float* g, int64_t n, const float* u, const float* v, double* 
   if (kMore) *second = other;
 }
 
-// Adds count rows' squares times `a` to `sums` and, with kMore, times `b` to `others`.
+// Adds count rows' squares times `a` to `sums` and, with kMore, times `b` to `others`; fetches half as many rows at
+// `next`.
 template <int kCount, bool kMore>
-void add_rows(const float* g, int64_t n, const float* a, const float* b, float* sums, float* others) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
+void add_rows(const float* g, int64_t n, const float* next, const float* a, const float* b, float* sums,
+              float* others) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    fetch_rows<kCount / 2>(next, j);
+    Lanes sum = load(sums + j), other = kMore ? load(others + j) : sum;
+    for (int r = 0; r < kCount; ++r) {
+      const Lanes x = load(g + r * n + j), square = x * x;
+      sum += square * a[r];
+      if (kMore) other += square * b[r];
+    }
+    store(sums + j, sum);
+    if (kMore) store(others + j, other);
+  }
+  for (; j < n; ++j) {
     float sum = sums[j], other = kMore ? others[j] : 0.0f;
     for (int r = 0; r < kCount; ++r) {
       const float square = g[r * n + j] * g[r * n + j];
@@ -79,13 +97,13 @@ class Columns {
   Columns(int64_t n, double* totals) : n_(n), totals_(totals), sums_((kMore ? 2 : 1) * n, 0.0f) {}
 
   template <int kCount>
-  void add(const float* g, const float* a, const float* b) {
+  void add(const float* g, const float* next, const float* a, const float* b) {
     float shares[kCount], peak = 0;
     for (int r = 0; r < kCount; ++r) peak = a[r] > peak ? a[r] : peak;
     if (peak > kJump * unit_) flush();
     if (pending_ == 0 && peak > 0) unit_ = peak;
     for (int r = 0; r < kCount; ++r) shares[r] = a[r] / unit_;
-    add_rows<kCount, kMore>(g, n_, shares, b, sums_.data(), sums_.data() + (kMore ? n_ : 0));
+    add_rows<kCount, kMore>(g, n_, next, shares, b, sums_.data(), sums_.data() + (kMore ? n_ : 0));
     if (!(peak == 0 && pending_ == 0)) pending_ += kCount;
     if (pending_ >= kFlush) flush();
   }
@@ -154,14 +172,15 @@ void take_rows(const Matrix& a, Range own, const float* unit, double factor, flo
   };
   int64_t i = own.begin;
   for (; i + kRows <= own.end; i += kRows) {
-    dot_four<kTracked>(a.g + i * a.n, a.n, unit, sums);
+    const float *const four = a.g + i * a.n, *const next = i + 2 * kRows <= own.end ? four + kRows * a.n : four;
+    dot_four<kTracked>(four, a.n, next, unit, sums);
     know(i, kRows);
-    columns.template add<kRows>(a.g + i * a.n, weights, inverses);
+    columns.template add<kRows>(four, next + kRows / 2 * a.n, weights, inverses);
   }
   for (; i < own.end; ++i) {
     dot_one<kTracked, false>(a.g + i * a.n, a.n, unit, nullptr, sums, nullptr);
     know(i, 1);
-    columns.template add<1>(a.g + i * a.n, weights, inverses);
+    columns.template add<1>(a.g + i * a.n, nullptr, weights, inverses);
   }
   columns.flush();
 }
@@ -199,8 +218,12 @@ double track_columns(const Matrix& a, float fresh, float correction, int threads
     const Range own = share(a.m, part, parts, kRows);
     Columns<false> columns(a.n, totals.data() + static_cast<size_t>(a.n) * part);
     int64_t i = own.begin;
-    for (; i + kRows <= own.end; i += kRows) columns.template add<kRows>(a.g + i * a.n, unit.data() + i, nullptr);
-    for (; i < own.end; ++i) columns.template add<1>(a.g + i * a.n, unit.data() + i, nullptr);
+    for (; i + kRows <= own.end; i += kRows) {
+      // The rows themselves, ahead of where they are read: the next ones take .4 ms for .3 at 4096 x 1024 (two threads).
+      const float* const four = a.g + i * a.n;
+      columns.template add<kRows>(four, four, unit.data() + i, nullptr);
+    }
+    for (; i < own.end; ++i) columns.template add<1>(a.g + i * a.n, nullptr, unit.data() + i, nullptr);
     columns.flush();
 #pragma omp barrier
 #pragma omp single

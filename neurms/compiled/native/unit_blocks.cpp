@@ -21,7 +21,7 @@ constexpr int part_of(int lines, int most) { return lines % most == 0 ? most : p
 constexpr double kUlp = 1.1920928955078125e-07;  // of float32
 constexpr float kVanishing = 0x1p-60f;           // of the square of a matrix's largest entry
 
-inline float total(const Lanes& lanes) {
+inline float lane_sum(const Lanes& lanes) {
   float part[kLanes];
   store(part, lanes);
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
@@ -51,7 +51,7 @@ template <int kLines>
 inline float dot(const float* x, const float* y) {
   Lanes sum = {};
   for (int l = 0; l < kLines; ++l) sum += load(x + l * kLanes) * load(y + l * kLanes);
-  return total(sum);
+  return lane_sum(sum);
 }
 
 // C = A B for k x k matrices in rows of kLines registers; rows of A and C beyond k, up to a multiple of 4, are zero.

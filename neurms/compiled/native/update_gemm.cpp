@@ -1,11 +1,10 @@
-// W <- decay W - step S (D^T H) C in one pass over W, or over it and its velocity; the product in bfloat16 with float32
-// sums. The eager definition
-// in neurms/compiled/gemm.py is the specification.
+// W <- decay W - step S (D^T H) C in one pass over W, or over it and its velocity; the product of bfloat16 numbers with
+// float32 sums, or of float32. The eager definition in neurms/compiled/gemm.py is the specification.
 //
-// D and H are first packed into tiles of 1 KiB, bfloat16 numbers of two successive rows side by side as the processor's
-// instructions want them. Then each thread works down its own rows of W, 32 x 32 elements at a time: the sums over all
-// rows of D and H stay in registers until they are complete, so that W is read and written once and nothing of its
-// size is ever formed. Panels of H are made to stay in the second-level cache meanwhile.
+// D and H are first packed into tiles of 1 KiB: of float32, or of bfloat16 numbers of two successive rows side by side
+// as the processor's instructions want them. Then each thread works down its own rows of W, 32 x 32 elements at a time:
+// the sums over all rows of D and H stay in registers until they are complete, so that W is read and written once and
+// nothing of its size is ever formed. Panels of H are made to stay in the second-level cache meanwhile.
 
 #include <cstdint>
 #include <cstdlib>
@@ -30,7 +29,7 @@
 
 namespace {
 
-enum Engine { kNone = 0, kVector = 1, kTiles = 2 };
+enum Engine { kNone = 0, kVector = 1, kTiles = 2, kFloats = 3 };
 
 #ifdef NEURMS_AMX
 // Linux lends the tile registers to processes that have asked for them.
@@ -57,11 +56,9 @@ int best_engine() {
 #ifdef NEURMS_BF16
 
 constexpr int64_t kSide = 16;             // units or features in a tile
-constexpr int64_t kDepth = 32;            // rows in a tile, two to a 32-bit word
-constexpr int64_t kWords = kSide * kSide; // of a tile
+constexpr int64_t kWords = kSide * kSide; // of 32 bits in a tile
 constexpr int64_t kRun = 8;              // tiles of a row that are written together
-constexpr int64_t kChunk = 4;            // tiles of a sum whose factors stay in the first-level cache
-constexpr int64_t kPanel = 1 << 18;       // words of H that are worked on together: 1 MiB
+constexpr int64_t kChunk = 128;           // rows of a sum whose factors stay in the first-level cache
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -83,14 +80,34 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// 16 columns of two rows as bfloat16 pairs. `second` may be null: a row of zeros.
-inline __m512i pairs(const float* first, const float* second, __mmask16 mask, __m512i order) {
+// How numbers of type Stored are packed: of how many rows a word holds numbers, and words of 16 columns of such rows,
+// `second` null for a row of zeros.
+template <typename Stored>
+struct Pairs {
+  using Number = Stored;
+  static constexpr int64_t kRows = 2;
+  static constexpr int64_t kPanel = 1 << 18;  // words of H that are worked on together: 1 MiB
+  static __m512i words(const Number* first, const Number* second, __mmask16 mask, __m512i order);
+};
+
+struct Singles {
+  using Number = float;
+  static constexpr int64_t kRows = 1;
+  static constexpr int64_t kPanel = 1 << 17;  // the half is faster by 4 % where every product is one row
+  static __m512i words(const float* first, const float*, __mmask16 mask, __m512i) {
+    return reinterpret_cast<__m512i>(_mm512_maskz_loadu_ps(mask, first));
+  }
+};
+
+template <>
+inline __m512i Pairs<float>::words(const float* first, const float* second, __mmask16 mask, __m512i order) {
   const __m512 a = _mm512_maskz_loadu_ps(mask, first);
   const __m512 b = second ? _mm512_maskz_loadu_ps(mask, second) : _mm512_setzero_ps();
   return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
 }
 
-inline __m512i pairs(const uint16_t* first, const uint16_t* second, __mmask16 mask, __m512i order) {
+template <>
+inline __m512i Pairs<uint16_t>::words(const uint16_t* first, const uint16_t* second, __mmask16 mask, __m512i order) {
   const __m256i a = _mm256_maskz_loadu_epi16(mask, first);
   const __m256i b = second ? _mm256_maskz_loadu_epi16(mask, second) : _mm256_setzero_si256();
   return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
@@ -128,31 +145,32 @@ inline void transpose(__m512i* r) {
   std::memcpy(r, t, sizeof t);
 }
 
-// One tile: columns [column, column + 16) of rows [row, row + 32), absent ones as zeros. `turned` has words by column
-// first, as the left factor of a product wants them; else by pair of rows first.
-template <typename Number>
-void pack_tile(const Number* x, int64_t rows, int64_t columns, int64_t row, int64_t column, bool turned, uint32_t* out) {
+// One tile: columns [column, column + 16) of the rows from `row` on that fit, absent ones as zeros. `turned` has words
+// by column first, as the left factor of a product wants them; else by row, or pair of rows, first.
+template <typename Form>
+void pack_tile(const typename Form::Number* x, int64_t rows, int64_t columns, int64_t row, int64_t column, bool turned,
+               uint32_t* out) {
   const __m512i order = interleaving();
   const int64_t width = std::min(kSide, columns - column);
   const __mmask16 mask = width > 0 ? static_cast<__mmask16>((1u << width) - 1) : 0;
   __m512i r[16];
-  for (int64_t pair = 0; pair < 16; ++pair) {
-    const int64_t first = row + 2 * pair;
-    const Number* p = x + first * columns + column;
-    r[pair] = first < rows && mask ? pairs(p, first + 1 < rows ? p + columns : nullptr, mask, order)
-                                   : _mm512_setzero_si512();
+  for (int64_t i = 0; i < kSide; ++i) {
+    const int64_t first = row + Form::kRows * i;
+    const typename Form::Number* p = x + first * columns + column;
+    r[i] = first < rows && mask ? Form::words(p, first + 1 < rows ? p + columns : nullptr, mask, order)
+                                : _mm512_setzero_si512();
   }
   if (turned) transpose(r);
   for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(out + i * kSide, r[i]);
 }
 
 // The tiles of a range of columns, tile by tile of 16: along the rows of x, whose lines then come in one after the other.
-template <typename Number>
-void pack(const Number* x, int64_t rows, int64_t columns, Range tiles, bool turned, uint32_t* out) {
-  const int64_t depth = (rows + kDepth - 1) / kDepth;
+template <typename Form>
+void pack(const typename Form::Number* x, int64_t rows, int64_t columns, int64_t depth, Range tiles, bool turned,
+          uint32_t* out) {
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t t = tiles.begin; t < tiles.end; ++t)
-      pack_tile(x, rows, columns, k * kDepth, t * kSide, turned, out + (t * depth + k) * kWords);
+      pack_tile<Form>(x, rows, columns, k * kSide * Form::kRows, t * kSide, turned, out + (t * depth + k) * kWords);
 }
 
 // Two tiles of units and two of features, `apart` words from one to the next, over `chunk` tiles of rows. The sums are
@@ -163,6 +181,16 @@ struct Block {
   bool goes_on;
 };
 
+// Adds the products of a word, of one row or of two, in 16 places.
+template <int64_t kRows>
+inline __m512 add_product(__m512 sum, __m512i left, __m512i right) {
+  if constexpr (kRows == 1)
+    return _mm512_fmadd_ps(reinterpret_cast<__m512>(left), reinterpret_cast<__m512>(right), sum);
+  else
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
+}
+
+template <int64_t kRows>
 void multiply_vectors(const Block& block, float* out) {
   for (int64_t half = 0; half < 4; ++half) {  // eight units at a time: sixteen sums fit the registers
     float* own = out + half / 2 * 2 * kWords + half % 2 * 8 * kSide;
@@ -173,14 +201,13 @@ void multiply_vectors(const Block& block, float* out) {
     const uint32_t *left = block.a + half / 2 * block.apart + half % 2 * 8 * kSide, *one = block.b;
     for (int64_t k = 0; k < block.chunk; ++k, left += kWords, one += kWords) {
       const uint32_t* two = one + block.apart;
-      for (int64_t pair = 0; pair < kSide; ++pair) {
-        const __m512bh x = reinterpret_cast<__m512bh>(_mm512_load_si512(one + pair * kSide));
-        const __m512bh y = reinterpret_cast<__m512bh>(_mm512_load_si512(two + pair * kSide));
+      for (int64_t word = 0; word < kSide; ++word) {
+        const __m512i x = _mm512_load_si512(one + word * kSide), y = _mm512_load_si512(two + word * kSide);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-          const __m512bh l = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(left[i * kSide + pair])));
-          sums[i][0] = _mm512_dpbf16_ps(sums[i][0], l, x);
-          sums[i][1] = _mm512_dpbf16_ps(sums[i][1], l, y);
+          const __m512i l = _mm512_set1_epi32(static_cast<int>(left[i * kSide + word]));
+          sums[i][0] = add_product<kRows>(sums[i][0], l, x);
+          sums[i][1] = add_product<kRows>(sums[i][1], l, y);
         }
       }
     }
@@ -237,7 +264,7 @@ void multiply(const Block& block, float* out, int engine) {
 #ifdef NEURMS_AMX
   if (engine == kTiles) return multiply_tiles(block, out);
 #endif
-  multiply_vectors(block, out);
+  return engine == kFloats ? multiply_vectors<1>(block, out) : multiply_vectors<2>(block, out);
 }
 
 struct Update {
@@ -268,9 +295,12 @@ void write_run(const Update& u, const float* sums, int64_t unit, int64_t feature
   }
 }
 
-template <typename Number>
-bool update(const Update& u, const Number* errors, const Number* activations, int64_t rows, int engine, int threads) {
-  const int64_t depth = (rows + kDepth - 1) / kDepth;
+template <typename Form>
+bool update(const Update& u, const void* errors, const void* activations, int64_t rows, int engine, int threads) {
+  using Number = typename Form::Number;
+  const Number *d = static_cast<const Number*>(errors), *h = static_cast<const Number*>(activations);
+  const int64_t height = kSide * Form::kRows, depth = (rows + height - 1) / height;
+  constexpr int64_t chunk = kChunk / (kSide * Form::kRows);
   // Tiles come in twos.
   const int64_t unit_tiles = (u.m + 2 * kSide - 1) / (2 * kSide) * 2;
   const int64_t feature_tiles = (u.n + 2 * kSide - 1) / (2 * kSide) * 2;
@@ -278,15 +308,15 @@ bool update(const Update& u, const Number* errors, const Number* activations, in
   uint32_t* const left = scratch.words((unit_tiles + feature_tiles) * depth * kWords);
   if (!left) return false;
   uint32_t* const right = left + unit_tiles * depth * kWords;
-  const int64_t panel = std::max(kRun, kPanel / (depth * kWords) / kRun * kRun);
+  const int64_t panel = std::max(kRun, Form::kPanel / (depth * kWords) / kRun * kRun);
 #pragma omp parallel num_threads(threads)
   {
 #ifdef NEURMS_AMX
     if (engine == kTiles) configure_tiles();
 #endif
     const int part = omp_get_thread_num(), parts = omp_get_num_threads();
-    pack(errors, rows, u.m, share(unit_tiles, part, parts, 2), true, left);
-    pack(activations, rows, u.n, share(feature_tiles, part, parts, 2), false, right);
+    pack<Form>(d, rows, u.m, depth, share(unit_tiles, part, parts, 2), true, left);
+    pack<Form>(h, rows, u.n, depth, share(feature_tiles, part, parts, 2), false, right);
 #pragma omp barrier
     alignas(64) float sums[kRun * 2 * kWords];
     for (int64_t begin = 0; begin < feature_tiles; begin += panel) {
@@ -296,10 +326,10 @@ bool update(const Update& u, const Number* errors, const Number* activations, in
         const uint32_t* a = left + i * depth * kWords;
         for (int64_t run = begin; run < end; run += kRun) {
           const int64_t tiles = std::min(kRun, end - run);
-          for (int64_t k = 0; k < depth; k += kChunk)
+          for (int64_t k = 0; k < depth; k += chunk)
             for (int64_t j = 0; j < tiles; j += 2) {
               const uint32_t* b = right + ((run + j) * depth + k) * kWords;
-              multiply({a + k * kWords, b, depth * kWords, std::min(kChunk, depth - k), k > 0},
+              multiply({a + k * kWords, b, depth * kWords, std::min(chunk, depth - k), k > 0},
                        sums + j * 2 * kWords, engine);
             }
           write_run(u, sums, i * kSide, run * kSide, tiles);
@@ -323,18 +353,17 @@ extern "C" {
 int neurms_bf16_engine() { return best_engine(); }
 
 // W (m x n) <- decay W - step S (D^T H) C; with a velocity, V <- momentum V + S (D^T H) C and W <- decay W - step V, or
-// - step S V C if `coupled`. D (rows x m) and H (rows x n) are float32, rounded here, or bfloat16 already; a null factor
-// is 1. Returns 0 where it has done nothing, for want of the engine (as above) or of memory.
-int neurms_update_gemm(float* w, float* velocity, int64_t m, int64_t n, const void* errors, const void* activations,
-                       int64_t rows, int rounded, const float* s, const float* c, float step, float decay,
+// - step S V C if `coupled`. `tensors` are W, V or null, D (rows x m), H (rows x n), s and c, which are 1 where null. D
+// and H are float32, which engines of bfloat16 round, or bfloat16 already, if `rounded`. Returns 0 where it has done
+// nothing, for want of the engine (as above, or 3: float32 by vectors of 512 bits) or of memory.
+int neurms_update_gemm(void* const* tensors, int64_t m, int64_t n, int64_t rows, int rounded, float step, float decay,
                        float momentum, int coupled, int engine, int threads) {
 #ifdef NEURMS_BF16
-  if (engine == kNone || (engine == kTiles && best_engine() != kTiles)) return 0;
-  const Update u{w, velocity, m, n, s, c, step, decay, {momentum, 1.0f, true, coupled != 0}};
-  return rounded ? update(u, static_cast<const uint16_t*>(errors), static_cast<const uint16_t*>(activations), rows,
-                          engine, threads)
-                 : update(u, static_cast<const float*>(errors), static_cast<const float*>(activations), rows, engine,
-                          threads);
+  if (engine == kNone || (engine == kTiles && best_engine() != kTiles) || (engine == kFloats && rounded)) return 0;
+  const auto floats = [&](int k) { return static_cast<float*>(tensors[k]); };
+  const Update u{floats(0), floats(1), m, n, floats(4), floats(5), step, decay, {momentum, 1.0f, true, coupled != 0}};
+  const auto work = engine == kFloats ? update<Singles> : rounded ? update<Pairs<uint16_t>> : update<Pairs<float>>;
+  return work(u, tensors[2], tensors[3], rows, engine, threads);
 #else
   return 0;
 #endif

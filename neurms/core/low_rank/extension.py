@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, matmul
 
+from neurms.compiled.products import product
 from neurms.core.ground.errors import check_choice, check_real
 from neurms.core.low_rank.residuals import LARGE, OptimalCompensation, Projection, Residual
 from neurms.core.low_rank.subspaces import Subspace
@@ -119,8 +120,10 @@ class LowRank(Structure):
         """Return scale U structure.precondition(U^T G), without a residual, (..., m, n)."""
         wide = gradient.mT if flips(gradient, self.transpose) else gradient
         basis = self.subspace.basis(wide, state, context)
-        inner = self.structure.precondition(basis.mT @ wide, state, replace(context, weight=None))
-        update = (basis @ inner) * self.scale
+        inner = self.structure.precondition(
+            product(basis.mT, wide), state, replace(context, weight=None)
+        )
+        update = product(basis, inner) * self.scale
         return update.mT if wide is not gradient else update
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
@@ -136,7 +139,8 @@ class LowRank(Structure):
             inner = inner * self.scale
         if self.residual is None:
             # In the orientation of the weight, which a transposed one is added to slowly.
-            return inner.mT @ basis.mT if wide is not update else basis @ inner
+            multiply = product if wide.numel() >= LARGE else matmul
+            return multiply(inner.mT, basis.mT) if wide is not update else multiply(basis, inner)
         energy = None
         if self._knows_energy:
             assert hasattr(self.structure, "column_energy")
@@ -168,7 +172,8 @@ class LowRank(Structure):
             if old is not None and context.step > 1:
                 self._rotate(self.subspace.basis(wide, state, context).mT @ old, state)
         basis = self.subspace.basis(wide, state, context)
-        z = basis.mT @ wide
+        # Small matrices wait for calls.
+        z = (product if wide.numel() >= LARGE else matmul)(basis.mT, wide)
         self.subspace.track(z, state)
         return basis, z
 

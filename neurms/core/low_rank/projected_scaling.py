@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from neurms.compiled.products import product
 from neurms.core.ground.errors import check_choice
 from neurms.core.low_rank.extension import flips
 from neurms.core.low_rank.residuals import column_scale
@@ -61,7 +62,7 @@ class ProjectedScaling(Structure):
     def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
         """Return the gradient scaled by what the structure makes of its own projection."""
         wide = self._wide(gradient)
-        z = self.subspace.basis(wide, state, context).mT @ wide
+        z = product(self.subspace.basis(wide, state, context).mT, wide)
         inner = self.structure.precondition(z, state, replace(context, weight=None))
         return self._scaled(gradient, inner, z)
 
@@ -75,7 +76,7 @@ class ProjectedScaling(Structure):
         wide = self._wide(gradient)
         if self.subspace.due(context.step):
             self.subspace.renew(wide, state, context, flipped=wide is not gradient)
-        return self.subspace.basis(wide, state, context).mT @ wide
+        return product(self.subspace.basis(wide, state, context).mT, wide)
 
     def _scaled(self, gradient: Tensor, direction: Tensor, z: Tensor) -> Tensor:
         if self.scale_type == "tensor":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neurms.compiled.products import addmm_
 from neurms.compiled.square_sums import square_sums
 from neurms.core.ground.errors import check_fraction, check_real
 from neurms.core.structures.base import Context, State
@@ -160,7 +161,7 @@ class OptimalCompensation(Residual):
         eta = growth_factor(norm, state["phi"], self.gamma, context.step)
         scale = scale * (eta * self.compensation)
         apart, scale[doubtful] = scale[doubtful], 0.0
-        update = (gradient * scale).addmm_(basis, projection.inner - z * scale)
+        update = addmm_(gradient * scale, basis, projection.inner - z * scale, 1.0, 1.0)
         update[:, doubtful] += own * apart
         return update
 

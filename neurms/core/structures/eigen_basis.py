@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.bases import descending_eigenvectors, noise_floor
+from neurms.compiled.products import product
 from neurms.compiled.symmetric import add_gram_
 from neurms.core.ground.errors import check_betas, check_positive_int, check_real
 from neurms.core.structures.base import Context, State, Structure
@@ -88,7 +89,7 @@ class EigenBasis(Structure):
         add_gram_(state["covariance"], gradient, b3, 1.0 - b3)
         if due(context.step, self.interval):
             state["basis"].copy_(descending_eigenvectors(state["covariance"]))
-        rotated = state["basis"].mT @ gradient
+        rotated = product(state["basis"].mT, gradient)
         state["exp_avg_sq"].mul_(b2).addcmul_(rotated, rotated, value=1.0 - b2)
         if b1:
             state["exp_avg"].lerp_(gradient, 1.0 - b1)
@@ -105,8 +106,8 @@ class EigenBasis(Structure):
 
     def _preconditioned(self, mean: Tensor, state: State) -> Tensor:
         basis, squares = state["basis"], state["exp_avg_sq"]
-        scaled = (basis.mT @ mean).div_(squares.sqrt().add_(self.eps))
-        update = basis @ torch.where(squares > noise_floor(squares), scaled, 0.0)
+        scaled = product(basis.mT, mean).div_(squares.sqrt().add_(self.eps))
+        update = product(basis, torch.where(squares > noise_floor(squares), scaled, 0.0))
         return update.mul_(alive(state["covariance"])[..., :, None])
 
     def _wide(self, matrix: Tensor) -> Tensor:

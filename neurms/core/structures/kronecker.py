@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neurms.compiled.products import product
 from neurms.compiled.roots import inverse_root
 from neurms.compiled.symmetric import add_gram_
 from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int, check_real
@@ -92,7 +93,7 @@ class Kronecker(Structure):
             root = state.get(f"{side}_root")
             if root is None:
                 root = self._root(gradient, state[side], context.step)
-            update = root @ update if side == "left" else update @ root
+            update = product(root, update) if side == "left" else product(update, root)
         return update
 
     def _root(self, gradient: Tensor, factor: Tensor, step: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.bases import descending_eigenvectors
+from neurms.compiled.products import addmm_, product
 from neurms.compiled.roots import eigh, orthonormal, positive_qr
 from neurms.compiled.unit_blocks import mover, rooted
 from neurms.core.ground.errors import check_fraction, check_positive_int, check_real
@@ -167,7 +168,7 @@ def _parts(units: int) -> list[slice]:
 
 def _split(gradient: Tensor, basis: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return B^T g_i (..., m, k) and g_i - B B^T g_i (..., m, n), None where that is zero."""
-    coordinates = gradient @ basis
+    coordinates = product(gradient, basis)
     if basis.shape[-1] == basis.shape[-2]:
         return coordinates, None
     return coordinates, _less(gradient, coordinates, basis)
@@ -176,7 +177,7 @@ def _split(gradient: Tensor, basis: Tensor) -> tuple[Tensor, Tensor | None]:
 def _less(rows: Tensor, coordinates: Tensor, basis: Tensor) -> Tensor:
     """Return rows (..., m, n) less what coordinates (..., m, k) make of a basis (..., n, k)."""
     if rows.ndim == 2:
-        return torch.addmm(rows, coordinates, basis.mT, alpha=-1.0)
+        return addmm_(rows.clone(), coordinates, basis.mT, 1.0, -1.0)
     return rows - coordinates @ basis.mT
 
 
@@ -185,7 +186,11 @@ def _assembled(inside: Tensor, factor: Tensor, basis: Tensor, outside: Tensor | 
     if outside is None:
         return inside @ basis.mT
     scaled = outside.mul_(factor)
-    return scaled.addmm_(inside, basis.mT) if scaled.ndim == 2 else scaled + inside @ basis.mT
+    return (
+        addmm_(scaled, inside, basis.mT, 1.0, 1.0)
+        if scaled.ndim == 2
+        else scaled + inside @ basis.mT
+    )
 
 
 def _started(basis: Tensor, gradient: Tensor, fresh: Tensor) -> Tensor:
@@ -231,7 +236,7 @@ class _Squares:
         peak = torch.maximum(squares.amax(-1), blocks.diagonal(dim1=-2, dim2=-1).amax((-2, -1)))
         scale = torch.where(peak > 0, peak, 1.0)[..., None]
         gradient = gradient / scale[..., None].sqrt()
-        coordinates = gradient @ basis
+        coordinates = product(gradient, basis)
         moved = torch.empty_like(coordinates)
         inner = basis.new_zeros((*basis.shape[:-2], basis.shape[-1], basis.shape[-1]))
         for part in _parts(gradient.shape[-2]):
@@ -239,18 +244,19 @@ class _Squares:
             # A row times a matrix: a sixth of the time of a matrix times a column in batches.
             moved[..., part, :] = (coordinates[..., part, None, :] @ own)[..., 0, :]
             stacked = own.flatten(-3, -2)
-            inner += stacked.mT @ stacked
+            inner += product(stacked.mT, stacked)
         return cls(basis, inner, coordinates, moved, gradient, (squares / scale)[..., None])
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """Return the product with Y (..., n, l)."""
         # In the first round Y is B itself, whose coordinates are the identity.
         along = None if vectors is self.basis else self.basis.mT @ vectors
-        seen = self.seen if along is None else self.gradient @ vectors
+        seen = self.seen if along is None else product(self.gradient, vectors)
         inner = self.inner if along is None else self.inner @ along
         moved = self.moved if along is None else self.moved @ along
-        inside = inner + self.moved.mT @ seen
-        return self.basis @ inside + self.gradient.mT @ (moved + self.lengths * seen)
+        inside = inner + product(self.moved.mT, seen)
+        apart = product(self.gradient.mT, moved + self.lengths * seen)
+        return product(self.basis, inside) + apart
 
 
 @dataclass(frozen=True)
@@ -274,6 +280,6 @@ class _Frame:
 
     def split(self, outside: Tensor) -> tuple[Tensor, Tensor]:
         """Return what lies along the vectors after B' (..., m, d - k), and the rest's length."""
-        further = outside @ self.further
+        further = product(outside, self.further)
         rest = _less(outside, further, self.further)
         return further, torch.linalg.vector_norm(rest, dim=-1, keepdim=True)

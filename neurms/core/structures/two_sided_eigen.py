@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.bases import NOISE, descending_eigenvectors, orthogonal_iteration
+from neurms.compiled.products import product
 from neurms.compiled.symmetric import add_gram_
 from neurms.core.ground.errors import (
     check_betas,
@@ -158,15 +159,15 @@ def sides(gradient: Tensor, state: State) -> Iterator[tuple[str, Tensor]]:
 def rotated(gradient: Tensor, state: State) -> Tensor:
     """Return U_L^T G U_R, with the identity for a side without a basis."""
     if "left_basis" in state:
-        gradient = state["left_basis"].mT @ gradient
-    return gradient @ state["right_basis"] if "right_basis" in state else gradient
+        gradient = product(state["left_basis"].mT, gradient)
+    return product(gradient, state["right_basis"]) if "right_basis" in state else gradient
 
 
 def restored(z: Tensor, state: State) -> Tensor:
     """Return U_L Z U_R^T, the inverse of :func:`rotated`."""
     if "left_basis" in state:
-        z = state["left_basis"] @ z
-    return z @ state["right_basis"].mT if "right_basis" in state else z
+        z = product(state["left_basis"], z)
+    return product(z, state["right_basis"].mT) if "right_basis" in state else z
 
 
 def _noise(squares: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import scalar
-from neurms.compiled.gemm import bfloat16_gemm_, update_gemm_
+from neurms.compiled.gemm import scaled_gemm_, update_gemm_
+from neurms.compiled.native import wide_float32
 from neurms.core.ground.spans import span
 
-__all__ = ["Product", "add_product_", "square_norm"]
+__all__ = ["Product", "add_product_", "fused_in", "square_norm"]
 
 _TILE = 1 << 16
 """Elements of a gradient that are looked at together."""
@@ -36,14 +37,25 @@ class Product:
     gemm: Literal["float32", "bfloat16"] = "float32"
     backend: str = "auto"
 
-    @property
-    def in_bfloat16(self) -> bool:
-        """Whether the factors are to be bfloat16, or are: then their products are exact."""
-        return _in_bfloat16(self.gemm, self.errors, self.activations)
 
+def fused_in(gemm: str, errors: Tensor, activations: Tensor) -> torch.dtype | None:
+    """Return in what D and H are multiplied where one kernel multiplies, scales and moves.
 
-def _in_bfloat16(gemm: str, errors: Tensor, activations: Tensor) -> bool:
-    return gemm == "bfloat16" or errors.dtype is activations.dtype is torch.bfloat16
+    D S and H C are not needed there. bfloat16 where D and H are to be that, or are, so that their
+    products are exact; float32 where the processor multiplies it faster than torch does.
+
+    Args:
+        gemm: What D and H are multiplied in.
+        errors: D.
+        activations: H.
+
+    Returns:
+        None where D S and H C are multiplied by torch.
+    """
+    if gemm == "bfloat16" or errors.dtype is activations.dtype is torch.bfloat16:
+        return torch.bfloat16
+    both = errors.dtype is activations.dtype is torch.float32
+    return torch.float32 if both and wide_float32() else None
 
 
 def add_product_(
@@ -63,9 +75,11 @@ def add_product_(
         decay: A number.
     """
     errors, activations, scaled = product.errors, product.activations, product.scaled
-    if _in_bfloat16(product.gemm, errors, activations):
-        move = bfloat16_gemm_.on(product.backend)
-        move(target, errors, activations, *factors, scalar(rate), scalar(decay))
+    precision = fused_in(product.gemm, errors, activations)
+    if precision is not None:
+        move, rates = scaled_gemm_.on(product.backend), (scalar(rate), scalar(decay))
+        low = precision is torch.bfloat16
+        move(target, errors, activations, *factors, *rates, None, None, False, low)
         return
     wide = target.dtype
     if scaled is None and factors[0] is None and factors[1] is None:

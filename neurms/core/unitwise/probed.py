@@ -124,7 +124,7 @@ class ProbedLayer:
                 'the optimizer was built, and update="backward" cannot begin or end to keep an '
                 'average; build it anew, or use update="step"'
             )
-        backend = self._backend(owner.backend)
+        backend = PROMPT if layers.large and owner.backend == "auto" else owner.backend
         probes = self._probes or self._drawn(view)
         form = probe_products.on(backend)
         products = spanning("reduce", [self.weight], form, errors, activations, *probes)
@@ -136,11 +136,6 @@ class ProbedLayer:
         product = Product(errors, activations, None, layers.gemm, backend)
         take = self._gather if self.waits else self._write
         spanning("update", [self.weight], take, view, structure, product, products)
-
-    def _backend(self, chosen: str) -> str:
-        """Return how kernels run: natively too where they are small, beside a large weight."""
-        large = self.weight.numel() >= LEAST_ELEMENTS
-        return PROMPT if large and chosen == "auto" else chosen
 
     def _drawn(self, view: View) -> tuple[Tensor, Tensor]:
         """Return this step's probes, drawn once for all parts of its batch."""
@@ -201,6 +196,8 @@ class ProbedLayers(TapSet[ProbedLayer, Owner]):
     def __init__(self, owner: Owner, gemm: Gemm) -> None:
         super().__init__(owner)
         self.gemm: Gemm = gemm
+        self.large = False
+        """Whether kernels run natively where they are small, too: beside a large weight."""
 
     def attach(self, model: nn.Module, routes: Iterable[Route]) -> None:
         """Tap the linear layers among ``routes``, all or none.
@@ -219,6 +216,7 @@ class ProbedLayers(TapSet[ProbedLayer, Owner]):
         for layer in layers:
             layer.tap = _tap_of(layer)
         self.hold(layers, model, [route.parameter for route in known])
+        self.large = any(layer.weight.numel() >= LEAST_ELEMENTS for layer in layers)
         self.put()
 
     def follow(self, old: Route, new: Route) -> None:

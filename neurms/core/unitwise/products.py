@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neurms.compiled.gemm import bfloat16_gemm_
+from neurms.compiled.gemm import scaled_gemm_
 from neurms.compiled.move_square_sums import move_square_sums
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.precision import compute_dtype
-from neurms.core.taps.products import Product, add_product_
+from neurms.core.taps.products import Product, add_product_, fused_in
 from neurms.core.unitwise.lengths import Length, gains_
 from neurms.core.unitwise.rule import UnitwiseRule
 from neurms.core.unitwise.statistics import Factors, scalar
@@ -106,11 +106,12 @@ def write_product_(
         add_product_(target, product, applied, rate, decay)
         return
     # B's factors are in D already, and would be missing where the velocity is scaled again.
-    fused = product.in_bfloat16 and length is None
-    if fused and not (rule.coupled and rule.upstream):
-        move, rates = bfloat16_gemm_.on(product.backend), (scalar(rate), scalar(decay))
-        signals = product.errors, product.activations
-        move(target, *signals, *applied, *rates, velocity, scalar(rule.momentum), rule.coupled)
+    precision = fused_in(product.gemm, product.errors, product.activations)
+    again = rule.coupled and rule.upstream
+    if precision is not None and length is None and not again:
+        move, rates = scaled_gemm_.on(product.backend), (scalar(rate), scalar(decay))
+        given = product.errors, product.activations, *applied, *rates, velocity
+        move(target, *given, scalar(rule.momentum), rule.coupled, precision is torch.bfloat16)
         return
     add_product_(velocity, product, applied, -1.0, rule.momentum)
     left, right = factors if rule.coupled else (None, None)

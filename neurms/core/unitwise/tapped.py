@@ -17,6 +17,7 @@ from neurms.core.structures.base import Moments
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.hooks import HookTap
+from neurms.core.taps.products import fused_in
 from neurms.core.taps.protocol import Sums
 from neurms.core.unitwise.foresight import Foresight, foresee
 from neurms.core.unitwise.rule import Gemm, LossReduction, UnitwiseRule
@@ -259,12 +260,9 @@ class TappedLayer:
         seen = self._everywhere.rows or self._rescaled is not None
         if self.heads or seen or rule.upstream or not state:
             return None
-        # Where the product is of bfloat16 numbers its factors are applied to its sums.
-        rounded = errors.dtype is activations.dtype is torch.bfloat16
-        scale = engine.gemm == "float32" and not rounded
         return foresee(
             errors, activations, rule.structure, state, engine.loss_reduction, engine.backend,
-            scale=scale,
+            scale=fused_in(engine.gemm, errors, activations) is None,
         )  # fmt: skip
 
     def _follow_gradient(self) -> None:

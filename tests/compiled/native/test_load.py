@@ -133,6 +133,13 @@ def test_two_builds_are_alike(small: str, tmp_path: Path) -> None:
     assert one == other
 
 
+@pytest.mark.skipif("avx2" not in NAMES, reason="this machine is no x86-64")
+def test_a_library_for_less_promises_no_wide_vectors(small: str, tmp_path: Path) -> None:
+    """A user may ask for it on a processor that has them; its own products would refuse."""
+    compile_library(small, tmp_path / "kernels.so", levels()[1].flags)
+    assert ctypes.CDLL(str(tmp_path / "kernels.so")).neurms_wide_float32() == 0
+
+
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-user is not installed")
 @pytest.mark.skipif("avx2" not in NAMES, reason="this machine is no x86-64")
 @pytest.mark.parametrize(

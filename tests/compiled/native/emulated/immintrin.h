@@ -1,4 +1,4 @@
-// The instructions of update_gemm.cpp in plain C++, to be found instead of the compiler's own header: what its two
+// The instructions of update_gemm.cpp in plain C++, to be found instead of the compiler's own header: what its
 // engines compute, and which memory they touch, can be tested on a processor that has neither of them.
 //
 // Written from the operations in Intel's Software Developer's Manual, volume 2. What would fault there aborts here.
@@ -169,8 +169,16 @@ inline __m512 _mm512_dpbf16_ps(const __m512& sums, const __m512bh& a, const __m5
   return out;
 }
 
+inline __m512 _mm512_fmadd_ps(const __m512& a, const __m512& b, const __m512& c) {
+  __m512 out{};
+  for (int i = 0; i < 16; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return out;
+}
+
+#ifndef _XMMINTRIN_H_INCLUDED  // by common.h, for what every x86-64 has
 enum { _MM_HINT_T1 };
 inline void _mm_prefetch(const char*, int) {}
+#endif
 
 inline void _tile_loadconfig(const void* layout) {
   const uint8_t* b = static_cast<const uint8_t*>(layout);
