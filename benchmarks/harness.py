@@ -31,6 +31,8 @@ class Results:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
+        # Through JSON and back: tuples and lists are the same thing in a file.
+        settings = json.loads(json.dumps(settings))
         self.content: dict[str, Any] = {"settings": settings, "runs": {}}
         if path.is_file():
             self._resume(json.loads(path.read_text()), settings)
@@ -45,14 +47,17 @@ class Results:
         self._progress: Progress | None = None
 
     def _resume(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        # Through JSON and back: tuples and lists are the same thing in a file.
-        merged = _merged(found.get("settings"), json.loads(json.dumps(settings)))
+        self.content.update(found, settings=self._with(found, settings))
+
+    def _with(self, found: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+        """Return settings with those of the file, which must not contradict them."""
+        merged: dict[str, Any] | None = _merged(found.get("settings"), settings)
         if merged is None:
             raise SystemExit(
                 f"error: {self.path} holds runs with other settings; move it away, or "
                 "name another file with --out"
             )
-        self.content.update(found, settings=merged)
+        return merged
 
     @property
     def runs(self) -> dict[str, Any]:
@@ -103,8 +108,8 @@ class Results:
                 # What another process has saved since stays.
                 found = json.loads(self.path.read_text())
                 runs = {**found["runs"], **self.runs}
-                settings = _merged(found["settings"], self.content["settings"])
-                own = {"settings": settings or self.content["settings"], "runs": runs}
+                settings = self._with(found, self.content["settings"])
+                own = {"settings": settings, "runs": runs}
                 self.content = {**self.content, **found, **own}
             self.content.update(extra)
             made = self._record["environment"]

@@ -176,6 +176,8 @@ def main() -> None:
     settings = {k: getattr(arguments, k) for k in ("threads", "rounds", "interval")}
     record = Results(arguments.out, settings | {"model": str(SCALE), "rank of adapters": RANK})
     kinds, names = arguments.what.split(","), arguments.only.split(",")
+    if unknown := sorted({*names} - {*METHODS}) + sorted({*kinds} - {*KINDS}):
+        raise SystemExit(f"error: {unknown} not known; --only has {[*METHODS]}, --what {[*KINDS]}")
     runs = [
         (kind, name)
         for kind in kinds

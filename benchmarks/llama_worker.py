@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
     "Muon bf16": ("muon", {"precision": "bfloat16"}),
     "torch's Muon": ("torch muon", {}),
     "SOAP": ("soap", {}),
-    "SOAP, one basis": ("soap", {"max_preconditioned_dim": 1024}),
+    "SOAP one basis": ("soap", {"max_preconditioned_dim": 1024}),
     "Shampoo": ("shampoo", {"interval": 20}),
 }
 """By name: the rule and what differs from its defaults. SharedBasis's rank is 32, Alice-0's and
@@ -52,7 +52,7 @@ GaLore's 128 with an interval of 200, SOAP's interval 10. With one basis SOAP le
 ADAPTERS = {
     name: method
     for name, method in METHODS.items()
-    if name not in ("Muon bf16", "Alice-0", "GaLore", "SharedBasis", "SOAP, one basis")
+    if name not in ("Muon bf16", "Alice-0", "GaLore", "SharedBasis", "SOAP one basis")
 }
 """Of fine-tuning: adapters are low-rank themselves, so that projecting them has no point."""
 

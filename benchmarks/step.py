@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--small", action="store_true", help="the smallest network, on one thread")
+    parser.add_argument("--only", nargs="*", choices=[*OPTIMIZERS], help="beside fused SGD")
     parser.add_argument("--out", type=Path, help="by default step.json or step_small.json")
     arguments = parser.parse_args()
     if arguments.small:
@@ -128,8 +129,9 @@ def main() -> None:
     path = arguments.out or RESULTS / ("step_small.json" if arguments.small else "step.json")
     results = Results(path, {"threads": arguments.threads, "steps of a turn": STEPS})
     for sizes, batch in SMALL if arguments.small else CASES:
-        turns = {name: turn(name, sizes, batch) for name in OPTIMIZERS}
-        for name in ALL_ROUNDED:
+        names = ["sgd fused", *arguments.only] if arguments.only else list(OPTIMIZERS)
+        turns = {name: turn(name, sizes, batch) for name in dict.fromkeys(names)}
+        for name in () if arguments.only else ALL_ROUNDED:
             turns[f"{name}, all in bf16"] = turn(name, sizes, batch, rounded=True)
         found = interleaved(turns, "sgd fused", rounds=arguments.rounds)
         for row in found.values():

@@ -40,6 +40,27 @@ def test_other_settings_are_refused(tmp_path) -> None:
     assert path.read_bytes() == before
 
 
+def test_two_that_begin_a_file_at_once_keep_the_settings_of_both(tmp_path) -> None:
+    path = tmp_path / "some.json"
+    one, other = (
+        Results(path, {"seeds": (1, 2), "methods": {name: {"axes": (0.1, 0.2)}}}) for name in "ab"
+    )
+    one.run("a", lambda: {})
+    other.run("b", lambda: {})
+    found = json.loads(path.read_text())["settings"]
+    assert found == {"seeds": [1, 2], "methods": {name: {"axes": [0.1, 0.2]} for name in "ab"}}
+
+
+def test_one_that_has_been_overtaken_by_other_settings_writes_nothing(tmp_path) -> None:
+    path = tmp_path / "some.json"
+    late = Results(path, {"epochs": 3})
+    Results(path, {"epochs": 2}).run("a", lambda: {})
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="holds runs with other settings"):
+        late.run("b", lambda: {})
+    assert path.read_bytes() == before
+
+
 def test_record_is_of_the_run_not_of_who_only_printed(tmp_path) -> None:
     path = tmp_path / "some.json"
     Results(path, {}).run("a", lambda: {})
