@@ -15,7 +15,13 @@ __all__ = ["OLDER", "SHOWN", "older", "page"]
 
 Content = dict[str, Any]
 
-SHOWN = (*headline.NAMES, *COSTS_OF, "step_avx2", "step_small", "llama_cpu")
+OTHERS = {
+    "step_avx2": "where the processor has no products of bfloat16 numbers (AVX2)",
+    "step_amx": "where it has a matrix unit for them (AMX), of an older state of the library",
+}
+"""Results files of whole steps on other processors, and what tells those apart."""
+
+SHOWN = (*headline.NAMES, *COSTS_OF, *OTHERS, "step_small", "llama_cpu")
 """The results files of the page."""
 
 OLDER = (*NAMES, "mnist")
@@ -53,7 +59,7 @@ def page(contents: Mapping[str, Content]) -> str:
         speed(
             contents["kernels"],
             contents["step"],
-            contents.get("step_avx2"),
+            {where: contents.get(name) for name, where in OTHERS.items()},
             contents.get("step_small"),
         ),
     ]

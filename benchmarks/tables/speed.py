@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.tables.markdown import markdown
@@ -36,8 +37,7 @@ the fastest that memory allows):
 """
 
 ELSEWHERE = """
-The same where the processor has no products of bfloat16 numbers (AVX2), with variant P, and RMNP
-whose gradients enter its momentum in backward:
+The same {where}:
 
 {step}
 
@@ -57,7 +57,7 @@ A network that is small enough to wait for Python, one thread:
 def speed(
     kernels: dict[str, Any],
     step: dict[str, Any],
-    elsewhere: dict[str, Any] | None = None,
+    elsewhere: Mapping[str, dict[str, Any] | None],
     small: dict[str, Any] | None = None,
 ) -> str:
     """Return the section on speed.
@@ -65,7 +65,7 @@ def speed(
     Args:
         kernels: ``kernels.json``.
         step: ``step.json``.
-        elsewhere: Steps on another processor, if they were timed there.
+        elsewhere: Steps on other processors by what tells those apart, None if not timed there.
         small: Steps of a small network, if they were timed.
     """
 
@@ -85,9 +85,11 @@ def speed(
         kernels=table(kernels, "{ms:.2f} (x{ratio:.2f})"),
         step=table(step, "x{ratio:.3f}"),
         made=made_by(step),
-        elsewhere=""
-        if elsewhere is None
-        else ELSEWHERE.format(step=table(elsewhere, "x{ratio:.3f}"), made=made_by(elsewhere)),
+        elsewhere="".join(
+            ELSEWHERE.format(where=where, step=table(other, "x{ratio:.3f}"), made=made_by(other))
+            for where, other in elsewhere.items()
+            if other is not None
+        ),
         small=""
         if small is None
         else SMALL.format(step=table(small, "x{ratio:.3f}"), made=made_by(small)),
