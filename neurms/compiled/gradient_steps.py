@@ -1,4 +1,4 @@
-"""Variant P's step of matrices and their biases, from sums over gradients: factors and moves."""
+"""Variant P's step of matrices and their biases: sums over gradients, factors and moves."""
 
 from __future__ import annotations
 
@@ -12,9 +12,31 @@ from torch.autograd.graph import increment_version
 from neurms.compiled.gradient_factors import gradient_factors
 from neurms.compiled.lists import list_kernel
 from neurms.compiled.native import addresses, are_plain, library, numbers, threads
+from neurms.compiled.square_sums import joint_square_sums
 from neurms.compiled.update import apply_updates_
 
-__all__ = ["gradient_steps_"]
+__all__ = ["PLAINLY_GOOD", "are_good", "gradient_steps_"]
+
+PLAINLY_GOOD = 1e60
+"""A sum of squares of numbers that are all far below the bound of any matrix. Gradients that have a
+larger one are looked at by themselves: the root of the sum might still be beyond float32."""
+
+
+def are_good(rows: Sequence[Tensor]) -> bool:
+    """Return whether sums by row show that gradients are finite, and plainly not too large.
+
+    Sums of squares of float32 never leave float64, and a NaN is no less than anything.
+
+    Args:
+        rows: Sums of squares by row of every matrix, shape (m,), float64.
+
+    Example:
+        >>> import torch
+        >>> are_good([torch.tensor([1.0, 4.0])]), are_good([torch.tensor([1.0, float("nan")])])
+        (True, False)
+    """
+    whole = torch.cat([own.to(rows[0].device) for own in rows])
+    return bool((whole <= PLAINLY_GOOD).all())
 
 
 @list_kernel
@@ -25,8 +47,6 @@ def gradient_steps_(
     biases: Sequence[Tensor | None],
     bias_gradients: Sequence[Tensor | None],
     bias_velocities: Sequence[Tensor | None],
-    rows: Sequence[Tensor],
-    columns: Sequence[Tensor],
     q: Sequence[Tensor],
     s: Sequence[Tensor],
     corrections: Sequence[float],
@@ -37,8 +57,8 @@ def gradient_steps_(
     beta: float,
     kappa: float,
     momentum: float,
-) -> None:
-    """Move matrices and biases by their scaled gradients, in place.
+) -> bool:
+    """Move matrices and biases by their scaled gradients, in place, if gradients are good.
 
     With ``L, R`` the factors that :func:`~neurms.compiled.gradient_factors.gradient_factors` makes
     of the sums of squares of [G | g], ``W <- decay W - rate L G R`` and ``b <- decay b - rate (L
@@ -51,9 +71,6 @@ def gradient_steps_(
         biases: Shape (m,) each, overwritten, or None.
         bias_gradients: The same shapes, None where there is no bias.
         bias_velocities: The same shapes, overwritten; None without a bias or momentum.
-        rows: Sums by row of every matrix, shape (m,), float64, as
-            :func:`~neurms.compiled.square_sums.joint_square_sums` makes them.
-        columns: Sums by column, shaped as s.
         q: Roots of averages by row, shape (m,); overwritten.
         s: Roots of averages by column, shape (n,), or (n + 1,) with a column for a bias.
         corrections: ``1 - beta^t`` of every matrix.
@@ -65,20 +82,26 @@ def gradient_steps_(
         kappa: Width of the clip, at least 1.
         momentum: What is kept of velocities, 0 for none.
 
+    Returns:
+        Whether the sums by row are all at most :data:`PLAINLY_GOOD`. Nothing is changed otherwise:
+        a gradient is NaN, infinite, or so large that somebody has to look at it.
+
     Reference:
-        NeuRMS's variant P. The native form makes the same calls as this definition. The sums come
-        from outside: they also tell, before anything is written, whether gradients are good.
+        NeuRMS's variant P. The native form makes the same calls as this definition.
 
     Example:
         >>> import torch
         >>> w, g, q, s = torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2), torch.zeros(2)
-        >>> no, one, sums = [None], [1.0], [torch.tensor([2.0, 2.0]).double()]
-        >>> sizes = [sums, sums, [q], [s]]
-        >>> gradient_steps_([w], [g], no, no, no, no, *sizes, *[one] * 5, 0.0, 10.0, 0.0)
+        >>> no, one = [None], [1.0]
+        >>> gradient_steps_([w], [g], no, no, no, no, [q], [s], *[one] * 5, 0.0, 10.0, 0.0)
+        True
         >>> w.round(decimals=4)
         tensor([[-1., -1.],
                 [-1., -1.]])
     """
+    rows, columns = joint_square_sums(gradients, bias_gradients, [x.size(0) for x in s])
+    if not are_good(rows):
+        return False
     new_q, new_s, left, right = gradient_factors(rows, columns, q, s, corrections, beta, kappa)
     torch._foreach_copy_([*q, *s], [*new_q, *new_s])
     there = [k for k, bias in enumerate(biases) if bias is not None]
@@ -95,6 +118,7 @@ def gradient_steps_(
         not momentum,
         bool(momentum),
     )
+    return True
 
 
 def _chosen(items: Sequence[Any], there: Sequence[int]) -> list[Any]:
@@ -108,32 +132,24 @@ def _are_plain(
     biases: Sequence[Tensor | None],
     bias_gradients: Sequence[Tensor | None],
     bias_velocities: Sequence[Tensor | None],
-    rows: Sequence[Tensor],
-    columns: Sequence[Tensor],
     q: Sequence[Tensor],
     s: Sequence[Tensor],
     *numbers_of_each: Sequence[float],
 ) -> list[bool]:
     """Return which items the native form serves; where they are plain, without a call for each."""
     own = weights, gradients, velocities, biases, bias_gradients, bias_velocities, q, s
-    sums = [*rows, *columns]
-    if not (
-        are_plain([x for column in own for x in column if x is not None])
-        and {torch.float64}.issuperset([x.dtype for x in sums])
-        and all(map(Tensor.is_contiguous, sums))
-    ):
+    if not are_plain([x for column in own for x in column if x is not None]):
         return [False] * len(weights)
     return [
         w.ndim == 2
         and g.shape == w.shape
         and (v is None or v.shape == w.shape)
-        and r.shape == up.shape == w.shape[:1]
-        and c.shape == across.shape
+        and up.shape == w.shape[:1]
         and across.ndim == 1
         and w.shape[1] + (b is not None) <= across.shape[0] <= w.shape[1] + 1
         and (x is None if b is None else x is not None and x.shape == b.shape == w.shape[:1])
         and (y is None if v is None or b is None else y is not None and y.shape == b.shape)
-        for w, g, v, b, x, y, up, across, r, c in zip(*own, rows, columns, strict=True)
+        for w, g, v, b, x, y, up, across in zip(*own, strict=True)
     ]
 
 
@@ -144,8 +160,6 @@ def _step_natively(
     biases: Sequence[Tensor | None],
     bias_gradients: Sequence[Tensor | None],
     bias_velocities: Sequence[Tensor | None],
-    rows: Sequence[Tensor],
-    columns: Sequence[Tensor],
     q: Sequence[Tensor],
     s: Sequence[Tensor],
     corrections: Sequence[float],
@@ -156,15 +170,14 @@ def _step_natively(
     beta: float,
     kappa: float,
     momentum: float,
-) -> None:
+) -> bool:
     kernels = library()
     assert kernels is not None
     first = *weights, *gradients, *velocities, *biases
     last = *bias_gradients, *bias_velocities, *q, *s
-    kernels.neurms_gradient_steps(
+    moved = kernels.neurms_gradient_steps(
         len(weights),
         addresses((*first, *last)),
-        addresses((*rows, *columns)),
         numbers("q", [w.shape[0] for w in weights]),
         numbers("q", [w.shape[1] for w in weights]),
         numbers("q", [x.shape[0] for x in s]),
@@ -174,11 +187,15 @@ def _step_natively(
         kappa,
         momentum,
         1.0 - momentum,
+        PLAINLY_GOOD,
         threads(),
     )
+    if not moved:
+        return False
     # Autograd must know, as of any write: a graph that is kept has saved these weights.
     written = *weights, *velocities, *biases, *bias_velocities, *q, *s
     increment_version([x for x in written if x is not None])
+    return True
 
 
 # A graph holds the kernels of the definition.

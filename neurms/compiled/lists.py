@@ -67,17 +67,16 @@ class ListKernel(Kernel[P, R]):
         return register
 
     def natively(self, *args: Any) -> bool:
-        """Run the native form if it serves every item, and return whether it did.
+        """Run the native form if it serves every item, and return whether it did what it should.
 
-        For kernels that return nothing, and for callers that have another way for what it does not
-        serve than the loop.
+        For kernels that return nothing or a verdict, and for callers that have another way for what
+        it does not serve than the loop.
         """
         if self._native is None or False in self._serve(*args[: self._columns]):
             return False
         if library() is None:
             return False
-        self._native(*args)  # type: ignore[call-arg]
-        return True
+        return self._native(*args) is not False  # type: ignore[call-arg]
 
     def _run_in_graph(self, *args: Any) -> R:
         # An operator's results may not share their memory.

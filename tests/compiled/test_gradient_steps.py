@@ -41,9 +41,7 @@ def operands(momentum: float, dtype: torch.dtype = torch.float32) -> list[list[A
         *([0.1, 0.19, 0.5, 1.0, 0.3], [0.1, 0.2, 0.3, 0.4, 0.5]),
         *([1.0, 0.9, 0.8, 0.0, 0.5], [0.5, 0.0, 0.4, 0.3, 0.0], [1.0, 0.0, 0.9, 0.0, 0.0]),
     ]
-    joint = joined(columns[1], columns[4], columns[7])
-    sums = [x.square().sum(1) for x in joint], [x.square().sum(0) for x in joint]
-    return [*columns[:6], *map(list, sums), *columns[6:]]
+    return columns
 
 
 def joined(gradients: list[Any], bias_gradients: list[Any], columns: list[Any]) -> list[Tensor]:
@@ -64,7 +62,7 @@ def bounded(averages: Tensor) -> Tensor:
 def truth(columns: list[list[Any]], momentum: float) -> list[dict[str, Tensor]]:
     """Return what every matrix becomes, of [W | b] and [G | g] as one matrix each."""
     found = []
-    for w, g, v, b, x, y, _, _, q, s, correction, rate, decay, bias_rate, bias_decay in zip(
+    for w, g, v, b, x, y, q, s, correction, rate, decay, bias_rate, bias_decay in zip(
         *columns, strict=True
     ):
         n = w.shape[1]
@@ -104,9 +102,9 @@ def test_the_step_is_the_formula(form: str, momentum: float) -> None:
     if form == "natively":
         assert gradient_steps_.natively(*columns, BETA, KAPPA, momentum)
     else:
-        gradient_steps_.on(form)(*columns, BETA, KAPPA, momentum)
+        assert gradient_steps_.on(form)(*columns, BETA, KAPPA, momentum)
     for k, own in enumerate(expected):
-        for name, column in zip("wvbyqs", (0, 2, 3, 5, 8, 9), strict=True):
+        for name, column in zip("wvbyqs", (0, 2, 3, 5, 6, 7), strict=True):
             if name in own:
                 found = columns[column][k].double()
                 torch.testing.assert_close(found, own[name], rtol=2e-5, atol=2e-6)
@@ -114,16 +112,44 @@ def test_the_step_is_the_formula(form: str, momentum: float) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("column", range(10))
+@pytest.mark.parametrize("column", range(8))
 def test_what_does_not_fit_is_not_served(column: int) -> None:
     """Nor is anything changed then: a caller has another way."""
     columns = operands(0.5)
     columns[column][2] = torch.ones(7, 7)
-    copies = [[x.clone() if isinstance(x, Tensor) else x for x in own] for own in columns]
+    before = copied(columns)
     assert not gradient_steps_.natively(*columns, BETA, KAPPA, 0.5)
-    for own, copied in zip(columns[:10], copies, strict=False):
-        pairs = zip(own, copied, strict=True)
-        assert all(a is b if a is None else torch.equal(a, b) for a, b in pairs)
+    assert_unchanged(columns, before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -2e30])
+@pytest.mark.parametrize(("column", "place"), [(1, (2, 37)), (1, (4, -1)), (4, (0, 5))])
+@pytest.mark.parametrize("form", ["eager", "prompt", "natively"])
+def test_a_bad_gradient_anywhere_changes_nothing(
+    form: str, column: int, place: tuple[int, int], value: float
+) -> None:
+    columns = operands(0.6)
+    matrix, entry = place
+    columns[column][matrix].view(-1)[entry] = value
+    before, versions = copied(columns), [w._version for w in columns[0]]
+    step = gradient_steps_.natively if form == "natively" else gradient_steps_.on(form)
+    assert not step(*columns, BETA, KAPPA, 0.6)
+    assert_unchanged(columns, before)
+    assert [w._version for w in columns[0]] == versions
+
+
+def copied(columns: list[list[Any]]) -> list[list[Any]]:
+    return [[x.clone() if isinstance(x, Tensor) else x for x in own] for own in columns]
+
+
+def assert_unchanged(columns: list[list[Any]], before: list[list[Any]]) -> None:
+    for own, old in zip(columns[:8], before, strict=False):
+        pairs = zip(own, old, strict=True)
+        assert all(
+            a is b if a is None else torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+            for a, b in pairs
+        )
 
 
 @needs_compiler

@@ -1,5 +1,4 @@
-// Variant P's step of many matrices and their biases from their sums in one call: factors and moves, as Python would
-// ask for them. What lies between costs a small network more than the passes themselves.
+// Variant P's step of many matrices and their biases in one call: sums, factors and moves, as Python would ask for them. What lies between costs a small network more than the passes themselves.
 
 #include "common.h"
 
@@ -17,10 +16,11 @@ extern "C" {
 
 // `tensors` are eight lists of `count` each, one after the other: weights, their gradients and velocities, biases, theirs,
 // and the roots q (m) and s (n, or n + 1 with a bias). Velocities may all be null pointers; so may what belongs to a bias.
-// `sums` are two lists: squares added up by row (m) and by column (as s). `rates` are four lists: the rates of weights, what is kept of those, and the same of biases.
-void neurms_gradient_steps(int64_t count, float* const* tensors, const double* const* sums, const int64_t* m,
-                           const int64_t* n, const int64_t* widths, const double* corrections, const float* rates, double beta,
-                           double kappa, float momentum, float fresh, int threads) {
+// `rates` are four lists: the rates of weights, what is kept of those, and the same of biases. Returns 0 and changes
+// nothing if squares of a row of gradients add up to more than `greatest`, or to NaN.
+int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
+                          const int64_t* widths, const double* corrections, const float* rates, double beta, double kappa,
+                          float momentum, float fresh, double greatest, int threads) {
   float* const* const weights = tensors;
   float* const* const gradients = tensors + count;
   float* const* const velocities = tensors + 2 * count;
@@ -30,12 +30,26 @@ void neurms_gradient_steps(int64_t count, float* const* tensors, const double* c
   float* const* const q = tensors + 6 * count;
   float* const* const s = tensors + 7 * count;
 
+  // Squares added up by row and by column, of the bias behind those of the matrix.
+  std::vector<double> sums(total(count, m) + total(count, widths));
+  std::vector<double*> rows(count), columns(count), last(count);
+  double* sum = sums.data();
+  for (int64_t k = 0; k < count; ++k) {
+    rows[k] = sum, columns[k] = sum + m[k], sum += m[k] + widths[k];
+    last[k] = widths[k] > n[k] ? columns[k] + n[k] : nullptr;
+  }
+  neurms_square_sums(count, gradients, m, n, rows.data(), columns.data(), threads);
+  neurms_column_squares(count, bias_gradients, m, rows.data(), last.data());
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t i = 0; i < m[k]; ++i)
+      if (!(rows[k][i] <= greatest)) return 0;
+
   // Factors of rows, of columns, and of biases.
   std::vector<float> factors(2 * total(count, m) + total(count, widths));
   std::vector<float*> left(count), right(count);
   float* next = factors.data();
   for (int64_t k = 0; k < count; ++k) left[k] = next, right[k] = next + m[k], next += m[k] + widths[k];
-  neurms_gradient_factors(count, sums, sums + count, q, s, m, widths, corrections, beta, kappa, q, s, left.data(),
+  neurms_gradient_factors(count, rows.data(), columns.data(), q, s, m, widths, corrections, beta, kappa, q, s, left.data(),
                           right.data());
 
   std::vector<float*> w(weights, weights + count), v(velocities, velocities + count);
@@ -56,6 +70,7 @@ void neurms_gradient_steps(int64_t count, float* const* tensors, const double* c
   neurms_apply_updates(static_cast<int64_t>(w.size()), w.data(), g.data(), v.data(), by_rows.data(), by_columns.data(),
                        l.data(), r.data(), rate.data(), decay.data(), momentum, fresh, momentum == 0, momentum != 0,
                        nullptr, threads);
+  return 1;
 }
 
 }  // extern "C"

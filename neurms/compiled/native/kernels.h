@@ -75,9 +75,9 @@ void neurms_probe_products(const float* errors, const float* activations, int64_
                            int threads);
 
 // gradient_steps.cpp
-void neurms_gradient_steps(int64_t count, float* const* tensors, const double* const* sums, const int64_t* m,
-                           const int64_t* n, const int64_t* widths, const double* corrections, const float* rates, double beta,
-                           double kappa, float momentum, float fresh, int threads);
+int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
+                          const int64_t* widths, const double* corrections, const float* rates, double beta, double kappa,
+                          float momentum, float fresh, double greatest, int threads);
 
 // two_sided_once.cpp
 void neurms_two_sided_once(int64_t count, const float* const* g, const int64_t* m, const int64_t* n,

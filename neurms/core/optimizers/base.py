@@ -31,7 +31,7 @@ from neurms.core.optimizers.fallback import FallbackMover, fallback_rate
 from neurms.core.optimizers.gradients import bad_names, hold_nothing, is_rehearsal
 from neurms.core.optimizers.groups import Params, check_parameters, completed, parameters_of
 from neurms.core.optimizers.made_by import MADE_BY, made_by
-from neurms.core.optimizers.mover import Mover
+from neurms.core.optimizers.mover import Mover, Share
 from neurms.core.optimizers.plan import Plan, PlanRow, meta_like, skeleton, tensor_bytes
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.recipes import Recipes, default_settings
@@ -338,13 +338,22 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if not all(map(is_, routes, [view.route for view in views])):
             # What a mover has learnt has changed one.
             shares = self._shares(views)
-        unread = [v for mover, own in shares if not mover.has_judged(own) for v in own]
-        if bad := bad_names(unread, [mover for mover, _ in shares]):
+        judging = None if first is not None else self._judging(shares, views)
+        others = [share for share in shares if share is not judging]
+        unread = [view for _, own in others for view in own]
+        if others and (bad := bad_names(unread, [mover for mover, _ in others])):
             self.on_nonfinite(bad)
             return False
         device = views[0].device if views else torch.device("cpu")
         try:
             with self._on_backend(), without_autocast(device), WholeStep():
+                if judging is not None:
+                    mover, own = judging
+                    if mover.attempt(own):
+                        shares = others
+                    elif bad := bad_names(own, ()):
+                        self.on_nonfinite(bad)
+                        return False
                 if first is not None:
                     first()
                 self._make_states(views)
@@ -356,15 +365,24 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             ) from error
         return True
 
+    @staticmethod
+    def _judging(shares: Sequence[Share], views: Sequence[View]) -> Share | None:
+        """Return the share whose mover judges gradients as it moves, where all state is there."""
+        mover, own = shares[-1] if shares else (None, ())
+        # A step that is refused must not leave a new entry.
+        if mover is None or not mover.judges(own) or not all([view.state for view in views]):
+            return None
+        return shares[-1]
+
     def _on_backend(self) -> AbstractContextManager[None]:
         return nullcontext() if self.backend == current_backend() else use_backend(self.backend)
 
-    def move(self, shares: Sequence[tuple[Mover, Sequence[View]]]) -> None:
+    def move(self, shares: Sequence[Share]) -> None:
         """Take the step of parameters whose gradients are good."""
         for mover, views in shares:
             mover.move(views)
 
-    def _shares(self, views: Sequence[View]) -> list[tuple[Mover, list[View]]]:
+    def _shares(self, views: Sequence[View]) -> list[Share]:
         """Return the views of each mover, the fallback's first."""
         rules = [view.route.rule for view in views]
         # Rules are few, and a comprehension makes no call for a view.

@@ -62,6 +62,10 @@ class OwnerMover(RecipeMover):
         """Return the state of a whole matrix, which a checkpoint holds."""
         return super().state_for(like, route, group)
 
+    def judges(self, views: Sequence[View]) -> bool:
+        """As the base does, where no matrix has an owner."""
+        return not self._sharing.divides and super().judges(views)
+
     def move(self, views: Sequence[View]) -> None:
         """Move matrices of one crew after the other, and first those that have no owner."""
         if not self._sharing.divides:

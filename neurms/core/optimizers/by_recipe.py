@@ -63,6 +63,31 @@ class RecipeMover(Mover):
         """Return a step count and the state of the group's recipe."""
         return {"step": 0, **_matrix_state(self._recipe_of(group), like, route.layout)}
 
+    def judges(self, views: Sequence[View]) -> bool:
+        """Return whether all views are of one recipe that judges, and nobody measures each."""
+        if not views or is_observed():
+            return False
+        recipe = views[0].recipe
+        return (
+            recipe.judged is not None
+            and {id(recipe)}.issuperset([id(view.recipe) for view in views])
+            and not any([view.sharded for view in views])
+            and (are_many(views) or all([_is_large(view.parameter) for view in views]))
+        )
+
+    def attempt(self, views: Sequence[View]) -> bool:
+        """Take the step by a fused form that judges gradients by what it would keep of them."""
+        steps = [_fused_step(view) for view in views]
+        moved = None not in steps and views[0].recipe.judged([step for _, step in steps])
+        for view, step in zip(views, steps, strict=True):
+            if step is None:
+                continue
+            if moved:
+                view.written(step[0])
+            else:
+                view.state["step"] -= 1
+        return moved
+
     def move(self, views: Sequence[View]) -> None:
         """Move sharded matrices by rows, whole ones by fused forms in one call, then all others."""
         self._by_transforms(self._by_fused(views, are_many(views)))

@@ -21,7 +21,7 @@ from neurms.core.optimizers.in_backward import (
 )
 from neurms.core.optimizers.momentum_layers import Entry, MomentumLayers, check_gathers
 from neurms.core.optimizers.momentum_mover import MomentumMover
-from neurms.core.optimizers.mover import Mover
+from neurms.core.optimizers.mover import Mover, Share
 from neurms.core.optimizers.plan import Plan
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.view import View
@@ -146,7 +146,7 @@ class MomentumFirst(PreconditionedOptimizer):
             self.work()
         super().zero_grad(set_to_none)
 
-    def _shares(self, views: Sequence[View]) -> list[tuple[Mover, list[View]]]:
+    def _shares(self, views: Sequence[View]) -> list[Share]:
         """Return the views of each mover; the rule's own has work where no parameter has views."""
         shares = super()._shares(views)
         if self.momentum_layers is not None:
@@ -155,7 +155,7 @@ class MomentumFirst(PreconditionedOptimizer):
                 shares.append((own, []))
         return shares
 
-    def move(self, shares: Sequence[tuple[Mover, Sequence[View]]]) -> None:
+    def move(self, shares: Sequence[Share]) -> None:
         """Take the step; what momenta hold is taken then."""
         super().move(shares)
         if self.momentum_layers is not None:

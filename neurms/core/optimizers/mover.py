@@ -11,7 +11,7 @@ from torch import Tensor
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Route
 
-__all__ = ["Mover"]
+__all__ = ["Mover", "Share"]
 
 State = dict[str, Any]
 
@@ -20,8 +20,8 @@ class Mover(ABC):
     """A part of an optimizer: the step of all parameters that one rule takes.
 
     A step asks its movers in turn: :meth:`prepare` all, then what they will :meth:`look_at`, so
-    that one look judges everything before anything changes; then :meth:`move`. A mover that has
-    read the gradients by then spares the look at them.
+    that one look judges everything before anything changes; then :meth:`move`. One mover may judge
+    its own gradients as it moves, and spares the look at them: it goes first, by :meth:`attempt`.
     """
 
     divided: ClassVar[bool] = False
@@ -31,8 +31,17 @@ class Mover(ABC):
     def prepare(self, views: Sequence[View]) -> None:
         """Get ready for a step; nothing that a refused step would have to take back."""
 
-    def has_judged(self, views: Sequence[View]) -> bool:
-        """Return whether :meth:`prepare` has read these gradients and found all numbers good."""
+    def judges(self, views: Sequence[View]) -> bool:
+        """Return whether :meth:`attempt` may take this step, whose state is all there."""
+        return False
+
+    def attempt(self, views: Sequence[View]) -> bool:
+        """Take the step if what it reads anyway shows that gradients are good.
+
+        Returns:
+            False if it does not, or cannot be told; then nothing has changed, and somebody has to
+            look at the gradients before :meth:`move`.
+        """
         return False
 
     def look_at(self) -> tuple[list[Tensor], list[float]]:
@@ -56,3 +65,7 @@ class Mover(ABC):
     ) -> State:
         """Return state with the keys, shapes and dtypes that a checkpoint must hold."""
         return self.state_for(like, route, group)
+
+
+Share = tuple[Mover, Sequence[View]]
+"""A mover, and what it moves in one step."""

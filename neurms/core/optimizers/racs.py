@@ -95,7 +95,8 @@ class RACS(PreconditionedOptimizer):
         return Recipe(
             (structure, limiter),
             scale=alpha,
-            fused=partial(_fused_steps, structure, limiter, alpha),
+            fused=partial(_fused_steps, structure, limiter, alpha, judge=False),
+            judged=partial(_fused_steps, structure, limiter, alpha, judge=True),
             fused_rows=partial(_fused_rows, structure, limiter, alpha),
         )
 
@@ -105,15 +106,31 @@ def _fused_steps(
     limiter: NormGrowthLimiter,
     alpha: float,
     calls: Sequence[FusedStep],
-) -> None:
-    """Take RACS's step in a few passes over G, with nothing of its size allocated."""
+    judge: bool,
+) -> bool:
+    """Take RACS's step in a few passes over G, with nothing of its size allocated.
+
+    Args:
+        structure: The fit.
+        limiter: Bounds the update's growth.
+        alpha: Factor of the update.
+        calls: The matrices.
+        judge: Whether to change nothing where a number that would be kept is not finite.
+
+    Returns:
+        Whether they have moved.
+    """
     with span("reduce"):
         made = structure.scales(
             [call.gradient for call in calls],
             [call.state for call in calls],
             [call.context.step for call in calls],
+            judge,
         )
+    if made is None:
+        return False
     _move(limiter, alpha, calls, made)
+    return True
 
 
 def _fused_rows(

@@ -71,7 +71,9 @@ class Recipe:
         batched: Whether small matrices of the same shape are stacked and processed together.
         fused: The same step for several matrices in fewer passes over them and fewer calls; None
             where the transforms are the only way.
-        fused_rows: The same for a rank's rows of a matrix, which yields what it sums over rows;
+        judged: What ``fused`` does, if what it would keep shows that gradients are good; returns
+            whether it has. None where gradients have to be looked at first.
+        fused_rows: The same as ``fused`` for a rank's rows of a matrix, which yields what it sums over rows;
             None where ``fused`` sums nothing.
         fused_tail: What follows the momentum, likewise; the momentum comes in the gradient's place.
         by_rows: Whether a rank may work on its own rows alone, where every transform can.
@@ -83,6 +85,7 @@ class Recipe:
     decay_from: int = 1
     batched: bool = True
     fused: Callable[[Sequence[FusedStep]], None] | None = None
+    judged: Callable[[Sequence[FusedStep]], bool] | None = None
     fused_rows: Callable[[FusedStep], Summing[None]] | None = None
     fused_tail: Callable[[Sequence[FusedStep]], None] | None = None
     by_rows: bool = True
@@ -139,7 +142,7 @@ class Recipe:
     def tail(self) -> Recipe:
         """What follows the momentum, for which M takes the gradient's place."""
         after = self.transforms[self.transforms.index(self.momentum) + 1 :]
-        return replace(self, transforms=after, fused=self.fused_tail)
+        return replace(self, transforms=after, fused=self.fused_tail, judged=None)
 
     def row_axes(self, matrix: Tensor) -> dict[str, int | None]:
         """Return which axis of each state tensor counts the rows of ``matrix`` (m, n), or None."""

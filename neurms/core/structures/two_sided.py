@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import PROMPT, current_backend
+from neurms.compiled.finite import within
 from neurms.compiled.lists import entries
 from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales
@@ -110,12 +111,23 @@ class TwoSidedDiagonal(Structure):
         return left, _rsqrt(state["s"])
 
     def scales(
-        self, gradients: Sequence[Tensor], states: Sequence[State], steps: Sequence[int]
-    ) -> list[Scales]:
+        self,
+        gradients: Sequence[Tensor],
+        states: Sequence[State],
+        steps: Sequence[int],
+        judge: bool = False,
+    ) -> list[Scales] | None:
         """Observe whole matrices G (m, n), and return the factors and the norm of each scaled G.
 
+        Args:
+            gradients: G of every matrix.
+            states: Their averages, moved in place.
+            steps: Numbers of their steps, counted from 1.
+            judge: Whether to move no average where one of them, or a norm, would not be finite.
+
         Returns:
-            What :meth:`factors` does, (m,) and (n,), and ``||left_i G_ij right_j||``, 0-d.
+            What :meth:`factors` does, (m,) and (n,), and ``||left_i G_ij right_j||``, 0-d; None if
+            nothing was moved.
         """
         corrections = [self._correction(step) for step in steps]
         q, s = [state["q"] for state in states], [state["s"] for state in states]
@@ -128,6 +140,8 @@ class TwoSidedDiagonal(Structure):
         else:
             made = two_sided_once(gradients, q, s, corrections, self.beta, self.fit == "tracked")
         new_q, new_s, *rest = made
+        if judge and not within(kept := [*new_q, *new_s, *rest[-1]], [_greatest(x) for x in kept]):
+            return None
         torch._foreach_copy_([*q, *s], [*new_q, *new_s])
         return list(zip(*rest, strict=True))
 
@@ -188,6 +202,10 @@ def _fit_once_over_rows(
     sums = yield torch.cat([products, wide.square().sum(-1, keepdim=True)], -1)
     tiny = torch.finfo(torch.float64).tiny
     return q, (sums[..., :-1] / sums[..., -1:].clamp(min=tiny)).to(q.dtype)
+
+
+def _greatest(values: Tensor) -> float:
+    return torch.finfo(values.dtype).max
 
 
 def _rsqrt(values: Tensor) -> Tensor:

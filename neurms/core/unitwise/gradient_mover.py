@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neurms.compiled.backends import PROMPT
 from neurms.compiled.gradient_factors import gradient_factors
-from neurms.compiled.gradient_steps import gradient_steps_
+from neurms.compiled.gradient_steps import are_good, gradient_steps_
 from neurms.compiled.square_sums import joint_square_sums, with_bias
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.precision import compute_dtype
@@ -39,10 +39,6 @@ __all__ = ["Factors", "GradientMover", "Holder", "Target", "scales", "structure_
 State = dict[str, Any]
 Factors = tuple[Tensor, Tensor]
 Sums = tuple[Tensor, Tensor]
-
-_PLAINLY_GOOD = 1e60
-"""A sum of squares of numbers that are all far below the bound of any matrix. Gradients that have a
-larger one are looked at by themselves: the root of the sum might still be beyond float32."""
 
 
 class Holder(Protocol):
@@ -72,53 +68,54 @@ class GradientMover(RecipeMover):
         super().__init__(optimizer.recipe_of)
         self._optimizer = optimizer
         self._known = Known()
-        self._ahead: list[list[Sums]] | None = None
 
-    def prepare(self, views: Sequence[View]) -> None:
-        """Get ready; the sums over gradients of layers that are known are read here already."""
-        super().prepare(views)
-        self._ahead = None
-        alike = self._known.of(views)
-        # Who measures wants each layer's time; somebody may have dropped a state.
-        if not alike or is_observed() or not all([view.state for view in views]):
-            return
-        backend = self._backend(views)
+    def judges(self, views: Sequence[View]) -> bool:
+        """Return whether :meth:`attempt` may do: layers are known, and nobody measures each."""
+        # Somebody may have dropped a state, or have switched momentum on.
+        return not is_observed() and bool(self._known.of(views)) and all(map(_is_whole, views))
+
+    def attempt(self, views: Sequence[View]) -> bool:
+        """Take the step if the sums over gradients, which it reads anyway, show them to be good."""
+        alike, backend = self._known.of(views), self._backend(views)
+        assert alike is not None
+        for view in views:
+            view.state["step"] += 1
+        if len(alike) == 1 and self._in_one_call(alike[0], backend):
+            return True
         sums = [_sums_of(own.layers, backend) for own in alike]
-        rows = [rows for own in sums for rows, _ in own]
-        # Sums of squares of float32 never leave float64, and a NaN is no less than anything.
-        if len({x.device for x in rows}) == 1 and bool((torch.cat(rows) <= _PLAINLY_GOOD).all()):
-            self._ahead = sums
-
-    def has_judged(self, views: Sequence[View]) -> bool:
-        """Return whether the sums have shown that these gradients are good."""
-        return self._ahead is not None
+        if not are_good([rows for own in sums for rows, _ in own]):
+            for view in views:
+                view.state["step"] -= 1
+            return False
+        for own, read in zip(alike, sums, strict=True):
+            self.write(own.layers, scales(own.layers, read, own.structure, backend), backend)
+        return True
 
     def move(self, views: Sequence[View]) -> None:
         """Take the step of all layers: sums, factors and moves of each kind in one call."""
         backend = self._backend(views)
-        ahead, self._ahead = self._ahead, None
         alike = self._known.of(views)
         if alike is not None:
             self._begin(views)
         else:
-            # What was read ahead was of other layers.
-            ahead, alike = None, self._found(views, backend)
+            alike = self._found(views, backend)
             self._known.keep(views, alike)
-        for index, own in enumerate(alike):
-            sums = None if ahead is None else ahead[index]
-            if self._in_one_call(own, sums, backend):
+        for own in alike:
+            if self._in_one_call(own, backend):
                 continue
             # Who measures wants each layer's time.
             for part in [[one] for one in own.layers] if is_observed() else [own.layers]:
-                self.write(part, self._scales(part, sums, own.structure, backend), backend)
+                self.write(part, self._scales(part, own.structure, backend), backend)
 
-    def _in_one_call(self, own: Alike, sums: Sequence[Sums] | None, backend: str) -> bool:
-        """Move layers by one kernel, if it serves all of them; return whether it did.
+    def _in_one_call(self, own: Alike, backend: str) -> bool:
+        """Move layers by one kernel, if it serves all of them and finds them good.
 
         Args:
             own: The layers.
-            sums: Over their gradients; None reads them.
             backend: How kernels run.
+
+        Returns:
+            Whether they have moved.
         """
         layers, structure = own.layers, own.structure
         if backend != PROMPT or is_observed() or False in are_direct(layers):
@@ -129,7 +126,6 @@ class GradientMover(RecipeMover):
         count, own_biases = len(weights), iter(targets[len(weights) :])
         bias_rates, bias_decays = iter(rates[count:]), iter(decays[count:])
         momentum, states = structure.momentum, [weight.state for weight in weights]
-        sums = _sums_of(layers, backend) if sums is None else sums
         return gradient_steps_.natively(
             targets[:count],
             [weight.gradient for weight in weights],
@@ -137,8 +133,6 @@ class GradientMover(RecipeMover):
             [None if bias is None else next(own_biases) for bias in biases],
             [None if bias is None else bias.gradient for bias in biases],
             [bias.state["momentum"] if bias and momentum else None for bias in biases],
-            [rows for rows, _ in sums],
-            [columns for _, columns in sums],
             [state["q"] for state in states],
             [state["s"] for state in states],
             [1.0 - structure.beta ** state["step"] for state in states],
@@ -168,7 +162,7 @@ class GradientMover(RecipeMover):
                 cut.append(layer)
             elif layer.weight.sharded:
                 # At once: matrices that are gathered would all be whole together.
-                factors = self._scales([layer], None, layer.structure, backend)
+                factors = self._scales([layer], layer.structure, backend)
                 self.write([layer], factors, backend)
             else:
                 whole.append(layer)
@@ -237,17 +231,12 @@ class GradientMover(RecipeMover):
     # ---------------------------------------------------------------- moments and factors
 
     def _scales(
-        self,
-        layers: Sequence[Layer],
-        sums: Sequence[Sums] | None,
-        structure: GradientMoments,
-        backend: str,
+        self, layers: Sequence[Layer], structure: GradientMoments, backend: str
     ) -> list[Factors]:
         """Bring the moments of layers up to date and return the factors (m,) and (n [+ 1],)."""
         parameters = _parameters_of(layers)
-        if sums is None:
-            with span("reduce", parameters):
-                sums = _sums_of(layers, backend)
+        with span("reduce", parameters):
+            sums = _sums_of(layers, backend)
         with span("scale", parameters):
             return scales(layers, sums, structure, backend)
 
@@ -349,6 +338,11 @@ class GradientMover(RecipeMover):
         """As fresh state is, with M where it has ever been kept."""
         momentum = group["momentum"] or 0.9 if "momentum" in saved else 0.0
         return self.state_for(like, route, {**group, "momentum": momentum})
+
+
+def _is_whole(view: View) -> bool:
+    """Return whether a view has all state that its next step works on."""
+    return bool(view.state) and ("momentum" in view.state or not view.group["momentum"])
 
 
 def _parameters_of(layers: Sequence[Layer]) -> list[Tensor] | None:

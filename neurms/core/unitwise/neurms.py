@@ -20,7 +20,7 @@ from neurms.core.optimizers.in_backward import (
     refuse_scaler,
     refuse_updated,
 )
-from neurms.core.optimizers.mover import Mover
+from neurms.core.optimizers.mover import Mover, Share
 from neurms.core.optimizers.plan import Plan
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.settings import CommonSettings
@@ -477,14 +477,14 @@ class NeuRMS(PreconditionedOptimizer):
         self.layers.synchronize(list(self.layers))
         self.layers.clear()
 
-    def _shares(self, views: Sequence[View]) -> list[tuple[Mover, list[View]]]:
+    def _shares(self, views: Sequence[View]) -> list[Share]:
         """Return the views of each mover; the rule's own has work where no parameter has views."""
         shares, own = super()._shares(views), self.mover_of(self.rule)
         if self.update_mode == "backward" and all(mover is not own for mover, _ in shares):
             shares.append((own, []))
         return shares
 
-    def move(self, shares: Sequence[tuple[Mover, Sequence[View]]]) -> None:
+    def move(self, shares: Sequence[Share]) -> None:
         """Take the step; what it has seen is used up then."""
         super().move(shares)
         self._clear()

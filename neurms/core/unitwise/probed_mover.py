@@ -42,6 +42,10 @@ class ProbedMover(GradientMover):
         super().prepare(views)
         self._probed.check_use(self._probed, {id(view.parameter) for view in views})
 
+    def judges(self, views: Sequence[View]) -> bool:
+        """Return False: layers without a gradient are committed in the same step."""
+        return False
+
     def look_at(self) -> tuple[list[Tensor], list[float]]:
         """Return what makes any look fail where backward has left something out."""
         return ([torch.ones(1)], [0.0]) if self._probed.bad_names() else ([], [])

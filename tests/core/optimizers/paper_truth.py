@@ -3,6 +3,7 @@
 Nothing here is fast, and nothing is shared with the package: every M_i, H_i and Q is formed.
 """
 
+import mpmath
 import numpy as np
 from numpy.typing import NDArray
 
@@ -163,3 +164,31 @@ class DenseSharedBasis:
         return self.basis @ self.cores[unit] @ self.basis.T + self.rho[unit] * np.eye(
             len(self.basis)
         )
+
+
+def exact_first_update(gradient: Matrix, first_basis: Matrix, eps: float, iterations: int) -> Matrix:
+    """Algorithm 1's first step in 40 digits.
+
+    Damped by eps alone, the smallest eigenvalues of float64's H_i are rounding errors of its
+    largest: `DenseSharedBasis` is off by up to 1e-6 there.
+    """
+    with mpmath.workdps(40):
+        rows = [mpmath.matrix(row.tolist()) for row in gradient]
+        dense = [row * row.T for row in rows]
+        total = mpmath.zeros(gradient.shape[1])
+        for m in dense:
+            total += m * m
+        basis = mpmath.matrix(first_basis.tolist())
+        for _ in range(iterations):
+            basis, _ = mpmath.qr(total * basis, mode="skinny")
+        updates = []
+        for m, row in zip(dense, rows, strict=True):
+            core = basis.T * m * basis
+            core -= min(mpmath.eigsy(core, eigvals_only=True)) * mpmath.eye(core.rows)
+            inside = basis * core * basis.T
+            rho = max(map(abs, mpmath.eigsy(m - inside, eigvals_only=True)))
+            values, vectors = mpmath.eigsy(inside + (rho + eps) * mpmath.eye(m.rows))
+            along = vectors.T * row
+            scaled = [y / mpmath.sqrt(value) for y, value in zip(along, values, strict=True)]
+            updates.append([float(x) for x in vectors * mpmath.matrix(scaled)])
+    return np.array(updates)

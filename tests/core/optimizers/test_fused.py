@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("racs", {"fit": "sums", "bias_correction": True}),
     ("racs", {"fit": "sums"}),
 ]
+
+
+def unfused(made: Callable[[Mapping[str, Any]], Recipe]) -> Callable[[Mapping[str, Any]], Recipe]:
+    return lambda settings: replace(made(settings), fused=None, judged=None)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
@@ -47,9 +51,9 @@ def test_fused_equals_the_transforms(
             calls += 1
             recipe.fused(steps)  # type: ignore[misc]
 
-        return replace(recipe, fused=fused)
+        return replace(recipe, fused=fused, judged=None)
 
-    for recipe_of in (counted, lambda settings: replace(made(settings), fused=None)):
+    for recipe_of in (counted, unfused(made)):
         monkeypatch.setattr(cls, "recipe", recipe_of)
         generator = torch.Generator().manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(300, 256, generator=generator).to(dtype))
@@ -84,9 +88,13 @@ def test_many_small_matrices_take_one_call(
             counts.append(len(steps))
             recipe.fused(steps)  # type: ignore[misc]
 
-        return replace(recipe, fused=fused)
+        def judged(steps: Sequence[FusedStep]) -> bool:
+            counts.append(len(steps))
+            return recipe.judged(steps)  # type: ignore[misc]
 
-    for recipe_of in (counted, lambda settings: replace(made(settings), fused=None)):
+        return replace(recipe, fused=fused, judged=recipe.judged and judged)
+
+    for recipe_of in (counted, unfused(made)):
         monkeypatch.setattr(cls, "recipe", recipe_of)
         generator = torch.Generator().manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in SIZES]
