@@ -144,7 +144,7 @@ CASES: dict[str, Case] = {
 }
 TRUTH_VALUES = ("within",)
 # Held to float64 by a file of its own.
-ELSEWHERE = ("move_square_sums", "gradient_steps_")
+ELSEWHERE = ("move_square_sums", "gradient_steps_", "two_sided_steps_")
 
 
 def found() -> dict[str, Kernel[..., Any]]:

@@ -85,6 +85,11 @@ void neurms_two_sided_once(int64_t count, const float* const* g, const int64_t* 
                            const float* const* q, const float* const* s, float* const* new_q, float* const* new_s,
                            float* const* left, float* const* right, double* norms, int threads);
 
+// two_sided_steps.cpp
+int neurms_two_sided_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
+                           const int64_t* steps, const float* corrections, const double* rates, const float* decays,
+                           double beta, int rounds, float tolerance, double gamma, int threads);
+
 // unit_blocks.cpp
 int64_t neurms_move_unit_blocks(float* blocks, float* rho, const float* to_old, const float* coordinates,
                                 const float* further, const float* beyond, int64_t m, int64_t k, int64_t d,

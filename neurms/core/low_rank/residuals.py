@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neurms.compiled.growth import growth_factor
 from neurms.compiled.products import addmm_
 from neurms.compiled.square_sums import square_sums
 from neurms.core.ground.errors import check_fraction, check_real
 from neurms.core.structures.base import Context, State
 from neurms.core.structures.norms import frobenius
-from neurms.core.transforms.safeguards import growth_factor, limited
+from neurms.core.transforms.safeguards import limited
 
 __all__ = [
     "LARGE",

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Unpack
 
+from neurms.compiled.backends import current_backend
+from neurms.compiled.growth import growth_factors
+from neurms.compiled.two_sided_steps import two_sided_steps_
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.errors import check_real
 from neurms.core.ground.spans import span
@@ -14,7 +17,7 @@ from neurms.core.optimizers.base import Params, PreconditionedOptimizer
 from neurms.core.optimizers.recipe import FusedStep, Recipe
 from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.structures.two_sided import Fit, Scales, TwoSidedDiagonal
-from neurms.core.transforms.safeguards import NormGrowthLimiter, growth_factors
+from neurms.core.transforms.safeguards import NormGrowthLimiter
 
 __all__ = ["RACS"]
 
@@ -95,10 +98,35 @@ class RACS(PreconditionedOptimizer):
         return Recipe(
             (structure, limiter),
             scale=alpha,
-            fused=partial(_fused_steps, structure, limiter, alpha, judge=False),
-            judged=partial(_fused_steps, structure, limiter, alpha, judge=True),
+            fused=partial(_fused_steps, structure, limiter, alpha),
+            judged=partial(_judged_steps, structure, limiter, alpha),
             fused_rows=partial(_fused_rows, structure, limiter, alpha),
         )
+
+
+def _judged_steps(
+    structure: TwoSidedDiagonal,
+    limiter: NormGrowthLimiter,
+    alpha: float,
+    calls: Sequence[FusedStep],
+) -> bool:
+    """Take RACS's step in one native call, which changes nothing if a gradient is bad."""
+    if current_backend() != "auto":
+        return False
+    return two_sided_steps_.natively(
+        [call.weight for call in calls],
+        [call.gradient for call in calls],
+        [call.state["q"] for call in calls],
+        [call.state["s"] for call in calls],
+        [call.state["phi"] for call in calls],
+        [call.context.step for call in calls],
+        [structure.correction(call.context.step) for call in calls],
+        [call.lr * alpha for call in calls],
+        [call.decay for call in calls],
+        structure.beta,
+        structure.rounds,
+        limiter.gamma,
+    )
 
 
 def _fused_steps(
@@ -106,31 +134,15 @@ def _fused_steps(
     limiter: NormGrowthLimiter,
     alpha: float,
     calls: Sequence[FusedStep],
-    judge: bool,
-) -> bool:
-    """Take RACS's step in a few passes over G, with nothing of its size allocated.
-
-    Args:
-        structure: The fit.
-        limiter: Bounds the update's growth.
-        alpha: Factor of the update.
-        calls: The matrices.
-        judge: Whether to change nothing where a number that would be kept is not finite.
-
-    Returns:
-        Whether they have moved.
-    """
+) -> None:
+    """Take RACS's step in a few passes over G, with nothing of its size allocated."""
     with span("reduce"):
         made = structure.scales(
             [call.gradient for call in calls],
             [call.state for call in calls],
             [call.context.step for call in calls],
-            judge,
         )
-    if made is None:
-        return False
     _move(limiter, alpha, calls, made)
-    return True
 
 
 def _fused_rows(

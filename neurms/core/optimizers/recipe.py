@@ -73,8 +73,8 @@ class Recipe:
             where the transforms are the only way.
         judged: What ``fused`` does, if what it would keep shows that gradients are good; returns
             whether it has. None where gradients have to be looked at first.
-        fused_rows: The same as ``fused`` for a rank's rows of a matrix, which yields what it sums over rows;
-            None where ``fused`` sums nothing.
+        fused_rows: What ``fused`` does, for a rank's rows of a matrix; yields what it sums over
+            rows. None where ``fused`` sums nothing.
         fused_tail: What follows the momentum, likewise; the momentum comes in the gradient's place.
         by_rows: Whether a rank may work on its own rows alone, where every transform can.
     """

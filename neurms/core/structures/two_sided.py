@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from neurms.compiled.backends import PROMPT, current_backend
-from neurms.compiled.finite import within
 from neurms.compiled.lists import entries
 from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.two_sided import scaled_square_sum, two_sided_fit, two_sided_scales
 from neurms.compiled.two_sided_once import fit_once, tracked_start, two_sided_once
+from neurms.compiled.two_sided_steps import TRACKED
 from neurms.core.ground.errors import check_choice, check_fraction, check_positive_int
 from neurms.core.ground.sums import Summing
 from neurms.core.structures.base import Context, State, Structure
@@ -66,6 +66,11 @@ class TwoSidedDiagonal(Structure):
         check_positive_int("iterations", self.iterations)
         check_choice("fit", self.fit, ("power", "tracked", "sums"))
 
+    @property
+    def rounds(self) -> int:
+        """The fit, as :func:`~neurms.compiled.two_sided_steps.two_sided_steps_` takes it."""
+        return {"power": self.iterations, "tracked": TRACKED, "sums": 0}[self.fit]
+
     def init(self, matrix: Tensor) -> State:
         """Return the averages ``q`` (..., m) and ``s`` (..., n), zero."""
         return {
@@ -105,31 +110,20 @@ class TwoSidedDiagonal(Structure):
 
         T is 1 unless ``fit="sums"``.
         """
-        left = _rsqrt(state["q"]) * self._correction(step)
+        left = _rsqrt(state["q"]) * self.correction(step)
         if self.fit == "sums":
             left = left * state["s"].mean(-1, keepdim=True).sqrt()
         return left, _rsqrt(state["s"])
 
     def scales(
-        self,
-        gradients: Sequence[Tensor],
-        states: Sequence[State],
-        steps: Sequence[int],
-        judge: bool = False,
-    ) -> list[Scales] | None:
+        self, gradients: Sequence[Tensor], states: Sequence[State], steps: Sequence[int]
+    ) -> list[Scales]:
         """Observe whole matrices G (m, n), and return the factors and the norm of each scaled G.
 
-        Args:
-            gradients: G of every matrix.
-            states: Their averages, moved in place.
-            steps: Numbers of their steps, counted from 1.
-            judge: Whether to move no average where one of them, or a norm, would not be finite.
-
         Returns:
-            What :meth:`factors` does, (m,) and (n,), and ``||left_i G_ij right_j||``, 0-d; None if
-            nothing was moved.
+            What :meth:`factors` does, (m,) and (n,), and ``||left_i G_ij right_j||``, 0-d.
         """
-        corrections = [self._correction(step) for step in steps]
+        corrections = [self.correction(step) for step in steps]
         q, s = [state["q"] for state in states], [state["s"] for state in states]
         if self.fit == "power":
             backend, size = current_backend(), entries(gradients)
@@ -140,8 +134,6 @@ class TwoSidedDiagonal(Structure):
         else:
             made = two_sided_once(gradients, q, s, corrections, self.beta, self.fit == "tracked")
         new_q, new_s, *rest = made
-        if judge and not within(kept := [*new_q, *new_s, *rest[-1]], [_greatest(x) for x in kept]):
-            return None
         torch._foreach_copy_([*q, *s], [*new_q, *new_s])
         return list(zip(*rest, strict=True))
 
@@ -152,7 +144,8 @@ class TwoSidedDiagonal(Structure):
         square = yield scaled_square_sum(gradient, left, right)
         return left, right, square.sqrt()
 
-    def _correction(self, step: int) -> float:
+    def correction(self, step: int) -> float:
+        """Return the factor of ``left`` that corrects the averages' start from zero."""
         if not self.bias_correction:
             return 1.0
         # With the averages over c, sqrt((T / c) / ((q_i / c) (s_j / c))) for "sums".
@@ -202,10 +195,6 @@ def _fit_once_over_rows(
     sums = yield torch.cat([products, wide.square().sum(-1, keepdim=True)], -1)
     tiny = torch.finfo(torch.float64).tiny
     return q, (sums[..., :-1] / sums[..., -1:].clamp(min=tiny)).to(q.dtype)
-
-
-def _greatest(values: Tensor) -> float:
-    return torch.finfo(values.dtype).max
 
 
 def _rsqrt(values: Tensor) -> Tensor:

@@ -166,7 +166,9 @@ class DenseSharedBasis:
         )
 
 
-def exact_first_update(gradient: Matrix, first_basis: Matrix, eps: float, iterations: int) -> Matrix:
+def exact_first_update(
+    gradient: Matrix, first_basis: Matrix, eps: float, iterations: int
+) -> Matrix:
     """Algorithm 1's first step in 40 digits.
 
     Damped by eps alone, the smallest eigenvalues of float64's H_i are rounding errors of its

@@ -110,7 +110,9 @@ def test_the_step_is_that_of_a_mover_that_does_not_judge(
         for _ in range(2):
             give_gradients(model, scale)
             optimizer.step()
-        assert verdicts == [True, True] * judges
+        # RACS judges by its native form.
+        by_the_way = rule == "neurms" or backend == "auto"
+        assert verdicts == [by_the_way, by_the_way] * judges
         found.append([weight.detach() for weight in model.parameters()])
     for own, other in zip(*found, strict=True):
         assert torch.equal(own, other)
