@@ -55,6 +55,7 @@ MEASUREMENTS = (
     "step_images",
     "step_small",
     "step_times",
+    "step_zen4",
     "zero_adapter",
 )
 """Files of times, bytes and faults, which compare no losses."""

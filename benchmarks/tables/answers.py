@@ -16,6 +16,14 @@ NAMES = ("perceptrons", "step_times", "llama", "llama_step")
 """The results files that the answers are drawn from."""
 
 COSTS_OF = ("step", "memory", "kernels")
+STEPS = {
+    "NeuRMS-P": "NeuRMS-P",
+    "rmnp": "RMNP",
+    "racs": "RACS",
+    "racs tracked": '`RACS(fit="tracked")`',
+    "racs sums": '`RACS(fit="sums")`',
+}
+"""What the first screen says of the step alone: rows of ``kernels.json``, and their names."""
 """The results files that memory and step times are drawn from."""
 
 ANSWERS = """## Which optimizer should I use on my CPU?
@@ -130,7 +138,7 @@ def _backward(steps: Content, memory: Content) -> str:
 def _steps(kernels: Content) -> str:
     sizes = {name: run for name, run in kernels.items() if name[0].isdigit()}
     lines = [
-        [method.upper(), *(f"{run[method]['ratio']:.2f}" for run in sizes.values())]
-        for method in ("rmnp", "racs")
+        [shown, *(f"{run[method]['ratio']:.2f}" for run in sizes.values())]
+        for method, shown in STEPS.items()
     ]
     return markdown(["", *sizes], lines)

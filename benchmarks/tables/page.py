@@ -16,6 +16,7 @@ __all__ = ["OLDER", "SHOWN", "older", "page"]
 Content = dict[str, Any]
 
 OTHERS = {
+    "step_zen4": "on AMD's Zen 4, later: NeuRMS-P and RACS take their steps in one call here",
     "step_avx2": "where the processor has no products of bfloat16 numbers (AVX2)",
     "step_amx": "where it has a matrix unit for them (AMX), of an older state of the library",
 }

@@ -8,6 +8,7 @@ namespace {
 // Elements summed in float32 before they enter a float64 total, and fetched ahead together: 32 are too few to keep lines
 // under way, 256 are more than can be.
 constexpr int64_t kChunk = 128;
+constexpr int64_t kShort = 2048;  // columns of which three rows leave room for the next ones in the first-level cache
 constexpr int64_t kFlush = 32;   // rows summed in float32 before they enter the float64 totals
 constexpr int64_t kAlone = 1 << 14;  // elements below which one thread is faster than two
 
@@ -104,7 +105,8 @@ void update_rows(const Rule& rule, float* w, float* momentum, const float* g, in
     const float* gi = kGradient ? g + i * n : nullptr;
     const double squares = advance_row<kGradient>(rule, wi, mi, gi, n);
     const float scale = rule.scale<kGradient>(squares, mi, gi, n, 1);
-    move_row<kGradient>(rule, scale, wi, mi, gi, n, i + 1 < rows.end ? n : 0);
+    // Of longer rows the next ones drive out what is still to be moved: 9.7 ms for 7.5 at 4096 x 4096 (Zen 4, 2 threads).
+    move_row<kGradient>(rule, scale, wi, mi, gi, n, n <= kShort && i + 1 < rows.end ? n : 0);
   }
 }
 
