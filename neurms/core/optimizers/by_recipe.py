@@ -77,13 +77,12 @@ class RecipeMover(Mover):
 
     def attempt(self, views: Sequence[View]) -> bool:
         """Take the step by a fused form that judges gradients by what it would keep of them."""
-        steps = [_fused_step(view) for view in views]
-        moved = None not in steps and views[0].recipe.judged([step for _, step in steps])
-        for view, step in zip(views, steps, strict=True):
-            if step is None:
-                continue
+        found = [(view, _fused_step(view)) for view in views]
+        steps = [(view, *step) for view, step in found if step is not None]
+        moved = len(steps) == len(views) and views[0].recipe.judged([step for *_, step in steps])
+        for view, target, _ in steps:
             if moved:
-                view.written(step[0])
+                view.written(target)
             else:
                 view.state["step"] -= 1
         return moved
