@@ -79,6 +79,12 @@ class Row:
         return runs[0].get("state_bytes") if runs else None
 
     @property
+    def steps(self) -> int | None:
+        """That a reported run took."""
+        runs = list(self.reported.get(self.chosen, {}).values())
+        return runs[0].get("steps") if runs else None
+
+    @property
     def _sign(self) -> float:
         return 1.0 if self.design["better"] == "lower" else -1.0
 

@@ -30,7 +30,8 @@ bench contest_step --task perceptrons` measures side by side. Best in bold.
 
 The NeuRMS that validation images choose, less the best other row, in points. *p* is of no
 difference, *p level* of one of {margin:g} points or more, both after Holm's correction over the
-{family} pairs of a budget's chosen NeuRMS with another row.
+{family} pairs of a budget's chosen NeuRMS with another row. *steps* are those that both had time
+for: where they are as many, the price of a step is not what decides.
 
 {duels}
 
@@ -51,6 +52,7 @@ class Duel:
         difference: Mean accuracy of the first less that of the second.
         p: Of no difference, corrected.
         p_level: Of a difference of the margin or more, corrected.
+        steps: That both took in the time.
     """
 
     place: str
@@ -59,6 +61,7 @@ class Duel:
     difference: float
     p: float
     p_level: float
+    steps: tuple[int | None, int | None] = (None, None)
 
     @property
     def word(self) -> str:
@@ -90,7 +93,8 @@ def duels(found: Mapping[str, Sequence[Row]], margin: float) -> list[Duel]:
     for (place, own, other), test, p, p_level in zip(pairs, tests, corrected, level, strict=True):
         # The mean of the other row is highest where this difference is lowest.
         if place not in best or test["difference"] < best[place].difference:
-            best[place] = Duel(place, own.name, other.name, test["difference"], p, p_level)
+            steps = own.steps, other.steps
+            best[place] = Duel(place, own.name, other.name, test["difference"], p, p_level, steps)
     return list(best.values())
 
 
@@ -155,6 +159,7 @@ def _fought(fought: Sequence[Duel]) -> str:
             _title(duel.place),
             duel.own,
             duel.other,
+            " / ".join("" if steps is None else f"{steps:,}" for steps in duel.steps),
             f"{100 * duel.difference:+.2f}",
             p_value(duel.p),
             p_value(duel.p_level),
@@ -162,4 +167,5 @@ def _fought(fought: Sequence[Duel]) -> str:
         ]
         for duel in fought
     ]
-    return markdown(["budget", "chosen", "best other", "points", "p", "p level", ""], lines)
+    head = ["budget", "chosen", "best other", "steps", "points", "p", "p level", ""]
+    return markdown(head, lines)

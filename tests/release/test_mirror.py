@@ -61,7 +61,6 @@ ELSEWHERE = {
         *("core/optimizers/by_owner", "core/optimizers/sharing", "core/ground/parcels"),
         *("core/distributed/exchange", "core/distributed/owner_traffic"),
     ],
-    "core/optimizers/test_by_recipe.py": ["core/optimizers/mover", "core/optimizers/view"],
     "core/structures/test_properties.py": ["core/structures/base", "core/structures/norms"],
     "core/taps/test_hooks.py": ["core/taps/protocol"],
     # Seen best from what they serve.

@@ -71,8 +71,15 @@ class GradientMover(RecipeMover):
 
     def judges(self, views: Sequence[View]) -> bool:
         """Return whether :meth:`attempt` may do: layers are known, and nobody measures each."""
-        # Somebody may have dropped a state, or have switched momentum on.
-        return not is_observed() and bool(self._known.of(views)) and all(map(_is_whole, views))
+        if is_observed() or not self._known.of(views):
+            return False
+        # Somebody may have dropped a state, or have switched momentum on. No call for a view.
+        return all(
+            [
+                view.state and ("momentum" in view.state or not view.group["momentum"])
+                for view in views
+            ]
+        )
 
     def attempt(self, views: Sequence[View]) -> bool:
         """Take the step if the sums over gradients, which it reads anyway, show them to be good."""
@@ -338,11 +345,6 @@ class GradientMover(RecipeMover):
         """As fresh state is, with M where it has ever been kept."""
         momentum = group["momentum"] or 0.9 if "momentum" in saved else 0.0
         return self.state_for(like, route, {**group, "momentum": momentum})
-
-
-def _is_whole(view: View) -> bool:
-    """Return whether a view has all state that its next step works on."""
-    return bool(view.state) and ("momentum" in view.state or not view.group["momentum"])
 
 
 def _parameters_of(layers: Sequence[Layer]) -> list[Tensor] | None:
