@@ -56,6 +56,7 @@ ELSEWHERE = {
     "compiled/test_native.py": ["compiled/native/build", "compiled/native/toolchain"],
     # Without code of their own to test: protocols, base classes, a table, a re-export.
     "core/optimizers/test_rules.py": ["core/catalog"],
+    "core/optimizers/test_by_recipe.py": ["core/optimizers/view"],
     # What is divided among ranks, by ranks.
     "core/distributed/test_owning.py": [
         *("core/optimizers/by_owner", "core/optimizers/sharing", "core/ground/parcels"),
