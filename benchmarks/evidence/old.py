@@ -37,6 +37,7 @@ MEASUREMENTS = (
     "kernels",
     "kill_resume",
     "llama_cpu",
+    "llama_cpu_zen4",
     "llama_step",
     "memory",
     "overhead",

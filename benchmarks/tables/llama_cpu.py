@@ -28,25 +28,45 @@ leaves sides of 1,376 alone), Shampoo interval 20.
 {tables}
 
 {made}
+{elsewhere}"""
+
+ELSEWHERE = """
+The same model on AMD's Zen 4, later:
+
+{tables}
+
+{made}
 """
 
 
-def llama_cpu(content: dict[str, Any]) -> str:
-    """Return the section, a table for each kind of training that was timed."""
+def llama_cpu(content: dict[str, Any], elsewhere: dict[str, Any] | None = None) -> str:
+    """Return the section, a table for each kind of training that was timed.
+
+    Args:
+        content: ``llama_cpu.json``.
+        elsewhere: The same of another machine, if it was timed there.
+    """
     settings = content["settings"]
+    return SECTION.format(
+        threads=settings["threads"],
+        interval=settings["interval"],
+        tables=_tables(content),
+        made=made_by(content),
+        elsewhere=""
+        if elsewhere is None
+        else ELSEWHERE.format(tables=_tables(elsewhere), made=made_by(elsewhere)),
+    )
+
+
+def _tables(content: dict[str, Any]) -> str:
     tables = []
     for kind, title in KINDS.items():
         prefix = f"{kind} "
         runs = {k.removeprefix(prefix): v for k, v in content["runs"].items() if prefix in k}
         if runs:
-            said = title.format(rank=settings["rank of adapters"])
+            said = title.format(rank=content["settings"]["rank of adapters"])
             tables.append(f"{said[0].upper()}{said[1:]}:\n\n{_table(runs)}")
-    return SECTION.format(
-        threads=settings["threads"],
-        interval=settings["interval"],
-        tables="\n\n".join(tables),
-        made=made_by(content),
-    )
+    return "\n\n".join(tables)
 
 
 def _table(runs: dict[str, dict[str, Any]]) -> str:

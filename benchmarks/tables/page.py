@@ -22,7 +22,7 @@ OTHERS = {
 }
 """Results files of whole steps on other processors, and what tells those apart."""
 
-SHOWN = (*headline.NAMES, *COSTS_OF, *OTHERS, "step_small", "llama_cpu")
+SHOWN = (*headline.NAMES, *COSTS_OF, *OTHERS, "step_small", "llama_cpu", "llama_cpu_zen4")
 """The results files of the page."""
 
 OLDER = (*NAMES, "mnist")
@@ -55,7 +55,9 @@ def page(contents: Mapping[str, Content]) -> str:
         if drawn
         else "",
         contests.summary(judged),
-        llama_cpu(contents["llama_cpu"]) if "llama_cpu" in contents else "",
+        llama_cpu(contents["llama_cpu"], contents.get("llama_cpu_zen4"))
+        if "llama_cpu" in contents
+        else "",
         costs(contents),
         speed(
             contents["kernels"],

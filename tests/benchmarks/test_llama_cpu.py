@@ -94,3 +94,4 @@ def test_the_section_has_a_table_for_each_kind() -> None:
     assert "| SOAP | 1,234 | 1.25 | 900 | 25.0 | 300 | 5.0 | 700 |" in text
     assert "Fine-tuning adapters of rank 16" in text
     assert "autocast" not in text
+    assert section(content, content).count("| SOAP | 1,234 ") == 2
