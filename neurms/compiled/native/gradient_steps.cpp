@@ -1,4 +1,5 @@
-// Variant P's step of many matrices and their biases in one call: sums, factors and moves, as Python would ask for them. What lies between costs a small network more than the passes themselves.
+// Variant P's step of many matrices and their biases in one call: sums, factors and moves, as Python would ask for
+// them. What lies between costs a small network more than the passes themselves.
 
 #include "common.h"
 
@@ -14,13 +15,13 @@ int64_t total(int64_t count, const int64_t* sizes) {
 
 extern "C" {
 
-// `tensors` are eight lists of `count` each, one after the other: weights, their gradients and velocities, biases, theirs,
-// and the roots q (m) and s (n, or n + 1 with a bias). Velocities may all be null pointers; so may what belongs to a bias.
-// `rates` are four lists: the rates of weights, what is kept of those, and the same of biases. Returns 0 and changes
-// nothing if squares of a row of gradients add up to more than `greatest`, or to NaN.
+// `tensors` are eight lists of `count` each, one after the other: weights, their gradients and velocities, biases,
+// theirs, and the roots q (m) and s (n, or n + 1 with a bias). Velocities may all be null pointers; so may what belongs
+// to a bias. `rates` are four lists: the rates of weights, what is kept of those, and the same of biases. Returns 0 and
+// changes nothing if squares of a row of gradients add up to more than `greatest`, or to NaN.
 int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
-                          const int64_t* widths, const double* corrections, const float* rates, double beta, double kappa,
-                          float momentum, float fresh, double greatest, int threads) {
+                          const int64_t* widths, const double* corrections, const float* rates, double beta,
+                          double kappa, float momentum, float fresh, double greatest, int threads) {
   float* const* const weights = tensors;
   float* const* const gradients = tensors + count;
   float* const* const velocities = tensors + 2 * count;
@@ -49,8 +50,8 @@ int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m
   std::vector<float*> left(count), right(count);
   float* next = factors.data();
   for (int64_t k = 0; k < count; ++k) left[k] = next, right[k] = next + m[k], next += m[k] + widths[k];
-  neurms_gradient_factors(count, rows.data(), columns.data(), q, s, m, widths, corrections, beta, kappa, q, s, left.data(),
-                          right.data());
+  neurms_gradient_factors(count, rows.data(), columns.data(), q, s, m, widths, corrections, beta, kappa, q, s,
+                          left.data(), right.data());
 
   std::vector<float*> w(weights, weights + count), v(velocities, velocities + count);
   std::vector<const float*> g(gradients, gradients + count), l(left.begin(), left.end()), r(right.begin(), right.end());

@@ -76,8 +76,8 @@ void neurms_probe_products(const float* errors, const float* activations, int64_
 
 // gradient_steps.cpp
 int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
-                          const int64_t* widths, const double* corrections, const float* rates, double beta, double kappa,
-                          float momentum, float fresh, double greatest, int threads);
+                          const int64_t* widths, const double* corrections, const float* rates, double beta,
+                          double kappa, float momentum, float fresh, double greatest, int threads);
 
 // two_sided_once.cpp
 void neurms_two_sided_once(int64_t count, const float* const* g, const int64_t* m, const int64_t* n,

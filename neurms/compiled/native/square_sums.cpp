@@ -45,7 +45,7 @@ void take_one(const float* g, int64_t n, double* row, double* columns) {
 
 void take_rows(const float* g, Range own, int64_t n, double* rows, double* columns) {
   int64_t i = own.begin;
-  // Column sums that come from the second-level cache are worth fewer visits; eight streams the hardware follows by itself.
+  // Column sums that come from the second-level cache are worth fewer visits; the hardware follows eight rows.
   for (; n > kShort && i + 8 <= own.end; i += 8) take<8, false>(g + i * n, n, nullptr, rows + i, columns);
   for (; i + 4 <= own.end; i += 4) {
     const float* const four = g + i * n;

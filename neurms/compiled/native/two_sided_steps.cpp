@@ -13,8 +13,8 @@ bool all_finite(const std::vector<float>& values) {
 extern "C" {
 
 // `tensors` are five lists of `count` each, one after the other: weights, gradients, the averages q (m) and s (n), and
-// the last norm. With `rounds` of power iteration; 0 is plain sums, less one round from s. Returns 0 and changes nothing
-// if an average or a norm would not be finite.
+// the last norm. With `rounds` of power iteration; 0 is plain sums, less is one round from s. Returns 0 and changes
+// nothing if an average or a norm would not be finite.
 int neurms_two_sided_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
                            const int64_t* steps, const float* corrections, const double* rates, const float* decays,
                            double beta, int rounds, float tolerance, double gamma, int threads) {

@@ -64,7 +64,11 @@ class RecipeMover(Mover):
         return {"step": 0, **_matrix_state(self._recipe_of(group), like, route.layout)}
 
     def judges(self, views: Sequence[View]) -> bool:
-        """Return whether all views are of one recipe that judges, and nobody measures each."""
+        """Return whether all views are of one recipe that judges, and nobody measures each.
+
+        Only for matrices in the rule's dtype, stored by rows: of others an attempt would make
+        copies in vain.
+        """
         if not views or is_observed():
             return False
         recipe = views[0].recipe
@@ -72,6 +76,8 @@ class RecipeMover(Mover):
             recipe.judged is not None
             and {id(recipe)}.issuperset([id(view.recipe) for view in views])
             and not any([view.sharded for view in views])
+            and all([view.kept is view.dtype is view.gradient.dtype for view in views])
+            and all(map(Tensor.is_contiguous, [view.parameter for view in views]))
             and (are_many(views) or all([_is_large(view.parameter) for view in views]))
         )
 

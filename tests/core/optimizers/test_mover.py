@@ -144,6 +144,23 @@ def test_a_step_whose_state_is_not_there_yet_is_judged_first() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("form", ["bfloat16", "by columns"])
+def test_racs_attempts_no_step_that_its_native_form_does_not_serve(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = nn.Parameter(torch.randn(300, 200))
+    weight.data = weight.data.bfloat16() if form == "bfloat16" else weight.data.t()
+    optimizer = neurms.create("racs", [weight], lr=1e-3)
+    assert isinstance(optimizer, PreconditionedOptimizer)
+    verdicts = judged(optimizer, monkeypatch)
+    for _ in range(3):
+        before = weight.detach().clone()
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        assert not torch.equal(weight, before)
+    assert not verdicts
+
+
 def test_a_mover_does_not_judge_unless_it_says_so() -> None:
     share: Share = (neurms.create("rmnp", [nn.Parameter(torch.ones(3, 3))]).mover_of("rmnp"), ())  # type: ignore[attr-defined]
     assert isinstance(share[0], Mover)
