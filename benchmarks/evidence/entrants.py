@@ -90,6 +90,10 @@ def _entrant(
     return Entrant(rule, Space(axes), {**fused, **settings}, fallback_memory)
 
 
+AVERAGE = {"moments": "average", "nesterov": True}
+"""P's moments of what moves the weights, the averaged gradient: nothing else of it is averaged."""
+
+
 def text(fallback: float = 8e-3) -> dict[str, Entrant]:
     """Return the methods on text.
 
@@ -107,6 +111,7 @@ def text(fallback: float = 8e-3) -> dict[str, Entrant]:
         "RACS": _entrant("racs", 0.08, memory=0.9, **rest),
         "P": _entrant("moments", 8e-3, memory=0.95, **rest),
         "P momentum": _entrant("moments", 8e-3, momentum=0.5, memory=0.95, **rest),
+        "P average": _entrant("moments", 4e-3, momentum=0.8, **AVERAGE, **rest),
         "P backward": _entrant("moments", 8e-3, memory=0.95, update="backward", probes=4, **rest),
         "RMNP": _entrant("rmnp", 0.02, momentum=0.8, **rest),
         "Muon": _entrant("muon", 0.04, momentum=0.8, weight_decay=0.0, **rest),
@@ -154,6 +159,7 @@ def images(fallback: float = 3e-3, *, norms: bool = False) -> dict[str, Entrant]
         "RACS": _entrant("racs", 0.04, memory=0.9, **rest),
         "P": _entrant("moments", 2e-3, memory=0.95, **rest),
         "P momentum": _entrant("moments", 2e-3, momentum=0.5, memory=0.95, **rest),
+        "P average": _entrant("moments", 2e-3, momentum=0.8, **AVERAGE, **rest),
         "RMNP": _entrant("rmnp", 0.01, momentum=0.8, **rest),
         "Muon": _entrant("muon", 0.02, momentum=0.8, weight_decay=0.0, **rest),
         "NeuRMS-U": _entrant("neurms", 3e-3, momentum=0.9, memory=0.99, variant="U", **own),

@@ -37,7 +37,7 @@ PLACES: Mapping[str, tuple[str, str, float]] = {
 }
 """Task -> data, network and the seconds that a run trains."""
 
-OURS = ("P", "P momentum", "NeuRMS-U", "NeuRMS-U normalized", "NeuRMS-F")
+OURS = ("P", "P momentum", "P average", "NeuRMS-U", "NeuRMS-U normalized", "NeuRMS-F")
 """The rows of which validation images choose one."""
 
 ROWS = (BASELINE, "SGD", "RMNP", "RACS", "Muon", *OURS)

@@ -15,6 +15,7 @@ from neurms.core.ground.extras import require
 from neurms.core.optimizers.plan import Plan
 from neurms.core.optimizers.settings import NonFinite
 from neurms.core.routing import Head
+from neurms.core.structures.gradient_moments import Measured
 from neurms.core.structures.unit_feature import Clip
 from neurms.core.unitwise.checks import checked_settings
 from neurms.core.unitwise.neurms import NeuRMS
@@ -75,7 +76,8 @@ class NeuRMSCallback(Callback):
     Args:
         variant: "P" scales gradients by their own moments, without taps; "U" by the units' error
             signals, "B" the error sent upstream, too, "F" by those and the features' activations.
-        beta: Decay of the second moments; None is .95 for "P", .99 for the others.
+        beta: Decay of the second moments; None is .95 for "P", 0 of an average, .99 for
+            the others.
         eps: Added to a second moment before its root.
         v_min: Floor of a second moment.
         s_min: Least unit factor.
@@ -103,6 +105,8 @@ class NeuRMSCallback(Callback):
         probes: Of variant P with update="backward", which no callback can ask for.
         seed: Of those probes.
         normalize: "rms" to divide what reaches the optimizer by the average of its RMS, or None.
+        nesterov: Whether P's gradient enters its average's step once more.
+        moments: Whether P's moments are of the "gradient", or of the "average" that momentum keeps.
 
     Raises:
         TypeError: A setting is of the wrong type.
@@ -160,6 +164,8 @@ class NeuRMSCallback(Callback):
         probes: int = 4,
         seed: int = 0,
         normalize: Normalize | None = None,
+        nesterov: bool = False,
+        moments: Measured = "gradient",
     ) -> None:
         given = dict(locals())
         names = given.keys() - {"self", "log", "__class__"}

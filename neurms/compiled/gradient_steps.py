@@ -12,10 +12,10 @@ from torch.autograd.graph import increment_version
 from neurms.compiled.gradient_factors import gradient_factors
 from neurms.compiled.lists import list_kernel
 from neurms.compiled.native import addresses, are_plain, library, numbers, threads
-from neurms.compiled.square_sums import joint_square_sums
+from neurms.compiled.square_sums import average_square_sums, joint_square_sums
 from neurms.compiled.update import apply_updates_
 
-__all__ = ["PLAINLY_GOOD", "are_good", "gradient_steps_"]
+__all__ = ["PLAINLY_GOOD", "are_good", "gradient_steps_", "mixture"]
 
 PLAINLY_GOOD = 1e60
 """A sum of squares of numbers that are all far below the bound of any matrix. Gradients that have a
@@ -39,6 +39,23 @@ def are_good(rows: Sequence[Tensor]) -> bool:
     return bool((whole <= PLAINLY_GOOD).all())
 
 
+def mixture(momentum: float, nesterov: bool) -> tuple[float, float]:
+    """Return how much of a gradient and of the average so far is in what moves a weight.
+
+    The average, ``(1 - mu) G + mu M``, or Nesterov's, ``(1 - mu) G + mu ((1 - mu) G + mu M)``.
+
+    Args:
+        momentum: mu, the decay of the average.
+        nesterov: Which of the two it is.
+
+    Example:
+        >>> mixture(0.5, False), mixture(0.5, True)
+        ((0.5, 0.5), (0.75, 0.25))
+    """
+    fresh = 1.0 - momentum
+    return (fresh * (1.0 + momentum), momentum**2) if nesterov else (fresh, momentum)
+
+
 @list_kernel
 def gradient_steps_(
     weights: Sequence[Tensor],
@@ -57,12 +74,15 @@ def gradient_steps_(
     beta: float,
     kappa: float,
     momentum: float,
+    nesterov: bool = False,
+    of_averages: bool = False,
 ) -> bool:
     """Move matrices and biases by their scaled gradients, in place, if gradients are good.
 
     With ``L, R`` the factors that :func:`~neurms.compiled.gradient_factors.gradient_factors` makes
     of the sums of squares of [G | g], ``W <- decay W - rate L G R`` and ``b <- decay b - rate (L
-    r) g``, r the last of R; with ``momentum`` of the averages of G and g instead.
+    r) g``, r the last of R; with ``momentum`` by the averages of G and g instead, and
+    ``of_averages`` of sums of their squares.
 
     Args:
         weights: Shape (m, n) each; overwritten.
@@ -81,6 +101,8 @@ def gradient_steps_(
         beta: Decay of the averages, in [0, 1).
         kappa: Width of the clip, at least 1.
         momentum: What is kept of velocities, 0 for none.
+        nesterov: Whether weights move by Nesterov's averages, see :func:`mixture`.
+        of_averages: Whether sums are those of what moves the weights; wants momentum.
 
     Returns:
         Whether the sums by row are all at most :data:`PLAINLY_GOOD`. Nothing is changed otherwise:
@@ -99,7 +121,12 @@ def gradient_steps_(
         tensor([[-1., -1.],
                 [-1., -1.]])
     """
-    rows, columns = joint_square_sums(gradients, bias_gradients, [x.size(0) for x in s])
+    widths = [x.size(0) for x in s]
+    if of_averages:
+        averages, parts = (velocities, bias_gradients, bias_velocities), mixture(momentum, nesterov)
+        rows, columns = average_square_sums(gradients, *averages, widths, *parts)  # type: ignore[arg-type]
+    else:
+        rows, columns = joint_square_sums(gradients, bias_gradients, widths)
     if not are_good(rows):
         return False
     new_q, new_s, left, right = gradient_factors(rows, columns, q, s, corrections, beta, kappa)
@@ -117,6 +144,7 @@ def gradient_steps_(
         1.0 - momentum,
         not momentum,
         bool(momentum),
+        nesterov,
     )
     return True
 
@@ -170,6 +198,8 @@ def _step_natively(
     beta: float,
     kappa: float,
     momentum: float,
+    nesterov: bool = False,
+    of_averages: bool = False,
 ) -> bool:
     kernels = library()
     assert kernels is not None
@@ -186,7 +216,8 @@ def _step_natively(
         beta,
         kappa,
         momentum,
-        1.0 - momentum,
+        nesterov,
+        of_averages,
         PLAINLY_GOOD,
         threads(),
     )

@@ -1,4 +1,4 @@
-"""Row and column sums of a gradient's squares in one read of it."""
+"""Row and column sums of squares in one read: of a gradient, or of what it makes of an average."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from neurms.compiled.native import (
 
 __all__ = [
     "are_stored",
+    "average_square_sums",
     "averages_and_scales",
     "joint_square_sums",
     "square_sums",
@@ -88,7 +89,13 @@ def _square_sums(gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor
     return _read(gradients, [g.shape[1] for g in gradients])
 
 
-def _read(gradients: Sequence[Tensor], widths: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+def _read(
+    gradients: Sequence[Tensor],
+    widths: Sequence[int],
+    averages: Sequence[Tensor] | None = None,
+    fresh: float = 1.0,
+    kept: float = 0.0,
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return row sums, and column sums at the beginning of vectors of ``widths``."""
     kernels = library()
     assert kernels is not None
@@ -101,6 +108,9 @@ def _read(gradients: Sequence[Tensor], widths: Sequence[int]) -> tuple[list[Tens
     kernels.neurms_square_sums(
         len(gradients),
         addresses(gradients),
+        None if averages is None else addresses(averages),
+        fresh,
+        kept,
         numbers("q", [m for m, _ in sizes]),
         numbers("q", [n for _, n in sizes]),
         addresses([first for first, _ in pairs]),
@@ -189,18 +199,141 @@ def _are_joint(
 def _joint_square_sums(
     gradients: Sequence[Tensor], biases: Sequence[Tensor | None], widths: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
+    rows, columns = _read(gradients, widths)
+    _add_biases_(gradients, biases, None, 1.0, 0.0, rows, columns)
+    return rows, columns
+
+
+def _add_biases_(
+    gradients: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    averages: Sequence[Tensor | None] | None,
+    fresh: float,
+    kept: float,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+) -> None:
+    """Add the squares of biases to sums by row, and write their own sums behind those by column."""
     kernels = library()
     assert kernels is not None
-    rows, columns = _read(gradients, widths)
-    units, features = [g.shape[0] for g in gradients], [g.shape[1] for g in gradients]
     starts = list(map(Tensor.data_ptr, columns))
+    features = [g.shape[1] for g in gradients]
     last = [
-        start + 8 * n if width > n else 0
-        for start, n, width in zip(starts, features, widths, strict=True)
+        start + 8 * n if sums.shape[0] > n else 0
+        for start, n, sums in zip(starts, features, columns, strict=True)
     ]
     kernels.neurms_column_squares(
-        len(units), addresses(biases), numbers("q", units), addresses(rows), numbers("Q", last)
+        len(features),
+        addresses(biases),
+        None if averages is None else addresses(averages),
+        fresh,
+        kept,
+        numbers("q", [g.shape[0] for g in gradients]),
+        addresses(rows),
+        numbers("Q", last),
     )
+
+
+@list_kernel
+def average_square_sums(
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bias_averages: Sequence[Tensor | None],
+    widths: Sequence[int],
+    fresh: float,
+    kept: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Row sums and column sums of the squares of ``fresh [G | g] + kept [M | m]``.
+
+    What gradients make of averages that they are about to enter, which is never stored: one read of
+    G and of M.
+
+    Args:
+        gradients: Matrices G, each of shape (m, n), float32 or float64, any strides.
+        averages: M, the same shapes.
+        biases: g of every matrix, shape (m,), or None for none.
+        bias_averages: The same shapes, None where there is no bias.
+        widths: Column sums of every matrix that are asked for: n, or n + 1 with a bias; without
+            one the last is zero.
+        fresh: Weight of the gradients.
+        kept: Weight of the averages.
+
+    Returns:
+        Row sums of every matrix, shape (m,), and column sums, shape (width,), float64.
+
+    Reference:
+        The statistic of NeuRMS's variant P with ``moments="average"``.
+
+    Example:
+        >>> import torch
+        >>> g, m = torch.tensor([[2.0, 4.0], [6.0, 8.0]]), torch.zeros(2, 2)
+        >>> average_square_sums([g], [m], [None], [None], [2], 0.5, 0.5)
+        ([tensor([ 5., 25.], dtype=torch.float64)], [tensor([10., 20.], dtype=torch.float64)])
+    """
+    each = zip(gradients, averages, biases, bias_averages, widths, strict=True)
+    made = [
+        _joint(_average_sums(g, m, fresh, kept), _mixed(b, own, fresh, kept), width)
+        for g, m, b, own, width in each
+    ]
+    return [rows for rows, _ in made], [columns for _, columns in made]
+
+
+def _mixed(bias: Tensor | None, average: Tensor | None, fresh: float, kept: float) -> Tensor | None:
+    if bias is None or average is None:
+        return bias
+    return bias.to(torch.float64) * fresh + average.to(torch.float64) * kept
+
+
+def _average_sums_of(
+    gradient: Tensor, average: Tensor, fresh: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    if gradient.device.type != "cpu":
+        return _sums_of(gradient * fresh + average * kept)
+    if not is_tiled(gradient):
+        return _sums_of(gradient.to(torch.float64) * fresh + average.to(torch.float64) * kept)
+    total = torch.zeros(gradient.size(1), dtype=torch.float64)
+    by_rows: list[Tensor] = []
+    length = tile_length(gradient, 0)
+    for g, m in zip(gradient.split(length), average.split(length)):  # noqa: B905
+        squares = (g.to(torch.float64) * fresh + m.to(torch.float64) * kept).square()
+        by_rows.append(squares.sum(-1))
+        total += squares.sum(-2)
+    return torch.cat(by_rows), total
+
+
+_average_sums: Kernel[..., Any] = kernel(_average_sums_of)
+
+
+def _are_averaged(
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bias_averages: Sequence[Tensor | None],
+    widths: Sequence[int],
+) -> list[bool]:
+    joint = _are_joint(gradients, biases, widths)
+    return [
+        good
+        and m.shape == g.shape
+        and are_plain([g, m])
+        and (b is None or (a is not None and a.shape == b.shape and is_plain(a)))
+        for good, g, m, b, a in zip(joint, gradients, averages, biases, bias_averages, strict=True)
+    ]
+
+
+@average_square_sums.native(_are_averaged)
+def _average_square_sums(
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bias_averages: Sequence[Tensor | None],
+    widths: Sequence[int],
+    fresh: float,
+    kept: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    rows, columns = _read(gradients, widths, averages, fresh, kept)
+    _add_biases_(gradients, biases, bias_averages, fresh, kept, rows, columns)
     return rows, columns
 
 

@@ -96,6 +96,7 @@ def _move_tile(
     fresh: Tensor | None,
     scale_gradient: bool,
     scale_velocity: bool,
+    nesterov: bool,
     overwrite: bool,
     measure: bool,
 ) -> Tensor:
@@ -106,6 +107,10 @@ def _move_tile(
         into_right = right if scale_gradient else None
         _accumulate_(velocity, g, into_left, into_right, fresh, momentum, False)
         moved = velocity
+        if nesterov:
+            # What has entered the velocity, once more; then what is kept of it.
+            moved = velocity.to(accumulator(velocity.dtype), copy=True)
+            _accumulate_(moved, g, into_left, into_right, fresh, momentum, False)
         left = left if scale_velocity else None
         right = right if scale_velocity else None
     total = torch.zeros(0, dtype=torch.float64, device=w.device)
@@ -128,13 +133,14 @@ def _moved_weight(
     fresh: Tensor | None,
     scale_gradient: bool,
     scale_velocity: bool,
+    nesterov: bool,
     overwrite: bool,
     measure: bool,
 ) -> Tensor:
     wide = accumulator(w.dtype)
     left = None if s is None else along_units(s, w).to(wide)
     right = None if c is None else along_features(c, w).to(wide)
-    flags = (scale_gradient, scale_velocity, overwrite, measure)
+    flags = (scale_gradient, scale_velocity, nesterov, overwrite, measure)
     if not is_tiled(w):
         return _move_tile(w, g, velocity, left, right, rate, decay, momentum, fresh, *flags)
     axis = 1 if w.dim() == 4 and w.size(1) > w.size(0) else 0
@@ -175,13 +181,15 @@ def apply_updates_(
     fresh: float = 1.0,
     scale_gradient: bool = True,
     scale_velocity: bool = False,
+    nesterov: bool = False,
     measure: bool = False,
 ) -> Tensor | None:
     """Descend along scaled gradients, in place: one read of G, one read and write of W.
 
     Without a velocity ``W <- decay W - rate L G R`` with ``L = diag(left)``, ``R = diag(right)``.
     With one, ``V <- momentum V + fresh L G R``, or ``fresh G`` unless ``scale_gradient``; then
-    ``W <- decay W - rate V``, or with ``scale_velocity`` ``- rate L V R``.
+    ``W <- decay W - rate V``, or with ``scale_velocity`` ``- rate L V R``. With ``nesterov``
+    ``momentum V``, and once more what has entered it, stands for V on the way out.
 
     Args:
         weights: Shapes (m,), (m, n) or (groups, units, features, taps); overwritten. With a decay
@@ -196,6 +204,7 @@ def apply_updates_(
         fresh: Weight of the gradient in the velocity.
         scale_gradient: Whether scales apply on the way into the velocity.
         scale_velocity: Whether they apply on the way out of it.
+        nesterov: Whether weights move as if the next velocity had the same gradient again.
         measure: Whether sums of squares are asked for.
 
     Returns:
@@ -219,7 +228,7 @@ def apply_updates_(
                 [0.5000, 0.5000]]), tensor([0.7500, 0.5000]))
     """
     _check(weights, gradients, velocities, lefts, rights)
-    flags = (scale_gradient, scale_velocity)
+    flags = (scale_gradient, scale_velocity, nesterov)
     items = zip(weights, gradients, velocities, lefts, rights, rates, decays, strict=True)
     sums = [
         _move(
@@ -387,7 +396,7 @@ _operator = operator(
     "apply_updates_",
     "(Tensor(a0!)[] weights, Tensor[] gradients, Tensor(a2!)[] velocities, Tensor?[] lefts, "
     "Tensor?[] rights, float[] rates, float[] decays, float momentum, float fresh, "
-    "bool scale_gradient, bool scale_velocity, bool measure) -> Tensor",
+    "bool scale_gradient, bool scale_velocity, bool nesterov, bool measure) -> Tensor",
 )
 
 
@@ -397,8 +406,8 @@ def _in_graph(
     velocities: Sequence[Tensor | None],
     *rest: Any,
 ) -> Tensor | None:
-    # rest[2] are the rates; its last five have defaults.
-    rest = (*rest, *(0.0, 1.0, True, False, False)[len(rest) - 4 :])
+    # rest[2] are the rates; its last six have defaults.
+    rest = (*rest, *(0.0, 1.0, True, False, False, False)[len(rest) - 4 :])
     if not weights or _operator is None or any(isinstance(rate, Tensor) for rate in rest[2]):
         return apply_updates_.eager(weights, gradients, velocities, *rest)
     there = [w.new_empty(0, 0, 0) if v is None else v for v, w in zip(velocities, weights)]  # noqa: B905

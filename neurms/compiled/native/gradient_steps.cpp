@@ -17,11 +17,12 @@ extern "C" {
 
 // `tensors` are eight lists of `count` each, one after the other: weights, their gradients and velocities, biases,
 // theirs, and the roots q (m) and s (n, or n + 1 with a bias). Velocities may all be null pointers; so may what belongs
-// to a bias. `rates` are four lists: the rates of weights, what is kept of those, and the same of biases. Returns 0 and
-// changes nothing if squares of a row of gradients add up to more than `greatest`, or to NaN.
+// to a bias. `rates` are four lists: the rates of weights, what is kept of those, and the same of biases. Sums are those
+// of the gradients' squares, or, `of_averages`, of what moves the weights. Returns 0 and changes nothing if the squares
+// of a row add up to more than `greatest`, or to NaN.
 int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
                           const int64_t* widths, const double* corrections, const float* rates, double beta,
-                          double kappa, float momentum, float fresh, double greatest, int threads) {
+                          double kappa, double mu, int nesterov, int of_averages, double greatest, int threads) {
   float* const* const weights = tensors;
   float* const* const gradients = tensors + count;
   float* const* const velocities = tensors + 2 * count;
@@ -39,8 +40,13 @@ int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m
     rows[k] = sum, columns[k] = sum + m[k], sum += m[k] + widths[k];
     last[k] = widths[k] > n[k] ? columns[k] + n[k] : nullptr;
   }
-  neurms_square_sums(count, gradients, m, n, rows.data(), columns.data(), threads);
-  neurms_column_squares(count, bias_gradients, m, rows.data(), last.data());
+  // What moves a weight is the average that its gradient g makes of its velocity v, (1 - mu) g + mu v; or Nesterov's.
+  const double fresh = 1.0 - mu;
+  const double of_gradient = nesterov ? fresh * (1.0 + mu) : fresh, of_velocity = nesterov ? mu * mu : mu;
+  float* const* const mixed = of_averages ? velocities : nullptr;
+  float* const* const bias_mixed = of_averages ? bias_velocities : nullptr;
+  neurms_square_sums(count, gradients, mixed, of_gradient, of_velocity, m, n, rows.data(), columns.data(), threads);
+  neurms_column_squares(count, bias_gradients, bias_mixed, of_gradient, of_velocity, m, rows.data(), last.data());
   for (int64_t k = 0; k < count; ++k)
     for (int64_t i = 0; i < m[k]; ++i)
       if (!(rows[k][i] <= greatest)) return 0;
@@ -69,8 +75,8 @@ int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m
     rate.push_back(rates[2 * count + k]), decay.push_back(rates[3 * count + k]);
   }
   neurms_apply_updates(static_cast<int64_t>(w.size()), w.data(), g.data(), v.data(), by_rows.data(), by_columns.data(),
-                       l.data(), r.data(), rate.data(), decay.data(), momentum, fresh, momentum == 0, momentum != 0,
-                       nullptr, threads);
+                       l.data(), r.data(), rate.data(), decay.data(), static_cast<float>(mu),
+                       static_cast<float>(fresh), mu == 0, mu != 0, nesterov, nullptr, threads);
   return 1;
 }
 

@@ -28,7 +28,7 @@ void neurms_move_moments(int64_t count, const float* const* v, const float* cons
 void neurms_apply_updates(int64_t count, float* const* w, const float* const* g, float* const* velocity,
                           const int64_t* m, const int64_t* n, const float* const* left, const float* const* right,
                           const float* rate, const float* decay, float momentum, float fresh, int scale_gradient,
-                          int scale_velocity, double* measured, int threads);
+                          int scale_velocity, int nesterov, double* measured, int threads);
 void neurms_move_square_sums(int64_t count, const float* const* x, const int64_t* m, const int64_t* n,
                              const float* const* left, const float* const* right, double* sums, int threads);
 
@@ -60,10 +60,11 @@ double neurms_scaled_square_sum(const float* g, int64_t m, int64_t n, const floa
                                 int threads);
 
 // square_sums.cpp
-void neurms_square_sums(int64_t count, const float* const* g, const int64_t* m, const int64_t* n, double* const* rows,
-                        double* const* columns, int threads);
-void neurms_column_squares(int64_t count, const float* const* g, const int64_t* m, double* const* rows,
-                           double* const* sums);
+void neurms_square_sums(int64_t count, const float* const* g, const float* const* v, double fresh, double kept,
+                        const int64_t* m, const int64_t* n, double* const* rows, double* const* columns,
+                        int threads);
+void neurms_column_squares(int64_t count, const float* const* g, const float* const* v, double fresh, double kept,
+                           const int64_t* m, double* const* rows, double* const* sums);
 void neurms_gradient_factors(int64_t count, const double* const* rows, const double* const* columns,
                              const float* const* q, const float* const* s, const int64_t* m, const int64_t* n,
                              const double* corrections, double beta, double kappa, float* const* new_q,
@@ -77,7 +78,7 @@ void neurms_probe_products(const float* errors, const float* activations, int64_
 // gradient_steps.cpp
 int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
                           const int64_t* widths, const double* corrections, const float* rates, double beta,
-                          double kappa, float momentum, float fresh, double greatest, int threads);
+                          double kappa, double mu, int nesterov, int of_averages, double greatest, int threads);
 
 // two_sided_once.cpp
 void neurms_two_sided_once(int64_t count, const float* const* g, const int64_t* m, const int64_t* n,

@@ -53,7 +53,7 @@ int neurms_two_sided_steps(int64_t count, float* const* tensors, const int64_t* 
     rate[k] = static_cast<float>(static_cast<float>(eta) * rates[k]);
   }
   neurms_apply_updates(count, weights, gradients, velocities.data(), m, n, left.data(), right.data(), rate.data(),
-                       decays, 0.0f, 1.0f, 1, 0, nullptr, threads);
+                       decays, 0.0f, 1.0f, 1, 0, 0, nullptr, threads);
   return 1;
 }
 

@@ -329,13 +329,14 @@ void neurms_move_moments(int64_t count, const float* const* v, const float* cons
 
 // For several weights (m x n), which the threads take without waiting in between: W <- decay W - rate L G R; with a
 // velocity, V <- momentum V + fresh L G R, or fresh G unless `scale_gradient`, and W <- decay W - rate V, or - rate L V
-// R if `scale_velocity`. W may be G where its decay is 0. Unless `measured` is null it becomes the sums of squares of
-// what the weights moved by, but for the rate.
+// R if `scale_velocity`; with `nesterov` momentum V, and what has entered it, moves W in the place of V. W may be G where
+// its decay is 0. Unless `measured` is null it becomes the sums of squares of what the weights moved by, but for the
+// rate.
 void neurms_apply_updates(int64_t count, float* const* w, const float* const* g, float* const* velocity,
                           const int64_t* m, const int64_t* n, const float* const* left, const float* const* right,
                           const float* rate, const float* decay, float momentum, float fresh, int scale_gradient,
-                          int scale_velocity, double* measured, int threads) {
-  const Rule rule{momentum, fresh, scale_gradient != 0, scale_velocity != 0};
+                          int scale_velocity, int nesterov, double* measured, int threads) {
+  const Rule rule{momentum, fresh, scale_gradient != 0, scale_velocity != 0, nesterov != 0};
   int64_t total = 0;
   for (int64_t k = 0; k < count; ++k) total += m[k] * n[k];
   const int size = total < kAlone ? 1 : threads;

@@ -361,7 +361,8 @@ int neurms_update_gemm(void* const* tensors, int64_t m, int64_t n, int64_t rows,
 #ifdef NEURMS_BF16
   if (engine == kNone || (engine == kTiles && best_engine() != kTiles) || (engine == kFloats && rounded)) return 0;
   const auto floats = [&](int k) { return static_cast<float*>(tensors[k]); };
-  const Update u{floats(0), floats(1), m, n, floats(4), floats(5), step, decay, {momentum, 1.0f, true, coupled != 0}};
+  const Rule rule{momentum, 1.0f, true, coupled != 0, false};
+  const Update u{floats(0), floats(1), m, n, floats(4), floats(5), step, decay, rule};
   const auto work = engine == kFloats ? update<Singles> : rounded ? update<Pairs<uint16_t>> : update<Pairs<float>>;
   return work(u, tensors[2], tensors[3], rows, engine, threads);
 #else

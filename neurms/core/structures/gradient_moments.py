@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +15,21 @@ from neurms.compiled.gradient_factors import (
     gradient_factors,
     moved_moments,
 )
+from neurms.compiled.gradient_steps import mixture
 from neurms.compiled.native import LEAST_ELEMENTS
 from neurms.compiled.square_sums import square_sums
-from neurms.core.ground.errors import check_fraction, check_real
+from neurms.core.ground.errors import check_choice, check_fraction, check_real
 from neurms.core.ground.spans import span
 from neurms.core.ground.sums import Summing
 from neurms.core.structures.base import Context, State, Structure
 
-__all__ = ["GradientMoments"]
+__all__ = ["OF_AVERAGES", "GradientMoments", "Measured"]
+
+Measured = Literal["gradient", "average"]
+"""What squares are summed up: the gradient's own, or those of what moves the weight."""
+
+OF_AVERAGES: Mapping[str, Any] = {"nesterov": False, "moments": "gradient"}
+"""Settings that only an average of gradients gives a meaning, and what leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,13 @@ class GradientMoments(Structure):
 
     q_i <- beta q_i + (1 - beta) sum_j G_ij^2 and s_j <- beta s_j + (1 - beta) sum_i G_ij^2; with
     both over 1 - beta^t, T = (sum_i q_i + sum_j s_j) / 2 and U_ij = X_ij sqrt(T / (q_i s_j)). X is
-    G or, with ``momentum``, M <- mu M + (1 - mu) G. q_i s_j / T is the rank-one fit of E[G_ij^2],
-    so that U has an RMS of about 1, and the learning rate AdamW's scale.
+    G or, with ``momentum``, M <- mu M + (1 - mu) G, or with ``nesterov``, too, mu M + (1 - mu) G of
+    the new M. q_i s_j / T is the rank-one fit of E[G_ij^2], so that U has an RMS of about 1, and
+    the learning rate AdamW's scale.
+
+    With ``of="average"`` q and s are of X's squares in the place of G's. Momentum that averages
+    much noise away then makes no shorter steps, and a ``beta`` of 0 serves: it is X that is
+    averaged.
 
     Each side's factors, 1/sqrt(q_i) and 1/sqrt(s_j), are kept within ``kappa`` times the lower
     median of its factors; T is of the moments as they are. The current gradient belongs to the
@@ -47,10 +61,17 @@ class GradientMoments(Structure):
         beta: Decay of both averages.
         kappa: Width of the clip, at least 1.
         momentum: mu, the decay of the gradient's average; 0 keeps none.
+        nesterov: Whether the gradient enters X once more; wants momentum.
+        of: What moments are of, ``"gradient"`` or ``"average"``; the latter wants momentum.
+
+    Raises:
+        TypeError: A number is none.
+        ValueError: A number is out of its range; what wants momentum has none.
 
     Reference:
         The fit is Adafactor's (Shazeer and Stern, 2018, algorithm 4), here with both sides clipped
-        and bias corrected. NeuRMS's variant P, an addition to the draft.
+        and bias corrected. NeuRMS's variant P, an addition to the draft. RMNP divides by the norms
+        of X's rows where ``of="average"`` with a beta of 0 divides by those of its columns, too.
 
     Example:
         >>> import torch
@@ -64,6 +85,8 @@ class GradientMoments(Structure):
     beta: float = 0.95
     kappa: float = 10.0
     momentum: float = 0.0
+    nesterov: bool = False
+    of: Measured = "gradient"
     row_local = True
     any_scale = True
 
@@ -71,6 +94,24 @@ class GradientMoments(Structure):
         check_fraction("beta", self.beta)
         check_real("kappa", self.kappa, low=1.0)
         check_fraction("momentum", self.momentum)
+        check_choice("nesterov", self.nesterov, (False, True))
+        check_choice("moments", self.of, ("gradient", "average"))
+        for name, value in (("nesterov", self.nesterov), ("moments", self.of)):
+            if value != (plain := OF_AVERAGES[name]) and not self.momentum:
+                raise ValueError(
+                    f"{name}={value!r} needs an average of gradients, and momentum=0 keeps none; "
+                    f"set a momentum, such as 0.8, or {name}={plain!r}"
+                )
+
+    @property
+    def of_averages(self) -> bool:
+        """Whether moments are those of what moves the weight."""
+        return self.of == "average"
+
+    @property
+    def mixture(self) -> tuple[float, float]:
+        """How much of G, and of M before it, X is made of."""
+        return mixture(self.momentum, self.nesterov) if self.momentum else (1.0, 0.0)
 
     def init(self, matrix: Tensor) -> State:
         """Return the roots ``q`` (..., m) and ``s`` (..., n), and M (..., m, n) if kept; zero."""
@@ -82,26 +123,30 @@ class GradientMoments(Structure):
 
     def __call__(self, update: Tensor, state: State, context: Context) -> Tensor:
         """Observe the gradient (..., m, n) and return it, or its average, scaled by the result."""
+        moving = self.averaged(update, state)
         with span("reduce"):
-            left, right = self.scales(*self.sums(update), state, context)
-        return self.averaged(update, state) * left[..., :, None] * right[..., None, :]
+            sums = self.sums(moving if self.of_averages else update)
+            left, right = self.scales(*sums, state, context)
+        return moving * left[..., :, None] * right[..., None, :]
 
     def summing(self, update: Tensor, state: State, context: Context) -> Summing[Tensor]:
         """Do what a call does to a rank's rows, one sum over rows later."""
-        left, right = yield from self.scaling(*self.sums(update), state, context)
-        return self.averaged(update, state) * left[..., :, None] * right[..., None, :]
+        moving = self.averaged(update, state)
+        sums = self.sums(moving if self.of_averages else update)
+        left, right = yield from self.scaling(*sums, state, context)
+        return moving * left[..., :, None] * right[..., None, :]
 
     def observe(self, gradient: Tensor, state: State, context: Context) -> None:
-        """Average the gradient's sums of squares into ``q`` and ``s``, and the gradient into M."""
-        self.averaged(gradient, state)
-        rows, columns = self.sums(gradient)
+        """Average the sums of squares into ``q`` and ``s``, and the gradient into M."""
+        moving = self.averaged(gradient, state)
+        rows, columns = self.sums(moving if self.of_averages else gradient)
         self._move(rows, state["q"])
         self._move(context.summed(columns), state["s"])
 
     def precondition(self, gradient: Tensor, state: State, context: Context) -> Tensor:
         """Return U (..., m, n), of the state's M where there is ``momentum``."""
         left, right = self.factors(state, context)
-        scaled = state["momentum"] if self.momentum else gradient
+        scaled = self.moving(gradient, state["momentum"]) if self.momentum else gradient
         return scaled * left[..., :, None] * right[..., None, :]
 
     # ------------------------------------------------------------ without a matrix
@@ -178,10 +223,14 @@ class GradientMoments(Structure):
         return left.to(state["q"].dtype), right.to(state["s"].dtype)
 
     def averaged(self, gradient: Tensor, state: State) -> Tensor:
-        """Return X (..., m, n): G itself, or with ``momentum`` M after this gradient."""
+        """Return X (..., m, n): G itself, or with ``momentum`` its average after this gradient."""
         if not self.momentum:
             return gradient
-        return state["momentum"].lerp_(gradient, 1.0 - self.momentum)
+        return self.moving(gradient, state["momentum"].lerp_(gradient, 1.0 - self.momentum))
+
+    def moving(self, gradient: Tensor, average: Tensor) -> Tensor:
+        """Return X of a gradient and of the average that it has entered."""
+        return average.lerp(gradient, 1.0 - self.momentum) if self.nesterov else average
 
 
 def _placed(own: Tensor, context: Context) -> Tensor:

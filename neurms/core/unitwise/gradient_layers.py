@@ -53,6 +53,16 @@ class Layer:
         """Return the gradient of the rows that are here, shape (m, n)."""
         return self.weight.matrix(self.weight.seen(self.weight.gradient))
 
+    def average(self) -> Tensor:
+        """Return the gradient's average so far, of the rows that are here, shape (m, n)."""
+        return self.weight.matrix(self.weight.seen(self.weight.state["momentum"]))
+
+    def bias_average(self) -> Tensor | None:
+        """Return the average of the bias's gradient so far, shape (m,), or None."""
+        if self.bias is None:
+            return None
+        return vector(self.bias, self.bias.state["momentum"], self.weight.shard is not None)
+
     def bias_gradient(self) -> Tensor | None:
         """Return the bias's gradient for the rows that are here, shape (m,), or None."""
         if self.bias is None:

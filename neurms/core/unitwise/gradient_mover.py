@@ -12,7 +12,7 @@ from torch import Tensor
 from neurms.compiled.backends import PROMPT
 from neurms.compiled.gradient_factors import gradient_factors
 from neurms.compiled.gradient_steps import are_good, gradient_steps_
-from neurms.compiled.square_sums import joint_square_sums, with_bias
+from neurms.compiled.square_sums import average_square_sums, joint_square_sums, with_bias
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.precision import compute_dtype
 from neurms.core.ground.shards import local, own_part, wrapped_rows
@@ -150,6 +150,8 @@ class GradientMover(RecipeMover):
             structure.beta,
             structure.kappa,
             momentum,
+            structure.nesterov,
+            structure.of_averages,
         )
 
     def _begin(self, views: Sequence[View]) -> None:
@@ -256,29 +258,33 @@ class GradientMover(RecipeMover):
         backend: str,
     ) -> None:
         """Move the matrices and biases of layers by their scaled gradients."""
-        momentum = layers[0].structure.momentum
+        structure = layers[0].structure
         direct = are_direct(layers)
         with span("update", _parameters_of(layers)):
             each = list(zip(layers, factors, direct, strict=True))
             if True in direct:
                 own = [(layer, *made) for layer, made, plain in each if plain]
-                self._write_direct(own, momentum, backend)
+                self._write_direct(own, structure, backend)
             moves = [
                 move
                 for layer, made, plain in each
                 if not plain
-                for move in _moves_of(layer, *made, self._target, bool(momentum))
+                for move in _moves_of(layer, *made, self._target, bool(structure.momentum))
             ]
-            _apply_([move for move in moves if not move.formed], momentum, backend)
+            _apply_([move for move in moves if not move.formed], structure, backend)
             for move in moves:
                 if move.formed:
-                    _apply_formed_(move, momentum)
+                    _apply_formed_(move, structure)
                 self._written(move.view, move.target)
 
     def _write_direct(
-        self, parts: Sequence[tuple[Layer, Tensor, Tensor]], momentum: float, backend: str
+        self,
+        parts: Sequence[tuple[Layer, Tensor, Tensor]],
+        structure: GradientMoments,
+        backend: str,
     ) -> None:
         """Move matrices and biases that are stored as their rule sees them, in one call."""
+        momentum = structure.momentum
         weights = [layer.weight for layer, *_ in parts]
         biases = [layer.bias for layer, *_ in parts if layer.bias is not None]
         views = [*weights, *biases]
@@ -296,6 +302,7 @@ class GradientMover(RecipeMover):
             1.0 - momentum,
             not momentum,
             bool(momentum),
+            structure.nesterov,
         )
 
     def _targets(
@@ -321,7 +328,7 @@ class GradientMover(RecipeMover):
         structure = structure_of(self._optimizer.recipe_of(group))
         state: State = {"step": 0}
         if like.ndim >= 2:
-            state |= self._moments(like, route, replace(structure, momentum=0.0))
+            state |= self._moments(like, route, structure)
         if structure.momentum:
             state["momentum"] = velocity_like(like)
         return state
@@ -334,7 +341,7 @@ class GradientMover(RecipeMover):
         shape = (units if shard is None else shard.rows, features)
         # A matrix without storage: only its shape is wanted.
         sizes = structure.init(torch.empty(shape, dtype=compute_dtype(like), device="meta"))
-        made = {key: torch.zeros_like(value, device=like.device) for key, value in sizes.items()}
+        made = {key: torch.zeros_like(sizes[key], device=like.device) for key in "qs"}
         if shard is None:
             return made
         return dict(wrapped_rows(made, {"q": 0, "s": None}, like, shard.total))
@@ -373,7 +380,13 @@ def structure_of(recipe: Recipe) -> GradientMoments:
 
 
 def _sums_of(layers: Sequence[Layer], backend: str) -> list[tuple[Tensor, Tensor]]:
-    """Return row sums and column sums of squares of [G | g] of layers, in one call."""
+    """Return row sums and column sums of squares of [G | g] of layers, in one call.
+
+    Of those whose moments are an average's, of what it makes of that.
+    """
+    averaged = [layer.structure.mixture for layer in layers if layer.structure.of_averages]
+    if averaged and (len(averaged) < len(layers) or len(set(averaged)) > 1):
+        return [sums for layer in layers for sums in _sums_of([layer], backend)]
     moving = [layer for layer in layers if layer.moves]
     direct = are_direct(moving)
     biases = [
@@ -381,15 +394,19 @@ def _sums_of(layers: Sequence[Layer], backend: str) -> list[tuple[Tensor, Tensor
         (None if layer.bias is None else layer.bias.gradient) if plain else layer.bias_gradient()
         for layer, plain in zip(moving, direct, strict=True)
     ]
-    sums = joint_square_sums.on(backend)(
-        [
-            layer.weight.gradient if plain else layer.gradient()
-            for layer, plain in zip(moving, direct, strict=True)
-        ],
-        biases,
-        # A bias that has no gradient in this step, a frozen one's, counts as zero.
-        [layer.weight.state["s"].shape[0] for layer in moving],
-    )
+    gradients = [
+        layer.weight.gradient if plain else layer.gradient()
+        for layer, plain in zip(moving, direct, strict=True)
+    ]
+    # A bias that has no gradient in this step, a frozen one's, counts as zero.
+    widths = [layer.weight.state["s"].shape[0] for layer in moving]
+    if averaged:
+        averages = [layer.average() for layer in moving]
+        of_biases = [layer.bias_average() for layer in moving]
+        form = average_square_sums.on(backend)
+        sums = form(gradients, averages, biases, of_biases, widths, *averaged[0])
+    else:
+        sums = joint_square_sums.on(backend)(gradients, biases, widths)
     made = zip(*sums, strict=True)
     if len(moving) == len(layers):
         return list(made)
@@ -400,6 +417,10 @@ def _bias_sums(layer: Layer) -> tuple[Tensor, Tensor]:
     """Return the sums of a matrix that has no gradient, but a bias that has one."""
     q, bias = local(layer.weight.state["q"]), layer.bias_gradient()
     assert bias is not None
+    if layer.structure.of_averages:
+        (fresh, kept), average = layer.structure.mixture, layer.bias_average()
+        assert average is not None
+        bias = bias.double() * fresh + average.double() * kept
     zeros = q.new_zeros(q.shape, dtype=torch.float64), q.new_zeros(layer.columns).double()
     return with_bias(*zeros, bias)
 
@@ -500,10 +521,11 @@ def _move_of(
     return _Move(view, target, rows, left, right, rate, decay, matrix, gradient, velocity, formed)
 
 
-def _apply_(moves: Sequence[_Move], momentum: float, backend: str) -> None:
+def _apply_(moves: Sequence[_Move], structure: GradientMoments, backend: str) -> None:
     moves = [move for move in moves if move.matrix.numel()]
     if not moves:
         return
+    momentum = structure.momentum
     apply_updates_.on(backend)(
         [move.matrix for move in moves],
         [move.gradient for move in moves],
@@ -516,16 +538,18 @@ def _apply_(moves: Sequence[_Move], momentum: float, backend: str) -> None:
         fresh=1.0 - momentum,
         scale_gradient=not momentum,
         scale_velocity=bool(momentum),
+        nesterov=structure.nesterov,
     )
 
 
-def _apply_formed_(move: _Move, momentum: float) -> None:
+def _apply_formed_(move: _Move, structure: GradientMoments) -> None:
     view, x = move.view, move.gradient
     here = move.rows or not view.sharded
     if move.velocity is not None:
-        own = local(x) if here else own_part(x, view.parameter)
-        move.velocity.lerp_(own.to(view.dtype), 1.0 - momentum)
-        x = view.state["momentum"]
+        own = (local(x) if here else own_part(x, view.parameter)).to(view.dtype)
+        move.velocity.lerp_(own, 1.0 - structure.momentum)
+        average = view.state["momentum"]
+        x = structure.moving(x.to(view.dtype), average) if structure.nesterov else average
     if move.right is None:
         step = vector(view, x, move.rows) * move.left
     else:

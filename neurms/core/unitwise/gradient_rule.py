@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from neurms.core.ground.errors import check_positive_int
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.routing import Head, Route, RoutedModel, route_model
-from neurms.core.structures.gradient_moments import GradientMoments
+from neurms.core.structures.gradient_moments import OF_AVERAGES, GradientMoments
 from neurms.core.unitwise.rule import STRUCTURE_SETTINGS, beta_of
 
-__all__ = ["check_probed", "gradient_recipe", "gradient_routes", "partner_of"]
+__all__ = ["check_average", "check_probed", "gradient_recipe", "gradient_routes", "partner_of"]
 
 _FOREIGN = (
     *("normalize", "momentum_coupling", "agc"),
@@ -40,7 +40,13 @@ def gradient_recipe(settings: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     check_probed(settings, defaults, _FOREIGN)
     check_positive_int("probes", settings["probes"])
     check_positive_int("seed", settings["seed"], low=0)
-    structure = GradientMoments(beta_of(settings), settings["kappa"], settings["momentum"])
+    structure = GradientMoments(
+        beta_of(settings),
+        settings["kappa"],
+        settings["momentum"],
+        settings["nesterov"],
+        settings["moments"],
+    )
     return Recipe((structure,), batched=False)
 
 
@@ -58,6 +64,20 @@ def check_probed(
                 f'{name}={settings[name]!r} has no part in variant="P", the default, which scales '
                 f"by the gradient's own moments; leave it at {defaults[name]!r}, or choose "
                 'another variant, such as "U"'
+            )
+
+
+def check_average(settings: Mapping[str, Any]) -> None:
+    """Raise if a gradient is wanted twice where none is formed.
+
+    Raises:
+        ValueError: One is.
+    """
+    for name, plain in OF_AVERAGES.items():
+        if settings[name] != plain:
+            raise ValueError(
+                f'{name}={settings[name]!r} cannot go with update="backward", which never forms '
+                f'the gradient that would enter once more; use update="step" or {name}={plain!r}'
             )
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from neurms.core.ground.errors import UnsupportedTrainingError
 from neurms.core.routing import Route
-from neurms.core.unitwise.gradient_rule import partner_of
+from neurms.core.structures.gradient_moments import OF_AVERAGES
+from neurms.core.unitwise.gradient_rule import check_average, partner_of
 from neurms.core.unitwise.rule import STRUCTURE_SETTINGS, check_agc
 
 __all__ = ["NO_ASCENT", "check_shared", "check_written"]
@@ -22,17 +23,21 @@ NO_ASCENT = (
 _OF_LAYERS = ("variant", "beta", *STRUCTURE_SETTINGS)
 """Settings of the statistics that a layer's weight and bias share."""
 
+_OF_PROBED = ("momentum", "probes", *OF_AVERAGES)
+"""The same of variant P."""
+
 
 def check_written(group: Mapping[str, Any]) -> None:
     """Raise unless what a group asks for can be had where updates are written in backward.
 
     Raises:
         UnsupportedTrainingError: It ascends.
-        ValueError: It clips.
+        ValueError: It clips, or wants what only a gradient can enter.
     """
     if group["maximize"]:
         raise UnsupportedTrainingError(NO_ASCENT)
     check_agc(group["agc"], "backward")
+    check_average(group)
 
 
 def check_shared(
@@ -55,8 +60,8 @@ def check_shared(
         if weight is None:
             continue
         theirs, its = of[id(weight.parameter)], of[id(bias.parameter)]
-        # P's momentum averages the gradient that its moments are of.
-        names = (*_OF_LAYERS, *(("momentum", "probes") if its["variant"] == "P" else ()))
+        # P's momentum averages the gradient that its moments are of, or makes what they are of.
+        names = (*_OF_LAYERS, *(_OF_PROBED if its["variant"] == "P" else ()))
         odd = next((name for name in names if theirs[name] != its[name]), None)
         if odd is not None:
             raise ValueError(

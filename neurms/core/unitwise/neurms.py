@@ -27,6 +27,7 @@ from neurms.core.optimizers.settings import CommonSettings
 from neurms.core.optimizers.sharing import refuse_division
 from neurms.core.optimizers.view import View
 from neurms.core.routing import Head, Route
+from neurms.core.structures.gradient_moments import Measured
 from neurms.core.structures.unit_feature import Clip
 from neurms.core.taps.products import Product
 from neurms.core.unitwise.engine import Engine
@@ -209,6 +210,8 @@ class NeuRMS(PreconditionedOptimizer):
         probes: int = 4,
         seed: int = 0,
         normalize: Normalize | None = None,
+        nesterov: bool = False,
+        moments: Measured = "gradient",
         **common: Unpack[CommonSettings],
     ) -> None:
         if variant != "P" or update != "step":
@@ -234,6 +237,8 @@ class NeuRMS(PreconditionedOptimizer):
             "probes": probes,
             "seed": seed,
             "normalize": normalize,
+            "nesterov": nesterov,
+            "moments": moments,
         }
         check_modes(loss_reduction, update, gemm, loss_scale, agc)
         self.probed = variant == "P"

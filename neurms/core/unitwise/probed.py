@@ -26,6 +26,7 @@ from neurms.core.taps.backward import BackwardUpdateTap
 from neurms.core.taps.products import Product, add_product_
 from neurms.core.taps.tap_set import TapSet, has_own_linear
 from neurms.core.unitwise.gradient_mover import structure_of
+from neurms.core.unitwise.gradient_rule import check_average
 from neurms.core.unitwise.rule import Gemm
 
 __all__ = ["Foreseen", "ProbedLayer", "ProbedLayers", "drawn_probes"]
@@ -124,6 +125,8 @@ class ProbedLayer:
                 'the optimizer was built, and update="backward" cannot begin or end to keep an '
                 'average; build it anew, or use update="step"'
             )
+        if structure.nesterov or structure.of_averages:
+            check_average(view.group)
         backend = PROMPT if layers.large and owner.backend == "auto" else owner.backend
         probes = self._probes or self._drawn(view)
         form = probe_products.on(backend)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from neurms.core.ground.errors import check_choice, check_fraction, check_real
 from neurms.core.ground.precision import compute_dtype
+from neurms.core.structures.gradient_moments import OF_AVERAGES
 from neurms.core.structures.unit_feature import UnitFeatureDiagonal
 
 __all__ = [
@@ -82,6 +83,14 @@ class UnitwiseRule:
         if settings["agc"] is not None:
             check_real("agc", settings["agc"], strict=True, cure="None switches it off")
         check_choice("normalize", settings["normalize"], (None, "rms"))
+        check_choice("nesterov", settings["nesterov"], (False, True))
+        check_choice("moments", settings["moments"], ("gradient", "average"))
+        for name, plain in OF_AVERAGES.items():
+            if settings["variant"] != "P" and settings[name] != plain:
+                raise ValueError(
+                    f'{name}={settings[name]!r} has a part in variant="P" alone; leave it at '
+                    f"{plain!r} with variant={settings['variant']!r}"
+                )
         structure = UnitFeatureDiagonal(
             beta_of(settings),
             **{name: settings[name] for name in STRUCTURE_SETTINGS},
@@ -120,9 +129,12 @@ class UnitwiseRule:
 def beta_of(settings: Mapping[str, Any]) -> float:
     """Return the decay of second moments: where it is None, what the variant wants."""
     beta: float | None = settings["beta"]
-    if beta is None:
-        return 0.95 if settings["variant"] == "P" else 0.99
-    return beta
+    if beta is not None:
+        return beta
+    if settings["variant"] != "P":
+        return 0.99
+    # An average needs no second one.
+    return 0.0 if settings["moments"] == "average" else 0.95
 
 
 class Rules:
