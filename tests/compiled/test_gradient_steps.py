@@ -59,7 +59,9 @@ def bounded(averages: Tensor) -> Tensor:
     return inverse.clamp(median / KAPPA, median * KAPPA)
 
 
-def truth(columns: list[list[Any]], momentum: float) -> list[dict[str, Tensor]]:
+def truth(
+    columns: list[list[Any]], momentum: float, nesterov: bool = False, of_averages: bool = False
+) -> list[dict[str, Tensor]]:
     """Return what every matrix becomes, of [W | b] and [G | g] as one matrix each."""
     found = []
     for w, g, v, b, x, y, q, s, correction, rate, decay, bias_rate, bias_decay in zip(
@@ -67,20 +69,27 @@ def truth(columns: list[list[Any]], momentum: float) -> list[dict[str, Tensor]]:
     ):
         n = w.shape[1]
         (joint,) = joined([g], [x], [s])
+        average = joint
+        if momentum:
+            (before,) = joined([v], [y], [s])
+            average = moving = momentum * before + (1 - momentum) * joint
+            if nesterov:
+                moving = momentum * average + (1 - momentum) * joint
+        else:
+            moving = joint
+        own = {"v": average[:, :n], "y": average[:, -1]} if momentum else {}
+        if of_averages:
+            joint = moving
         rows = BETA * q.double().square() + (1 - BETA) * joint.square().sum(1)
         across = BETA * s.double().square() + (1 - BETA) * joint.square().sum(0)
         scale = ((rows.sum() + across.sum()) / 2 * correction).sqrt()
         left, right = scale * bounded(rows), bounded_alive(across)
-        own = {"q": rows.sqrt(), "s": across.sqrt()}
-        if momentum:
-            own["v"] = momentum * v.double() + (1 - momentum) * g.double()
-        moving = own.get("v", g.double())
-        own["w"] = decay * w.double() - rate * left[:, None] * moving * right[:n]
-        if b is not None:
-            if momentum:
-                own["y"] = momentum * y.double() + (1 - momentum) * x.double()
-            moving = own.get("y", x.double())
-            own["b"] = bias_decay * b.double() - bias_rate * left * moving * right[n]
+        own |= {"q": rows.sqrt(), "s": across.sqrt()}
+        own["w"] = decay * w.double() - rate * left[:, None] * moving[:, :n] * right[:n]
+        if b is None:
+            own.pop("y", None)
+        else:
+            own["b"] = bias_decay * b.double() - bias_rate * left * moving[:, n] * right[n]
         found.append(own)
     return found
 
@@ -92,17 +101,21 @@ def bounded_alive(averages: Tensor) -> Tensor:
     return factors
 
 
+HOW = [(0.0, False, False), (0.6, False, False), (0.6, True, False), (0.6, False, True)]
+HOW += [(0.6, True, True)]
+
+
 @needs_compiler
-@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("form", ["eager", "prompt", "natively"])
-def test_the_step_is_the_formula(form: str, momentum: float) -> None:
-    columns = operands(momentum)
-    expected = truth(columns, momentum)
+def test_the_step_is_the_formula(form: str, how: tuple[float, bool, bool]) -> None:
+    columns = operands(how[0])
+    expected = truth(columns, *how)
     before = [w._version for w in columns[0]]
     if form == "natively":
-        assert gradient_steps_.natively(*columns, BETA, KAPPA, momentum)
+        assert gradient_steps_.natively(*columns, BETA, KAPPA, *how)
     else:
-        assert gradient_steps_.on(form)(*columns, BETA, KAPPA, momentum)
+        assert gradient_steps_.on(form)(*columns, BETA, KAPPA, *how)
     for k, own in enumerate(expected):
         for name, column in zip("wvbyqs", (0, 2, 3, 5, 6, 7), strict=True):
             if name in own:
@@ -123,18 +136,19 @@ def test_what_does_not_fit_is_not_served(column: int) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -2e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -4e30])
 @pytest.mark.parametrize(("column", "place"), [(1, (2, 37)), (1, (4, -1)), (4, (0, 5))])
+@pytest.mark.parametrize("of_averages", [False, True])
 @pytest.mark.parametrize("form", ["eager", "prompt", "natively"])
 def test_a_bad_gradient_anywhere_changes_nothing(
-    form: str, column: int, place: tuple[int, int], value: float
+    form: str, of_averages: bool, column: int, place: tuple[int, int], value: float
 ) -> None:
     columns = operands(0.6)
     matrix, entry = place
     columns[column][matrix].view(-1)[entry] = value
     before, versions = copied(columns), [w._version for w in columns[0]]
     step = gradient_steps_.natively if form == "natively" else gradient_steps_.on(form)
-    assert not step(*columns, BETA, KAPPA, 0.6)
+    assert not step(*columns, BETA, KAPPA, 0.6, of_averages, of_averages)
     assert_unchanged(columns, before)
     assert [w._version for w in columns[0]] == versions
 

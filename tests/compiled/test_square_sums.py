@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 from torch import Tensor
 
 from neurms.compiled import use_backend
 from neurms.compiled.native import compiler, suits
-from neurms.compiled.square_sums import joint_square_sums, square_sums
+from neurms.compiled.square_sums import average_square_sums, joint_square_sums, square_sums
 
 
 def matrix(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -101,3 +103,60 @@ def test_what_does_not_fit_is_left_to_the_definition() -> None:
     assert joint_square_sums._serve([x, y], [matrix(4), None], [3, 5]) == [False, False]
     with pytest.raises(RuntimeError, match="size"):
         joint_square_sums.on("prompt")([x, y], *wrong)
+
+
+def averages(scale: float = 1.0) -> list[list[Tensor | None]]:
+    """Return gradients, averages, their biases and those of the averages, some without."""
+    shapes = [(64, 65), (5, 3), (40, 128), (1, 1), (300, 70), (17, 2100)]
+    xs, ms = ([matrix(*s, scale=scale, seed=i) for s in shapes] for i in (1, 2))
+    bs, cs = (
+        [matrix(s[0], scale=scale, seed=i) if k % 2 else None for k, s in enumerate(shapes)]
+        for i in (3, 4)
+    )
+    return [list(xs), list(ms), bs, cs]
+
+
+def average_truth(columns: list[list[Tensor | None]], width: list[int]) -> list[list[Tensor]]:
+    found: list[list[Tensor]] = [[], []]
+    for x, m, b, c, n in zip(*columns, width, strict=True):
+        assert x is not None
+        assert m is not None
+        own = 0.36 * x.double() + 0.64 * m.double()
+        mixed = None if b is None or c is None else 0.36 * b.double() + 0.64 * c.double()
+        for part, sums in zip(found, joint_truth(own, mixed, n), strict=True):
+            part.append(sums)
+    return found
+
+
+@pytest.mark.parametrize("form", ["eager", "auto", "prompt", "inductor"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_what_a_gradient_makes_of_an_average(form: str, scale: float) -> None:
+    columns = averages(scale)
+    kept = [[None if x is None else x.clone() for x in column] for column in columns]
+    widths = [x.shape[1] + (b is not None) for x, b in zip(*columns[::2], strict=True)]
+    widths[0] += 1
+    found = average_square_sums.on(form)(*columns, widths, 0.36, 0.64)
+    for part, truth in zip(found, average_truth(columns, widths), strict=True):
+        for sums, own in zip(part, truth, strict=True):
+            torch.testing.assert_close(sums, own, rtol=1e-12, atol=0)
+    pairs = zip(chain(*columns), chain(*kept), strict=True)
+    assert all(x is y if x is None else torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+def test_averages_are_read_natively_where_they_fit() -> None:
+    columns = averages()
+    widths = [x.shape[1] + (b is not None) for x, b in zip(*columns[::2], strict=True)]
+    assert average_square_sums._serve(*columns, widths) == [True] * 6
+    xs, ms, bs, cs = columns
+    assert average_square_sums._serve([xs[0].mT], [ms[0].mT], [None], [None], [64]) == [False]
+    assert average_square_sums._serve(xs[:1], ms[1:2], bs[:1], cs[:1], widths[:1]) == [False]
+    assert average_square_sums._serve(xs[1:2], ms[1:2], bs[1:2], [None], widths[1:2]) == [False]
+
+
+def test_tiles_of_averages_add_up(small_tiles: None) -> None:
+    x, m = matrix(40, 7), matrix(40, 7, seed=1)
+    truth = (0.36 * x.double() + 0.64 * m.double()).square()
+    (rows,), (columns,) = average_square_sums.eager([x], [m], [None], [None], [7], 0.36, 0.64)
+    torch.testing.assert_close(rows, truth.sum(1))
+    torch.testing.assert_close(columns, truth.sum(0))

@@ -106,7 +106,8 @@ class TestScaledUpdate:
         empty = torch.ones(0, 3)
         move(apply_updates_.on(backend), empty, empty.clone(), torch.ones(0), None)
 
-    def test_without_scales_is_torchs_sgd(self, backend):
+    @pytest.mark.parametrize("nesterov", [False, True])
+    def test_without_scales_is_torchs_sgd(self, backend, nesterov):
         w = torch.randn(9, 4)
         theirs = torch.nn.Parameter(w.clone())
         sgd = torch.optim.SGD([theirs], lr=0.03)
@@ -139,22 +140,26 @@ class TestScaledUpdate:
         assert bool((first == 1).all())
 
 
-def momentum_truth(w, gradients, s, c, scale_velocity):
+def momentum_truth(w, gradients, s, c, scale_velocity, nesterov):
     w, velocity = w.double(), torch.zeros(w.shape, dtype=torch.float64)
     for g in gradients:
-        velocity = 0.9 * velocity + s * g.double() * c
-        w = 0.99 * w - 0.05 * (s * velocity * c if scale_velocity else velocity)
+        entering = s * g.double() * c
+        velocity = 0.9 * velocity + entering
+        moving = 0.9 * velocity + entering if nesterov else velocity
+        w = 0.99 * w - 0.05 * (s * moving * c if scale_velocity else moving)
     return w, velocity
 
 
-def check_momentum(form, shape, *, dtype=torch.float32, scale_velocity=False, features=True):
+def check_momentum(
+    form, shape, *, dtype=torch.float32, scale_velocity=False, features=True, nesterov=False
+):
     w, velocity = torch.randn(shape).to(dtype), torch.zeros(shape).to(dtype)
     gradients = [torch.randn(shape).to(dtype) for _ in range(3)]
     s, c, s_full, c_full = scales(shape, features)
-    truth, v_truth = momentum_truth(w, gradients, s_full, c_full, scale_velocity)
+    truth, v_truth = momentum_truth(w, gradients, s_full, c_full, scale_velocity, nesterov)
     for g in gradients:
         kept = g.clone()
-        more = {"momentum": 0.9, "scale_velocity": scale_velocity}
+        more = {"momentum": 0.9, "scale_velocity": scale_velocity, "nesterov": nesterov}
         move(form, w, g, s, c, 0.05, 0.99, velocity, **more)
         assert torch.equal(g, kept)
     rtol = ROUNDING[dtype] * 3
@@ -163,10 +168,19 @@ def check_momentum(form, shape, *, dtype=torch.float32, scale_velocity=False, fe
 
 
 class TestScaledMomentumUpdate:
+    @pytest.mark.parametrize("nesterov", [False, True])
     @pytest.mark.parametrize("scale_velocity", [False, True])
     @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5)])
-    def test_against_float64(self, backend, shape, scale_velocity):
-        check_momentum(apply_updates_.on(backend), shape, scale_velocity=scale_velocity)
+    def test_against_float64(self, backend, shape, scale_velocity, nesterov):
+        how = {"scale_velocity": scale_velocity, "nesterov": nesterov}
+        check_momentum(apply_updates_.on(backend), shape, **how)
+
+    @pytest.mark.parametrize("features", [False, True])
+    @pytest.mark.parametrize("scale_velocity", [False, True])
+    @pytest.mark.parametrize("shape", [(7,), (33, 70), (2, 30, 4, 5), (300, 250)])
+    def test_nesterovs_step_in_native_form(self, shape, scale_velocity, features):
+        how = {"scale_velocity": scale_velocity, "features": features, "nesterov": True}
+        check_momentum(apply_updates_.on(PROMPT), shape, **how)
 
     @pytest.mark.parametrize("scale_velocity", [False, True])
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -174,28 +188,34 @@ class TestScaledMomentumUpdate:
         form = apply_updates_.on(patient_backend)
         check_momentum(form, shape, scale_velocity=scale_velocity, features=False)
 
+    @pytest.mark.parametrize("nesterov", [False, True])
     @pytest.mark.parametrize("dtype", ROUNDING)
-    def test_dtypes(self, patient_backend, dtype):
-        check_momentum(apply_updates_.on(patient_backend), (7, 5), dtype=dtype)
+    def test_dtypes(self, patient_backend, dtype, nesterov):
+        form = apply_updates_.on(patient_backend)
+        check_momentum(form, (7, 5), dtype=dtype, nesterov=nesterov)
 
+    @pytest.mark.parametrize("nesterov", [False, True])
     @pytest.mark.parametrize("shape", [(33, 7), (1, 40, 3, 2), (40, 1, 3, 2)])
     @pytest.mark.parametrize("scale_velocity", [False, True])
     @pytest.mark.usefixtures("small_tiles")
-    def test_tiles(self, shape, scale_velocity):
-        check_momentum(apply_updates_.eager, shape, scale_velocity=scale_velocity)
+    def test_tiles(self, shape, scale_velocity, nesterov):
+        how = {"scale_velocity": scale_velocity, "nesterov": nesterov}
+        check_momentum(apply_updates_.eager, shape, **how)
 
     def test_a_large_weight(self, patient_backend):
         check_momentum(apply_updates_.on(patient_backend), (1201, 1003))
 
-    def test_without_scales_is_torchs_sgd(self, backend):
+    @pytest.mark.parametrize("nesterov", [False, True])
+    def test_without_scales_is_torchs_sgd(self, backend, nesterov):
         w = torch.randn(9, 4)
         velocity = torch.zeros(9, 4)
         theirs = torch.nn.Parameter(w.clone())
-        sgd = torch.optim.SGD([theirs], lr=0.03, momentum=0.9)
+        sgd = torch.optim.SGD([theirs], lr=0.03, momentum=0.9, nesterov=nesterov)
         for _ in range(20):
             theirs.grad = torch.randn(9, 4)
             form = apply_updates_.on(backend)
-            move(form, w, theirs.grad, None, None, 0.03, 1.0, velocity, momentum=0.9)
+            how = {"momentum": 0.9, "nesterov": nesterov}
+            move(form, w, theirs.grad, None, None, 0.03, 1.0, velocity, **how)
             sgd.step()
         torch.testing.assert_close(w, theirs.detach(), rtol=1e-7 * 20, atol=2e-7)
 

@@ -58,6 +58,8 @@ class Truth:
         kappa: Width of the clip.
         momentum: Decay of the average.
         weight_decay: Decoupled decay of weights.
+        nesterov: Whether the average moves weights with the gradient once more in it.
+        moments: What squares are summed up: the "gradient"'s or the moving "average"'s.
     """
 
     def __init__(
@@ -68,7 +70,10 @@ class Truth:
         kappa: float = 10.0,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        nesterov: bool = False,
+        moments: str = "gradient",
     ) -> None:
+        self.nesterov, self.moments = nesterov, moments
         self.model = copy.deepcopy(model).double()
         self.lr, self.beta, self.kappa = lr, beta, kappa
         self.momentum, self.weight_decay = momentum, weight_decay
@@ -95,13 +100,15 @@ class Truth:
             assert b.grad is not None
             g = torch.cat([g, b.grad[:, None]], 1)
         state = self.state.setdefault(name, {"q": 0.0, "s": 0.0, "m": 0.0})
-        state["q"] = self.beta * state["q"] + (1 - self.beta) * (g * g).sum(1)
-        state["s"] = self.beta * state["s"] + (1 - self.beta) * (g * g).sum(0)
         state["m"] = self.momentum * state["m"] + (1 - self.momentum) * g
+        x = self.momentum * state["m"] + (1 - self.momentum) * g if self.nesterov else state["m"]
+        y = x if self.moments == "average" else g
+        state["q"] = self.beta * state["q"] + (1 - self.beta) * (y * y).sum(1)
+        state["s"] = self.beta * state["s"] + (1 - self.beta) * (y * y).sum(0)
         q, s = (state[key] / (1 - self.beta**self.t) for key in "qs")
         total = (q.sum() + s.sum()) / 2
         left, right = _clipped(q.tolist(), self.kappa), _clipped(s.tolist(), self.kappa)
-        u = state["m"] * torch.outer(left, right) * total**0.5
+        u = x * torch.outer(left, right) * total**0.5
         n = g.shape[1] - (b is not None)
         w.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * _unmatrix(module, u[:, :n], w))
         if b is not None:

@@ -51,9 +51,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tenso
     "signal": (signal, rows),
     "attention": (Attention, tokens),
 }
+AVERAGE: dict[str, Any] = {"momentum": 0.8, "nesterov": True, "moments": "average"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all": {"momentum": 0.6, "weight_decay": 0.1, "kappa": 1.5, "beta": 0.8},
+    "nesterov": {"momentum": 0.6, "nesterov": True},
+    "average": {"momentum": 0.6, "moments": "average", "beta": 0.5, "weight_decay": 0.1},
+    # Slowly: "wide" would learn its few examples until gradients vanish, but for rounding.
+    "both": {**AVERAGE, "beta": 0.0, "weight_decay": 0.1, "lr": 0.002},
 }
 
 
@@ -81,10 +86,10 @@ def assert_equal(a: nn.Module, b: nn.Module, rtol: float = 1e-12, atol: float = 
 @pytest.mark.parametrize("case", CASES)
 def test_steps_are_the_formulas(case: str, how: str) -> None:
     make, batch = CASES[case]
-    settings = SETTINGS[how]
+    settings = {"lr": 0.02, **SETTINGS[how]}
     model = make().double()
-    truth = Truth(model, lr=0.02, **settings)
-    optimizer = NeuRMS(model, variant="P", lr=0.02, **settings)
+    truth = Truth(model, **settings)
+    optimizer = NeuRMS(model, variant="P", **settings)
     assert not [row for row in optimizer.plan() if row.rule != "neurms" and "bias" not in row.name]
     start = copy.deepcopy(model)
     for _ in range(STEPS):
@@ -107,11 +112,12 @@ def _leave(optimizer: NeuRMS) -> None:
     assert not [route.name for route in optimizer.routes.values() if route.is_fallback]
 
 
+@pytest.mark.parametrize("how", [{"momentum": 0.5}, {**AVERAGE, "beta": 0.0}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes_are_near_float64(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_near_float64(dtype: torch.dtype, how: dict[str, Any]) -> None:
     model = wide().to(dtype)
-    truth = Truth(model, momentum=0.5)
-    optimizer = NeuRMS(model, variant="P", momentum=0.5, low_precision="master")
+    truth = Truth(model, **how)
+    optimizer = NeuRMS(model, variant="P", low_precision="master", **how)
     for _ in range(5):
         backward(truth.model, vectors())
         for p, q in zip(model.parameters(), truth.model.parameters(), strict=True):
@@ -125,12 +131,77 @@ def test_other_dtypes_are_near_float64(dtype: torch.dtype) -> None:
         torch.testing.assert_close(master.double(), q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_the_gradients_scale_has_no_part(momentum: float) -> None:
+@pytest.mark.parametrize("how", [{}, {"momentum": 0.5}, AVERAGE])
+def test_the_gradients_scale_has_no_part(how: dict[str, Any]) -> None:
     one, other = mlp().double(), mlp().double()
-    trained(one, vectors(), momentum=momentum)
-    trained(other, vectors(), momentum=momentum, scale=1e-30)
+    trained(one, vectors(), **how)
+    trained(other, vectors(), **how, scale=1e-30)
     assert_equal(one, other)
+
+
+def test_an_average_needs_no_second_one() -> None:
+    one, other = mlp().double(), mlp().double()
+    trained(one, vectors(), **AVERAGE)
+    trained(other, vectors(), **AVERAGE, beta=0.0)
+    assert_equal(one, other, 0.0, 0.0)
+
+
+def test_of_a_first_gradient_all_averages_are_alike() -> None:
+    """An average of one gradient is that gradient but for its length, which has no part."""
+    models = [mlp().double() for _ in range(4)]
+    for model, how in zip(
+        models, ({}, {"momentum": 0.5, "moments": "average"}, AVERAGE, {"beta": 0.0}), strict=True
+    ):
+        trained(model, vectors(), steps=1, **how)
+    for model in models[1:]:
+        assert_equal(models[0], model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"nesterov": True}, ValueError, r"nesterov=True needs an average.* set a momentum"),
+        ({"moments": "average"}, ValueError, r"moments='average' needs an average"),
+        ({"moments": "averages"}, ValueError, r"moments='averages' is not known.*'average'"),
+        ({"nesterov": 1, "momentum": 0.5}, TypeError, r"nesterov=1 must be True or False"),
+        (
+            {**AVERAGE, "variant": "U"},
+            ValueError,
+            r"nesterov=True has a part in variant=\"P\" alone",
+        ),
+        ({**AVERAGE, "update": "backward"}, ValueError, r"nesterov=True cannot go with update"),
+        (
+            {"momentum": 0.5, "moments": "average", "update": "backward"},
+            ValueError,
+            r"moments='average' cannot go with update=\"backward\"",
+        ),
+    ],
+)
+def test_averages_that_cannot_be_had_are_refused(
+    settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        NeuRMS(mlp(), **settings)
+
+
+def test_a_group_that_gives_its_average_up_is_refused_at_the_step() -> None:
+    model = mlp().double()
+    optimizer = trained(model, vectors(), **AVERAGE)
+    start, backwards = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[0]["momentum"] = 0.0
+    backward(model, vectors())
+    with pytest.raises(ValueError, match="needs an average of gradients"):
+        optimizer.step()
+    assert_equal(model, start, 0.0, 0.0)
+    for key, state in optimizer.state_dict()["state"].items():
+        assert state["step"] == backwards["state"][key]["step"]
+
+
+def test_a_layer_shares_what_its_moments_are_of() -> None:
+    model = mlp()
+    bias = next(module.bias for module in model.modules() if isinstance(module, nn.Linear))
+    with pytest.raises(ValueError, match=r"moments='gradient' in the group of .* cannot both hold"):
+        NeuRMS(model, **AVERAGE, groups=[{"params": [bias], "moments": "gradient"}])
 
 
 def test_units_and_features_may_be_permuted() -> None:
