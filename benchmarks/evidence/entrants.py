@@ -160,6 +160,7 @@ def images(fallback: float = 3e-3, *, norms: bool = False) -> dict[str, Entrant]
         "P": _entrant("moments", 2e-3, memory=0.95, **rest),
         "P momentum": _entrant("moments", 2e-3, momentum=0.5, memory=0.95, **rest),
         "P average": _entrant("moments", 2e-3, momentum=0.8, **AVERAGE, **rest),
+        "P damped": _entrant("moments", 2e-3, momentum=0.8, damping=1.0, **AVERAGE, **rest),
         "RMNP": _entrant("rmnp", 0.01, momentum=0.8, **rest),
         "Muon": _entrant("muon", 0.02, momentum=0.8, weight_decay=0.0, **rest),
         "NeuRMS-U": _entrant("neurms", 3e-3, momentum=0.9, memory=0.99, variant="U", **own),

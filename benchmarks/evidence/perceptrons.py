@@ -37,10 +37,10 @@ PLACES: Mapping[str, tuple[str, str, float]] = {
 }
 """Task -> data, network and the seconds that a run trains."""
 
-OURS = ("P", "P momentum", "P average", "NeuRMS-U", "NeuRMS-U normalized", "NeuRMS-F")
+OURS = ("P", "P momentum", "P average", "P damped", "NeuRMS-U", "NeuRMS-U normalized", "NeuRMS-F")
 """The rows of which validation images choose one."""
 
-LIKE = {"P average": "P momentum"}
+LIKE = {"P average": "P momentum", "P damped": "P momentum"}
 """Rows that came later, and whose steps those are of that were timed with all the others. On the
 machine of contest_step_zen3.json the later one takes no longer."""
 

@@ -24,20 +24,22 @@ def moved_moments(roots: Tensor, squares: Tensor, beta: float) -> Tensor:
     return torch.lerp(roots.to(torch.float64).square(), squares.to(torch.float64), 1.0 - beta)
 
 
-def _bounded_inverse_roots(moments: Tensor, kappa: float) -> Tensor:
+def _bounded_inverse_roots(moments: Tensor, kappa: float, damping: float) -> Tensor:
     # The least normal number of float32 as a root. What is divided by less has long been zero, and
     # the quotient would overflow.
     dead = moments < 1.1754943508222875e-38**2
+    if moments.size(-1) == 0:
+        return moments.rsqrt()
+    if damping > 0.0:
+        moments = (moments + moments.mean(-1, keepdim=True) * damping) / (1.0 + damping)
     inverse = moments.rsqrt()
-    if inverse.size(-1) == 0:
-        return inverse
     median = inverse.masked_fill(dead, float("nan")).nanmedian(-1, True)[0]
     bounded = torch.minimum(torch.maximum(inverse, median / kappa), median * kappa)
     return bounded.masked_fill(dead, 0.0)
 
 
 def factors_of_moments(
-    q: Tensor, s: Tensor, correction: Tensor, kappa: float
+    q: Tensor, s: Tensor, correction: Tensor, kappa: float, damping: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return ``sqrt(T correction / q_i)`` and ``1 / sqrt(s_j)``, as :func:`gradient_factors` does.
 
@@ -46,13 +48,14 @@ def factors_of_moments(
         s: Moments of columns, shape (..., n), float64.
         correction: ``1 - beta^t``.
         kappa: Width of the clip.
+        damping: How much of their mean moments of columns are taken for, against themselves.
 
     Returns:
         Shapes (..., m) and (..., n), float64.
     """
     total = (q.sum(-1, keepdim=True) + s.sum(-1, keepdim=True)) / 2.0
-    left = _bounded_inverse_roots(q, kappa) * (total * correction).sqrt()
-    return left, _bounded_inverse_roots(s, kappa)
+    left = _bounded_inverse_roots(q, kappa, 0.0) * (total * correction).sqrt()
+    return left, _bounded_inverse_roots(s, kappa, damping)
 
 
 def _factors_of(
@@ -63,9 +66,10 @@ def _factors_of(
     correction: Tensor,
     beta: float,
     kappa: float,
+    damping: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     new_q, new_s = moved_moments(q, rows, beta), moved_moments(s, columns, beta)
-    left, right = factors_of_moments(new_q, new_s, correction, kappa)
+    left, right = factors_of_moments(new_q, new_s, correction, kappa, damping)
     return new_q.sqrt().to(q.dtype), new_s.sqrt().to(s.dtype), left.to(q.dtype), right.to(s.dtype)
 
 
@@ -82,13 +86,15 @@ def gradient_factors(
     corrections: Sequence[float],
     beta: float,
     kappa: float,
+    damping: float = 0.0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Say where averages of sums of squares move, and which factors they give there.
 
     ``q'_i = beta q_i + (1 - beta) R_i``, s' likewise from C; with ``T = (sum q' + sum s') / 2``,
     ``left_i = sqrt(T correction / q'_i)`` and ``right_j = 1 / sqrt(s'_j)``. ``1 / sqrt(q'_i)`` and
     ``1 / sqrt(s'_j)`` are first bounded to within ``kappa`` of the lower median of their like.
-    Where the average is zero the factor is, and has no part in the median. Nothing is written.
+    Where the average is zero the factor is, and has no part in the median. With ``damping`` right
+    is of ``(s'_j + damping mean(s')) / (1 + damping)`` in the place of s'. Nothing is written.
 
     Args:
         rows: R of every matrix, shape (..., m), float64.
@@ -98,6 +104,7 @@ def gradient_factors(
         corrections: ``1 - beta^t`` of every matrix.
         beta: Decay, in [0, 1).
         kappa: At least 1.
+        damping: How much of their mean averages of columns are taken for, against themselves.
 
     Returns:
         The roots of q' and of s', left (..., m) and right (..., n) of every matrix, with the dtypes
@@ -116,7 +123,7 @@ def gradient_factors(
         tensor([1.0000, 0.5000])
     """
     each = zip(rows, columns, q, s, corrections, strict=True)
-    made = [_factors(*item, beta, kappa) for item in each]
+    made = [_factors(*item, beta, kappa, damping) for item in each]
     new_q, new_s, left, right = ([item[k] for item in made] for k in range(4))
     return new_q, new_s, left, right
 
@@ -147,6 +154,7 @@ def _gradient_factors(
     corrections: Sequence[float],
     beta: float,
     kappa: float,
+    damping: float = 0.0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     kernels = library()
     assert kernels is not None
@@ -163,6 +171,7 @@ def _gradient_factors(
         numbers("d", corrections),
         beta,
         kappa,
+        damping,
         *map(addresses, parts),
     )
     return new_q, new_s, left, right

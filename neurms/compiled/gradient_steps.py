@@ -73,6 +73,7 @@ def gradient_steps_(
     bias_decays: Sequence[float],
     beta: float,
     kappa: float,
+    damping: float,
     momentum: float,
     nesterov: bool = False,
     of_averages: bool = False,
@@ -100,6 +101,7 @@ def gradient_steps_(
         bias_decays: What is kept of biases, likewise.
         beta: Decay of the averages, in [0, 1).
         kappa: Width of the clip, at least 1.
+        damping: How much of their mean averages by column are taken for.
         momentum: What is kept of velocities, 0 for none.
         nesterov: Whether weights move by Nesterov's averages, see :func:`mixture`.
         of_averages: Whether sums are those of what moves the weights; wants momentum.
@@ -115,7 +117,7 @@ def gradient_steps_(
         >>> import torch
         >>> w, g, q, s = torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2), torch.zeros(2)
         >>> no, one = [None], [1.0]
-        >>> gradient_steps_([w], [g], no, no, no, no, [q], [s], *[one] * 5, 0.0, 10.0, 0.0)
+        >>> gradient_steps_([w], [g], no, no, no, no, [q], [s], *[one] * 5, 0.0, 10.0, 0.0, 0.0)
         True
         >>> w.round(decimals=4)
         tensor([[-1., -1.],
@@ -129,7 +131,9 @@ def gradient_steps_(
         rows, columns = joint_square_sums(gradients, bias_gradients, widths)
     if not are_good(rows):
         return False
-    new_q, new_s, left, right = gradient_factors(rows, columns, q, s, corrections, beta, kappa)
+    new_q, new_s, left, right = gradient_factors(
+        rows, columns, q, s, corrections, beta, kappa, damping
+    )
     torch._foreach_copy_([*q, *s], [*new_q, *new_s])
     there = [k for k, bias in enumerate(biases) if bias is not None]
     apply_updates_(
@@ -197,6 +201,7 @@ def _step_natively(
     bias_decays: Sequence[float],
     beta: float,
     kappa: float,
+    damping: float,
     momentum: float,
     nesterov: bool = False,
     of_averages: bool = False,
@@ -215,6 +220,7 @@ def _step_natively(
         numbers("f", (*rates, *decays, *bias_rates, *bias_decays)),
         beta,
         kappa,
+        damping,
         momentum,
         nesterov,
         of_averages,

@@ -28,21 +28,23 @@ def operands(
     return rows, columns, q.float(), s.float()
 
 
-def test_meaning(backend: str) -> None:
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+def test_meaning(backend: str, damping: float) -> None:
     rows, columns, q, s = operands(7, 5)
     old_q, old_s = q.double(), s.double()
     with use_backend(backend):
-        made = gradient_factors([rows], [columns], [q], [s], [0.3], 0.95, 2.0)
+        made = gradient_factors([rows], [columns], [q], [s], [0.3], 0.95, 2.0, damping)
     new_q, new_s, left, right = (item for (item,) in made)
     moments = [0.95 * old_q**2 + 0.05 * rows, 0.95 * old_s**2 + 0.05 * columns]
     torch.testing.assert_close(new_q, moments[0].sqrt().float())
     torch.testing.assert_close(new_s, moments[1].sqrt().float())
     total = (moments[0].sum() + moments[1].sum()) / 2
     expected = []
-    for moment in moments:
-        alive = sorted(1 / x**0.5 for x in moment.tolist() if x > 0)
+    for moment, delta in zip(moments, (0.0, damping), strict=True):
+        damped = ((moment + delta * moment.mean()) / (1 + delta)).tolist()
+        alive = sorted(1 / x**0.5 for x, y in zip(damped, moment, strict=True) if y > 0)
         median = alive[(len(alive) - 1) // 2]
-        bounded = [1 / x**0.5 if x > 0 else 0 for x in moment.tolist()]
+        bounded = [1 / x**0.5 if y > 0 else 0 for x, y in zip(damped, moment, strict=True)]
         bounded = [x and min(max(x, median / 2), median * 2) for x in bounded]
         expected.append(torch.tensor(bounded, dtype=torch.float64))
     torch.testing.assert_close(left, (expected[0] * (0.3 * total).sqrt()).float())
@@ -52,14 +54,15 @@ def test_meaning(backend: str) -> None:
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
 @pytest.mark.parametrize("kappa", [1.0, 3.0, 1e6])
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
-def test_native_form(scale: float, kappa: float) -> None:
+@pytest.mark.parametrize("damping", [0.0, 0.3, 100.0])
+def test_native_form(damping: float, scale: float, kappa: float) -> None:
     rows, columns, q, s = map(list, zip(*(operands(*size, scale) for size in SIZES), strict=True))
     wide = [[x.double() for x in xs] for xs in (q, s)]
     corrections = [0.1 * (i + 1) for i in range(len(SIZES))]
     lists = rows, columns, q, s, corrections
     assert all(gradient_factors._serve(*lists)), "the native form must be what this tests"
-    found = gradient_factors.on(PROMPT)(*lists, 0.95, kappa)
-    truth = gradient_factors.eager(rows, columns, *wide, corrections, 0.95, kappa)
+    found = gradient_factors.on(PROMPT)(*lists, 0.95, kappa, damping)
+    truth = gradient_factors.eager(rows, columns, *wide, corrections, 0.95, kappa, damping)
     for ones, others in zip(found, truth, strict=True):
         for one, other in zip(ones, others, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=3e-7, atol=0)
@@ -73,3 +76,11 @@ def test_a_bad_number_is_not_hidden(backend: str) -> None:
     *_, (left,), (right,) = form([rows], [columns], [q], [s], [1.0], 0.95, 10.0)
     assert left.isnan().all()
     assert right.isfinite().all()
+
+
+def test_much_damping_leaves_columns_as_they_are() -> None:
+    rows, columns, q, s = operands(200, 9)
+    *_, (left,), (right,) = gradient_factors([rows], [columns], [q], [s], [1.0], 0.0, 1e9, 1e12)
+    torch.testing.assert_close(right, torch.full_like(right, float(columns.mean()) ** -0.5))
+    plain = gradient_factors([rows], [columns], [q], [s], [1.0], 0.0, 1e9)
+    assert torch.equal(left, plain[2][0])

@@ -13,7 +13,8 @@ from neurms.compiled.native import compiler
 
 SHAPES = [(64, 65), (5, 3), (40, 128), (1, 1), (300, 70)]
 BIASED = [True, False, True, True, False]
-BETA, KAPPA = 0.9, 3.0
+BETA, KAPPA, DAMPING = 0.9, 3.0, 0.5
+SETTINGS = BETA, KAPPA, DAMPING
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
 
@@ -97,7 +98,8 @@ def truth(
 def bounded_alive(averages: Tensor) -> Tensor:
     alive = averages > 0
     factors = torch.zeros_like(averages)
-    factors[alive] = bounded(averages[alive])
+    damped = (averages + DAMPING * averages.mean()) / (1 + DAMPING)
+    factors[alive] = bounded(damped[alive])
     return factors
 
 
@@ -113,9 +115,9 @@ def test_the_step_is_the_formula(form: str, how: tuple[float, bool, bool]) -> No
     expected = truth(columns, *how)
     before = [w._version for w in columns[0]]
     if form == "natively":
-        assert gradient_steps_.natively(*columns, BETA, KAPPA, *how)
+        assert gradient_steps_.natively(*columns, *SETTINGS, *how)
     else:
-        assert gradient_steps_.on(form)(*columns, BETA, KAPPA, *how)
+        assert gradient_steps_.on(form)(*columns, *SETTINGS, *how)
     for k, own in enumerate(expected):
         for name, column in zip("wvbyqs", (0, 2, 3, 5, 6, 7), strict=True):
             if name in own:
@@ -131,7 +133,7 @@ def test_what_does_not_fit_is_not_served(column: int) -> None:
     columns = operands(0.5)
     columns[column][2] = torch.ones(7, 7)
     before = copied(columns)
-    assert not gradient_steps_.natively(*columns, BETA, KAPPA, 0.5)
+    assert not gradient_steps_.natively(*columns, *SETTINGS, 0.5)
     assert_unchanged(columns, before)
 
 
@@ -148,7 +150,7 @@ def test_a_bad_gradient_anywhere_changes_nothing(
     columns[column][matrix].view(-1)[entry] = value
     before, versions = copied(columns), [w._version for w in columns[0]]
     step = gradient_steps_.natively if form == "natively" else gradient_steps_.on(form)
-    assert not step(*columns, BETA, KAPPA, 0.6, of_averages, of_averages)
+    assert not step(*columns, *SETTINGS, 0.6, of_averages, of_averages)
     assert_unchanged(columns, before)
     assert [w._version for w in columns[0]] == versions
 
@@ -168,7 +170,7 @@ def assert_unchanged(columns: list[list[Any]], before: list[list[Any]]) -> None:
 
 @needs_compiler
 def test_other_dtypes_and_strides_are_not_served() -> None:
-    assert not gradient_steps_.natively(*operands(0.5, torch.float64), BETA, KAPPA, 0.5)
+    assert not gradient_steps_.natively(*operands(0.5, torch.float64), *SETTINGS, 0.5)
     columns = operands(0.5)
     columns[1][2] = torch.randn(128, 40).mT
-    assert not gradient_steps_.natively(*columns, BETA, KAPPA, 0.5)
+    assert not gradient_steps_.natively(*columns, *SETTINGS, 0.5)

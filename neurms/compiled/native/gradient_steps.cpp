@@ -22,7 +22,8 @@ extern "C" {
 // of a row add up to more than `greatest`, or to NaN.
 int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
                           const int64_t* widths, const double* corrections, const float* rates, double beta,
-                          double kappa, double mu, int nesterov, int of_averages, double greatest, int threads) {
+                          double kappa, double damping, double mu, int nesterov, int of_averages, double greatest,
+                          int threads) {
   float* const* const weights = tensors;
   float* const* const gradients = tensors + count;
   float* const* const velocities = tensors + 2 * count;
@@ -56,8 +57,8 @@ int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m
   std::vector<float*> left(count), right(count);
   float* next = factors.data();
   for (int64_t k = 0; k < count; ++k) left[k] = next, right[k] = next + m[k], next += m[k] + widths[k];
-  neurms_gradient_factors(count, rows.data(), columns.data(), q, s, m, widths, corrections, beta, kappa, q, s,
-                          left.data(), right.data());
+  neurms_gradient_factors(count, rows.data(), columns.data(), q, s, m, widths, corrections, beta, kappa, damping,
+                          q, s, left.data(), right.data());
 
   std::vector<float*> w(weights, weights + count), v(velocities, velocities + count);
   std::vector<const float*> g(gradients, gradients + count), l(left.begin(), left.end()), r(right.begin(), right.end());

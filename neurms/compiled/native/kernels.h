@@ -67,8 +67,8 @@ void neurms_column_squares(int64_t count, const float* const* g, const float* co
                            const int64_t* m, double* const* rows, double* const* sums);
 void neurms_gradient_factors(int64_t count, const double* const* rows, const double* const* columns,
                              const float* const* q, const float* const* s, const int64_t* m, const int64_t* n,
-                             const double* corrections, double beta, double kappa, float* const* new_q,
-                             float* const* new_s, float* const* left, float* const* right);
+                             const double* corrections, double beta, double kappa, double damping,
+                             float* const* new_q, float* const* new_s, float* const* left, float* const* right);
 
 // probes.cpp
 void neurms_probe_products(const float* errors, const float* activations, int64_t rows, int64_t m, int64_t n,
@@ -78,7 +78,8 @@ void neurms_probe_products(const float* errors, const float* activations, int64_
 // gradient_steps.cpp
 int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
                           const int64_t* widths, const double* corrections, const float* rates, double beta,
-                          double kappa, double mu, int nesterov, int of_averages, double greatest, int threads);
+                          double kappa, double damping, double mu, int nesterov, int of_averages, double greatest,
+                          int threads);
 
 // two_sided_once.cpp
 void neurms_two_sided_once(int64_t count, const float* const* g, const int64_t* m, const int64_t* n,

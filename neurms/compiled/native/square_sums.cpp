@@ -89,12 +89,17 @@ double move_roots(const float* roots, const double* squares, double beta, int64_
   return total;
 }
 
-// factor_i = scale / root_i within kappa of the lower median of its like; zero where the root is.
-void bounded_inverses(const float* roots, int64_t count, double kappa, double scale, float* factors) {
+// factor_i = scale / root_i within kappa of the lower median of its like; zero where the root is. With damping, of the
+// roots of (root_i^2 + damping mean) / (1 + damping).
+void bounded_inverses(const float* roots, int64_t count, double kappa, double scale, double damping, double mean,
+                      float* factors) {
+  const auto damped = [&](double root) {
+    return damping == 0 ? root : std::sqrt((root * root + damping * mean) / (1.0 + damping));
+  };
   std::vector<float> alive;
   alive.reserve(count);
   for (int64_t i = 0; i < count; ++i)
-    if (roots[i] >= kTiny) alive.push_back(roots[i]);
+    if (roots[i] >= kTiny) alive.push_back(static_cast<float>(damped(roots[i])));
   double low = 0, high = 0;
   if (!alive.empty()) {
     // The lower median of the inverses is the upper one of the roots.
@@ -103,10 +108,10 @@ void bounded_inverses(const float* roots, int64_t count, double kappa, double sc
     low = *middle / kappa, high = *middle * kappa;
   }
   for (int64_t i = 0; i < count; ++i) {
-    const double root = roots[i];
+    const double root = damped(roots[i]);
     // NaN stays NaN: std::max and std::min would hide it.
     const double bounded = root < low ? low : root > high ? high : root;
-    factors[i] = static_cast<float>(root < kTiny ? 0.0 * scale : scale / bounded);
+    factors[i] = static_cast<float>(roots[i] < kTiny ? 0.0 * scale : scale / bounded);
   }
 }
 
@@ -167,13 +172,14 @@ void neurms_column_squares(int64_t count, const float* const* g, const float* co
 // The roots q (m) and s (n) of several matrices' averages moved towards the sums, and the factors that they then give.
 void neurms_gradient_factors(int64_t count, const double* const* rows, const double* const* columns,
                              const float* const* q, const float* const* s, const int64_t* m, const int64_t* n,
-                             const double* corrections, double beta, double kappa, float* const* new_q,
-                             float* const* new_s, float* const* left, float* const* right) {
+                             const double* corrections, double beta, double kappa, double damping,
+                             float* const* new_q, float* const* new_s, float* const* left, float* const* right) {
   for (int64_t k = 0; k < count; ++k) {
-    const double total =
-        move_roots(q[k], rows[k], beta, m[k], new_q[k]) + move_roots(s[k], columns[k], beta, n[k], new_s[k]);
-    bounded_inverses(new_q[k], m[k], kappa, std::sqrt(total / 2 * corrections[k]), left[k]);
-    bounded_inverses(new_s[k], n[k], kappa, 1.0, right[k]);
+    const double by_rows = move_roots(q[k], rows[k], beta, m[k], new_q[k]);
+    const double by_columns = move_roots(s[k], columns[k], beta, n[k], new_s[k]);
+    const double total = by_rows + by_columns, mean = by_columns / std::max<int64_t>(n[k], 1);
+    bounded_inverses(new_q[k], m[k], kappa, std::sqrt(total / 2 * corrections[k]), 0, 0, left[k]);
+    bounded_inverses(new_s[k], n[k], kappa, 1.0, damping, mean, right[k]);
   }
 }
 

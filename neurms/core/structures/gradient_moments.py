@@ -46,6 +46,9 @@ class GradientMoments(Structure):
     much noise away then makes no shorter steps, and a ``beta`` of 0 serves: it is X that is
     averaged.
 
+    With ``damping`` (s_j + delta mean(s)) / (1 + delta) stands for s_j: columns that seldom have a
+    gradient are scaled up less, and in the limit only rows are scaled.
+
     Each side's factors, 1/sqrt(q_i) and 1/sqrt(s_j), are kept within ``kappa`` times the lower
     median of its factors; T is of the moments as they are. The current gradient belongs to the
     moments that scale it. Zero rows and columns have the factor zero and no part in the median.
@@ -63,6 +66,7 @@ class GradientMoments(Structure):
         momentum: mu, the decay of the gradient's average; 0 keeps none.
         nesterov: Whether the gradient enters X once more; wants momentum.
         of: What moments are of, ``"gradient"`` or ``"average"``; the latter wants momentum.
+        damping: delta, at least 0; the larger, the less columns are scaled against each other.
 
     Raises:
         TypeError: A number is none.
@@ -87,6 +91,7 @@ class GradientMoments(Structure):
     momentum: float = 0.0
     nesterov: bool = False
     of: Measured = "gradient"
+    damping: float = 0.0
     row_local = True
     any_scale = True
 
@@ -94,6 +99,7 @@ class GradientMoments(Structure):
         check_fraction("beta", self.beta)
         check_real("kappa", self.kappa, low=1.0)
         check_fraction("momentum", self.momentum)
+        check_real("damping", self.damping)
         check_choice("nesterov", self.nesterov, (False, True))
         check_choice("moments", self.of, ("gradient", "average"))
         for name, value in (("nesterov", self.nesterov), ("moments", self.of)):
@@ -180,7 +186,7 @@ class GradientMoments(Structure):
             large = rows.dim() == 1 and rows.numel() * columns.numel() >= LEAST_ELEMENTS
             prompt = large and current_backend() == "auto"
             form = gradient_factors.on(PROMPT) if prompt else gradient_factors
-            made = form(*averages, self.beta, self.kappa)
+            made = form(*averages, self.beta, self.kappa, self.damping)
             q, s, left, right = (item for (item,) in made)
             state["q"].copy_(q)
             state["s"].copy_(s)
@@ -217,7 +223,8 @@ class GradientMoments(Structure):
         self, q: Tensor, s: Tensor, state: State, context: Context
     ) -> tuple[Tensor, Tensor]:
         """Return the factors of the rows that are here, from q of all rows and s."""
-        left, right = factors_of_moments(q, s, scalar(self._correction(context)), self.kappa)
+        correction = scalar(self._correction(context))
+        left, right = factors_of_moments(q, s, correction, self.kappa, self.damping)
         if context.shard is not None:
             left = left[..., context.shard.slice]
         return left.to(state["q"].dtype), right.to(state["s"].dtype)

@@ -149,6 +149,7 @@ class GradientMover(RecipeMover):
             [0.0 if bias is None else next(bias_decays) for bias in biases],
             structure.beta,
             structure.kappa,
+            structure.damping,
             momentum,
             structure.nesterov,
             structure.of_averages,
@@ -436,9 +437,8 @@ def scales(
     rows, columns = [own[0] for own in sums], [own[1] for own in sums]
     kept = [state["q"] for state in states], [state["s"] for state in states]
     corrections = [1.0 - structure.beta ** state["step"] for state in states]
-    q, s, left, right = gradient_factors.on(backend)(
-        rows, columns, *kept, corrections, structure.beta, structure.kappa
-    )
+    settings = structure.beta, structure.kappa, structure.damping
+    q, s, left, right = gradient_factors.on(backend)(rows, columns, *kept, corrections, *settings)
     torch._foreach_copy_([*kept[0], *kept[1]], [*q, *s])
     return list(zip(left, right, strict=True))
 

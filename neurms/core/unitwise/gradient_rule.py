@@ -46,6 +46,7 @@ def gradient_recipe(settings: Mapping[str, Any], defaults: Mapping[str, Any]) ->
         settings["momentum"],
         settings["nesterov"],
         settings["moments"],
+        settings["damping"],
     )
     return Recipe((structure,), batched=False)
 

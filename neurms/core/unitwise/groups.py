@@ -23,7 +23,7 @@ NO_ASCENT = (
 _OF_LAYERS = ("variant", "beta", *STRUCTURE_SETTINGS)
 """Settings of the statistics that a layer's weight and bias share."""
 
-_OF_PROBED = ("momentum", "probes", *OF_AVERAGES)
+_OF_PROBED = ("momentum", "probes", "damping", *OF_AVERAGES)
 """The same of variant P."""
 
 

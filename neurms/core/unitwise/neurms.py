@@ -212,6 +212,7 @@ class NeuRMS(PreconditionedOptimizer):
         normalize: Normalize | None = None,
         nesterov: bool = False,
         moments: Measured = "gradient",
+        damping: float = 0.0,
         **common: Unpack[CommonSettings],
     ) -> None:
         if variant != "P" or update != "step":
@@ -239,6 +240,7 @@ class NeuRMS(PreconditionedOptimizer):
             "normalize": normalize,
             "nesterov": nesterov,
             "moments": moments,
+            "damping": damping,
         }
         check_modes(loss_reduction, update, gemm, loss_scale, agc)
         self.probed = variant == "P"

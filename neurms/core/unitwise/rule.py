@@ -85,7 +85,8 @@ class UnitwiseRule:
         check_choice("normalize", settings["normalize"], (None, "rms"))
         check_choice("nesterov", settings["nesterov"], (False, True))
         check_choice("moments", settings["moments"], ("gradient", "average"))
-        for name, plain in OF_AVERAGES.items():
+        check_real("damping", settings["damping"])
+        for name, plain in {**OF_AVERAGES, "damping": 0.0}.items():
             if settings["variant"] != "P" and settings[name] != plain:
                 raise ValueError(
                     f'{name}={settings[name]!r} has a part in variant="P" alone; leave it at '

@@ -60,6 +60,7 @@ class Truth:
         weight_decay: Decoupled decay of weights.
         nesterov: Whether the average moves weights with the gradient once more in it.
         moments: What squares are summed up: the "gradient"'s or the moving "average"'s.
+        damping: How much of their mean moments of columns are taken for.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class Truth:
         weight_decay: float = 0.0,
         nesterov: bool = False,
         moments: str = "gradient",
+        damping: float = 0.0,
     ) -> None:
-        self.nesterov, self.moments = nesterov, moments
+        self.nesterov, self.moments, self.damping = nesterov, moments, damping
         self.model = copy.deepcopy(model).double()
         self.lr, self.beta, self.kappa = lr, beta, kappa
         self.momentum, self.weight_decay = momentum, weight_decay
@@ -107,7 +109,8 @@ class Truth:
         state["s"] = self.beta * state["s"] + (1 - self.beta) * (y * y).sum(0)
         q, s = (state[key] / (1 - self.beta**self.t) for key in "qs")
         total = (q.sum() + s.sum()) / 2
-        left, right = _clipped(q.tolist(), self.kappa), _clipped(s.tolist(), self.kappa)
+        damped = (s + self.damping * s.mean()) / (1 + self.damping) * (s > 0)
+        left, right = _clipped(q.tolist(), self.kappa), _clipped(damped.tolist(), self.kappa)
         u = x * torch.outer(left, right) * total**0.5
         n = g.shape[1] - (b is not None)
         w.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * _unmatrix(module, u[:, :n], w))

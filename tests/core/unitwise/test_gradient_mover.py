@@ -56,9 +56,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all": {"momentum": 0.6, "weight_decay": 0.1, "kappa": 1.5, "beta": 0.8},
     "nesterov": {"momentum": 0.6, "nesterov": True},
+    "damped": {"damping": 0.7},
     "average": {"momentum": 0.6, "moments": "average", "beta": 0.5, "weight_decay": 0.1},
     # Slowly: "wide" would learn its few examples until gradients vanish, but for rounding.
-    "both": {**AVERAGE, "beta": 0.0, "weight_decay": 0.1, "lr": 0.002},
+    "both": {**AVERAGE, "beta": 0.0, "weight_decay": 0.1, "damping": 0.3, "lr": 0.002},
 }
 
 
@@ -163,6 +164,8 @@ def test_of_a_first_gradient_all_averages_are_alike() -> None:
         ({"nesterov": True}, ValueError, r"nesterov=True needs an average.* set a momentum"),
         ({"moments": "average"}, ValueError, r"moments='average' needs an average"),
         ({"moments": "averages"}, ValueError, r"moments='averages' is not known.*'average'"),
+        ({"damping": -1.0}, ValueError, r"damping=-1.0 must be finite and at least 0"),
+        ({"damping": 1.0, "variant": "F"}, ValueError, r"damping=1.0 has a part in variant=\"P\""),
         ({"nesterov": 1, "momentum": 0.5}, TypeError, r"nesterov=1 must be True or False"),
         (
             {**AVERAGE, "variant": "U"},
