@@ -87,13 +87,23 @@ CASES: dict[str, Case] = {
             [g.shape[1] + 1, g.shape[1] + 1, g.shape[1]],
         )
     ),
+    "average_square_sums": Case(
+        lambda g: (
+            [g, g[:5], g],
+            [like(g, 3) * magnitude(g), like(g[:5], 4), like(g, 5) * magnitude(g)],
+            [units(g) * magnitude(g), None, None],
+            [like(g, 6, g.shape[0]) * magnitude(g), None, None],
+            [g.shape[1] + 1, g.shape[1] + 1, g.shape[1]],
+            *(0.36, 0.64),
+        )
+    ),
     "gradient_factors": Case(
         lambda g: (
             [units(g).double() * magnitude(g) ** 2],
             [features(g).double() * magnitude(g) ** 2],
             [like(g, 5, g.shape[0]) * magnitude(g)],
             [like(g, 6, g.shape[1]) * magnitude(g)],
-            *([0.3], 0.9, 1.2),
+            *([0.3], 0.9, 1.2, 0.5),
         ),
         (1e-30, 1.0, 1e30),
     ),
@@ -138,7 +148,7 @@ CASES: dict[str, Case] = {
             [like(g, 4) * magnitude(g), None, None],
             [units(g), units(g), None],
             [features(g), None, None],
-            *([0.1, 0.2, 0.3], [0.9, 1.0, 0.0], 0.8, 0.7, True, True),
+            *([0.1, 0.2, 0.3], [0.9, 1.0, 0.0], 0.8, 0.7, True, True, True),
         )
     ),
 }

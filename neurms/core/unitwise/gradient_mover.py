@@ -549,7 +549,10 @@ def _apply_formed_(move: _Move, structure: GradientMoments) -> None:
         own = (local(x) if here else own_part(x, view.parameter)).to(view.dtype)
         move.velocity.lerp_(own, 1.0 - structure.momentum)
         average = view.state["momentum"]
-        x = structure.moving(x.to(view.dtype), average) if structure.nesterov else average
+        if structure.nesterov:
+            x = structure.moving(view.seen(x).to(view.dtype), view.seen(average))
+        else:
+            x = average
     if move.right is None:
         step = vector(view, x, move.rows) * move.left
     else:

@@ -14,6 +14,7 @@ from tests.core.distributed.test_trainings import assert_replicas
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "neurms P": ("neurms", {}),
     "neurms P momentum": ("neurms", {"momentum": 0.5, "weight_decay": 0.1}),
+    "neurms P average": ("neurms", {"momentum": 0.5, "nesterov": True, "moments": "average"}),
     "rmnp": ("rmnp", {}),
     "racs": ("racs", {}),
     "lamb": ("lamb", {}),

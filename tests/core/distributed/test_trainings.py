@@ -21,6 +21,13 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         "neurms",
         {"lr": 0.05, "momentum": 0.5, "variant": "F", "normalize": "rms"},
     ),
+    "neurms P average": (
+        "neurms",
+        {
+            **{"lr": 0.02, "momentum": 0.5, "nesterov": True},
+            **{"moments": "average", "damping": 0.5},
+        },
+    ),
     "rmnp": ("rmnp", {"weight_decay": 0.1}),
     "racs": ("racs", {}),
     "racs tracked": ("racs", {"fit": "tracked"}),

@@ -17,6 +17,7 @@ from neurms.core.optimizers.mover import Mover, Share
 RULES: list[tuple[str, dict[str, Any]]] = [
     ("neurms", {"variant": "P"}),
     ("neurms", {"variant": "P", "momentum": 0.6}),
+    ("neurms", {"momentum": 0.6, "nesterov": True, "moments": "average"}),
     ("racs", {}),
     ("racs", {"fit": "tracked"}),
     ("racs", {"fit": "sums", "bias_correction": True}),

@@ -21,6 +21,13 @@ CASES: Any = {
 }
 
 
+HOW: list[dict[str, Any]] = [
+    {},
+    {"momentum": 0.6},
+    {"momentum": 0.6, "nesterov": True, "moments": "average", "damping": 0.5},
+]
+
+
 def train(model: nn.Module, scaler: GradientPreconditioner, batch: Any, steps: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     for _ in range(steps):
@@ -29,12 +36,12 @@ def train(model: nn.Module, scaler: GradientPreconditioner, batch: Any, steps: i
         optimizer.step()
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", CASES)
-def test_sgd_beside_it_is_the_optimizer(case: str, momentum: float) -> None:
+def test_sgd_beside_it_is_the_optimizer(case: str, how: dict[str, Any]) -> None:
     make, batch = CASES[case]
     model, other = make().double(), make().double()
-    settings: Any = {"variant": "P", "momentum": momentum, "weight_decay": 0.1}
+    settings: Any = {"variant": "P", "weight_decay": 0.1, **how}
     scaler, optimizer = (
         GradientPreconditioner(model, **settings),
         NeuRMS(other, lr=0.02, **settings),
@@ -47,12 +54,13 @@ def test_sgd_beside_it_is_the_optimizer(case: str, momentum: float) -> None:
     assert scaler.state_bytes() == scaler.plan().state_bytes == optimizer.state_bytes()
 
 
-def test_resumes_bit_for_bit() -> None:
+@pytest.mark.parametrize("how", HOW)
+def test_resumes_bit_for_bit(how: dict[str, Any]) -> None:
     model = mlp().double()
-    scaler = GradientPreconditioner(model, variant="P", momentum=0.5)
+    scaler = GradientPreconditioner(model, variant="P", **how)
     train(model, scaler, vectors(), 3)
     twin = copy.deepcopy(model)
-    other = GradientPreconditioner(twin, variant="P", momentum=0.5)
+    other = GradientPreconditioner(twin, variant="P", **how)
     other.load_state_dict(copy.deepcopy(scaler.state_dict()))
     train(model, scaler, vectors(), 3)
     train(twin, other, vectors(), 3)

@@ -81,9 +81,14 @@ def test_neurms_follows_its_torch_optimizer(variant: str, momentum: float) -> No
     assert moved("neurms", settings, "float64") < 1e-10
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_neurms_of_the_gradients_own_moments_follows_its_torch_optimizer(momentum: float) -> None:
-    settings = {"variant": "P", "momentum": momentum, "weight_decay": 0.1}
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"momentum": 0.9}, {"momentum": 0.8, "nesterov": True, "moments": "average"}],
+)
+def test_neurms_of_the_gradients_own_moments_follows_its_torch_optimizer(
+    how: dict[str, Any],
+) -> None:
+    settings = {"variant": "P", "weight_decay": 0.1, **how}
     keras_settings = {"exclude_from_weight_decay": ["bias"]}
     assert moved("neurms", settings, "float64", **keras_settings) < 1e-10
 
