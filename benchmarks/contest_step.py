@@ -29,7 +29,7 @@ from benchmarks.language import Scale, batch_of, loss_of
 from benchmarks.vision import batches, perceptron, schedule
 
 TASK: Literal["text-64"] = "text-64"
-ROWS = ("AdamW", "AdamW, two rates", "RACS", "P", "P momentum")
+ROWS = ("AdamW", "AdamW, two rates", "RACS", "P", "P momentum", "P average")
 TURN = 10
 EXAMPLES = 10_000
 

@@ -65,6 +65,8 @@ CLAIMS = (
     Claim("text-64", PROBED, "ahead", "AdamW"),
     Claim("text-64", PROBED, "near", "RACS", 0.01),
     Claim("text-64", PROBED, "ahead", "AdamW, two rates"),
+    Claim("text-64", ("P average",), "ahead", "AdamW, two rates"),
+    Claim("text-128", ("P average",), "ahead", "AdamW"),
     Claim("text-128", ("P momentum",), "near", "AdamW", 0.02),
     Claim("text-128", PROBED, "near", "AdamW", 0.03),
     Claim("mnist", ("NeuRMS-U normalized",), "level", "AdamW", 0.002),

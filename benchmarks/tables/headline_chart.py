@@ -16,7 +16,7 @@ from neurms.report.svg import Axis, Line, colour, lines
 __all__ = ["TASK", "chart", "described"]
 
 TASK = "contests/text-64"
-SHOWN = ("AdamW", "AdamW, two rates", "RACS", "P", "P momentum")
+SHOWN = ("AdamW", "AdamW, two rates", "RACS", "P", "P momentum", "P average")
 
 WIDTH, PANEL, HEIGHT = 800, 400, 250
 HEAD, LEGEND_ROW = 36, 25
@@ -82,7 +82,7 @@ def _panel(found: Sequence[Row], unit: str, milliseconds: Mapping[str, float]) -
 
 def _colour(name: str) -> str:
     # AdamW takes the palette's grey: it is what the others are compared with.
-    order = ("P momentum", "P", "RACS", "AdamW, two rates", "", "", "AdamW", "")
+    order = ("P momentum", "P", "RACS", "AdamW, two rates", "P average", "", "AdamW", "")
     return colour(order.index(name), len(order))
 
 

@@ -13,6 +13,8 @@ LABELS = {
     "AdamW": "AdamW",
     "P": "NeuRMS P",
     "P momentum": "NeuRMS P, momentum",
+    "P average": "NeuRMS P of the average",
+    "P damped": "NeuRMS P of the average, damped",
     "P 4 probes": "NeuRMS P, 4 probes",
     "P backward": "NeuRMS P, in backward",
 }
@@ -74,6 +76,10 @@ def _settings(row: Row) -> dict[str, Any]:
 
 def _arguments(settings: Mapping[str, Any]) -> str:
     return ", ".join(
-        f'{name}="{value}"' if isinstance(value, str) else f"{name}={value:g}"
+        f'{name}="{value}"' if isinstance(value, str) else f"{name}={_number(value)}"
         for name, value in settings.items()
     )
+
+
+def _number(value: float | bool) -> str:
+    return str(value) if isinstance(value, bool) else f"{value:g}"

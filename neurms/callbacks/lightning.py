@@ -107,7 +107,8 @@ class NeuRMSCallback(Callback):
         normalize: "rms" to divide what reaches the optimizer by the average of its RMS, or None.
         nesterov: Whether P's gradient enters its average's step once more.
         moments: Whether P's moments are of the "gradient", or of the "average" that momentum keeps.
-        damping: How much of their mean P's moments of features are taken for.
+        damping: How much of their mean P's moments of features are taken for; None is 0, or .1 of
+            an average.
 
     Raises:
         TypeError: A setting is of the wrong type.
@@ -167,7 +168,7 @@ class NeuRMSCallback(Callback):
         normalize: Normalize | None = None,
         nesterov: bool = False,
         moments: Measured = "gradient",
-        damping: float = 0.0,
+        damping: float | None = None,
     ) -> None:
         given = dict(locals())
         names = given.keys() - {"self", "log", "__class__"}

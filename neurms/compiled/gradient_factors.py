@@ -24,7 +24,9 @@ def moved_moments(roots: Tensor, squares: Tensor, beta: float) -> Tensor:
     return torch.lerp(roots.to(torch.float64).square(), squares.to(torch.float64), 1.0 - beta)
 
 
-def _bounded_inverse_roots(moments: Tensor, kappa: float, damping: float) -> Tensor:
+def _bounded_inverse_roots(
+    moments: Tensor, kappa: float, damping: float, one_sided: bool
+) -> Tensor:
     # The least normal number of float32 as a root. What is divided by less has long been zero, and
     # the quotient would overflow.
     dead = moments < 1.1754943508222875e-38**2
@@ -34,12 +36,18 @@ def _bounded_inverse_roots(moments: Tensor, kappa: float, damping: float) -> Ten
         moments = (moments + moments.mean(-1, keepdim=True) * damping) / (1.0 + damping)
     inverse = moments.rsqrt()
     median = inverse.masked_fill(dead, float("nan")).nanmedian(-1, True)[0]
-    bounded = torch.minimum(torch.maximum(inverse, median / kappa), median * kappa)
-    return bounded.masked_fill(dead, 0.0)
+    if not one_sided:
+        inverse = torch.maximum(inverse, median / kappa)
+    return torch.minimum(inverse, median * kappa).masked_fill(dead, 0.0)
 
 
 def factors_of_moments(
-    q: Tensor, s: Tensor, correction: Tensor, kappa: float, damping: float = 0.0
+    q: Tensor,
+    s: Tensor,
+    correction: Tensor,
+    kappa: float,
+    damping: float = 0.0,
+    one_sided: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return ``sqrt(T correction / q_i)`` and ``1 / sqrt(s_j)``, as :func:`gradient_factors` does.
 
@@ -49,13 +57,14 @@ def factors_of_moments(
         correction: ``1 - beta^t``.
         kappa: Width of the clip.
         damping: How much of their mean moments of columns are taken for, against themselves.
+        one_sided: Whether the clip is from above alone.
 
     Returns:
         Shapes (..., m) and (..., n), float64.
     """
     total = (q.sum(-1, keepdim=True) + s.sum(-1, keepdim=True)) / 2.0
-    left = _bounded_inverse_roots(q, kappa, 0.0) * (total * correction).sqrt()
-    return left, _bounded_inverse_roots(s, kappa, damping)
+    left = _bounded_inverse_roots(q, kappa, 0.0, one_sided) * (total * correction).sqrt()
+    return left, _bounded_inverse_roots(s, kappa, damping, one_sided)
 
 
 def _factors_of(
@@ -67,9 +76,10 @@ def _factors_of(
     beta: float,
     kappa: float,
     damping: float,
+    one_sided: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     new_q, new_s = moved_moments(q, rows, beta), moved_moments(s, columns, beta)
-    left, right = factors_of_moments(new_q, new_s, correction, kappa, damping)
+    left, right = factors_of_moments(new_q, new_s, correction, kappa, damping, one_sided)
     return new_q.sqrt().to(q.dtype), new_s.sqrt().to(s.dtype), left.to(q.dtype), right.to(s.dtype)
 
 
@@ -87,6 +97,7 @@ def gradient_factors(
     beta: float,
     kappa: float,
     damping: float = 0.0,
+    one_sided: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Say where averages of sums of squares move, and which factors they give there.
 
@@ -95,6 +106,10 @@ def gradient_factors(
     ``1 / sqrt(s'_j)`` are first bounded to within ``kappa`` of the lower median of their like.
     Where the average is zero the factor is, and has no part in the median. With ``damping`` right
     is of ``(s'_j + damping mean(s')) / (1 + damping)`` in the place of s'. Nothing is written.
+
+    A factor that is raised lengthens the update: ``one_sided`` raises none. With damping the rows
+    of ``left_i X_ij right_j``, X with sums R and C and beta 0, then have no more than ``n (1 +
+    damping) / damping`` as their sum of squares.
 
     Args:
         rows: R of every matrix, shape (..., m), float64.
@@ -105,6 +120,7 @@ def gradient_factors(
         beta: Decay, in [0, 1).
         kappa: At least 1.
         damping: How much of their mean averages of columns are taken for, against themselves.
+        one_sided: Whether factors are bounded from above alone.
 
     Returns:
         The roots of q' and of s', left (..., m) and right (..., n) of every matrix, with the dtypes
@@ -123,7 +139,7 @@ def gradient_factors(
         tensor([1.0000, 0.5000])
     """
     each = zip(rows, columns, q, s, corrections, strict=True)
-    made = [_factors(*item, beta, kappa, damping) for item in each]
+    made = [_factors(*item, beta, kappa, damping, one_sided) for item in each]
     new_q, new_s, left, right = ([item[k] for item in made] for k in range(4))
     return new_q, new_s, left, right
 
@@ -155,6 +171,7 @@ def _gradient_factors(
     beta: float,
     kappa: float,
     damping: float = 0.0,
+    one_sided: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     kernels = library()
     assert kernels is not None
@@ -172,6 +189,7 @@ def _gradient_factors(
         beta,
         kappa,
         damping,
+        one_sided,
         *map(addresses, parts),
     )
     return new_q, new_s, left, right

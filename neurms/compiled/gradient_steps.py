@@ -104,7 +104,8 @@ def gradient_steps_(
         damping: How much of their mean averages by column are taken for.
         momentum: What is kept of velocities, 0 for none.
         nesterov: Whether weights move by Nesterov's averages, see :func:`mixture`.
-        of_averages: Whether sums are those of what moves the weights; wants momentum.
+        of_averages: Whether sums are those of what moves the weights, and factors are bounded from
+            above alone; wants momentum.
 
     Returns:
         Whether the sums by row are all at most :data:`PLAINLY_GOOD`. Nothing is changed otherwise:
@@ -132,7 +133,7 @@ def gradient_steps_(
     if not are_good(rows):
         return False
     new_q, new_s, left, right = gradient_factors(
-        rows, columns, q, s, corrections, beta, kappa, damping
+        rows, columns, q, s, corrections, beta, kappa, damping, of_averages
     )
     torch._foreach_copy_([*q, *s], [*new_q, *new_s])
     there = [k for k, bias in enumerate(biases) if bias is not None]

@@ -28,12 +28,13 @@ def operands(
     return rows, columns, q.float(), s.float()
 
 
+@pytest.mark.parametrize("one_sided", [False, True])
 @pytest.mark.parametrize("damping", [0.0, 0.7])
-def test_meaning(backend: str, damping: float) -> None:
+def test_meaning(backend: str, damping: float, one_sided: bool) -> None:
     rows, columns, q, s = operands(7, 5)
     old_q, old_s = q.double(), s.double()
     with use_backend(backend):
-        made = gradient_factors([rows], [columns], [q], [s], [0.3], 0.95, 2.0, damping)
+        made = gradient_factors([rows], [columns], [q], [s], [0.3], 0.95, 2.0, damping, one_sided)
     new_q, new_s, left, right = (item for (item,) in made)
     moments = [0.95 * old_q**2 + 0.05 * rows, 0.95 * old_s**2 + 0.05 * columns]
     torch.testing.assert_close(new_q, moments[0].sqrt().float())
@@ -45,7 +46,8 @@ def test_meaning(backend: str, damping: float) -> None:
         alive = sorted(1 / x**0.5 for x, y in zip(damped, moment, strict=True) if y > 0)
         median = alive[(len(alive) - 1) // 2]
         bounded = [1 / x**0.5 if y > 0 else 0 for x, y in zip(damped, moment, strict=True)]
-        bounded = [x and min(max(x, median / 2), median * 2) for x in bounded]
+        low = 0.0 if one_sided else median / 2
+        bounded = [x and min(max(x, low), median * 2) for x in bounded]
         expected.append(torch.tensor(bounded, dtype=torch.float64))
     torch.testing.assert_close(left, (expected[0] * (0.3 * total).sqrt()).float())
     torch.testing.assert_close(right, expected[1].float())
@@ -54,15 +56,15 @@ def test_meaning(backend: str, damping: float) -> None:
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
 @pytest.mark.parametrize("kappa", [1.0, 3.0, 1e6])
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
-@pytest.mark.parametrize("damping", [0.0, 0.3, 100.0])
-def test_native_form(damping: float, scale: float, kappa: float) -> None:
+@pytest.mark.parametrize("how", [(0.0, False), (0.3, True), (100.0, False)])
+def test_native_form(how: tuple[float, bool], scale: float, kappa: float) -> None:
     rows, columns, q, s = map(list, zip(*(operands(*size, scale) for size in SIZES), strict=True))
     wide = [[x.double() for x in xs] for xs in (q, s)]
     corrections = [0.1 * (i + 1) for i in range(len(SIZES))]
     lists = rows, columns, q, s, corrections
     assert all(gradient_factors._serve(*lists)), "the native form must be what this tests"
-    found = gradient_factors.on(PROMPT)(*lists, 0.95, kappa, damping)
-    truth = gradient_factors.eager(rows, columns, *wide, corrections, 0.95, kappa, damping)
+    found = gradient_factors.on(PROMPT)(*lists, 0.95, kappa, *how)
+    truth = gradient_factors.eager(rows, columns, *wide, corrections, 0.95, kappa, *how)
     for ones, others in zip(found, truth, strict=True):
         for one, other in zip(ones, others, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=3e-7, atol=0)

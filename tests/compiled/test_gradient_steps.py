@@ -54,10 +54,10 @@ def joined(gradients: list[Any], bias_gradients: list[Any], columns: list[Any]) 
     ]
 
 
-def bounded(averages: Tensor) -> Tensor:
+def bounded(averages: Tensor, one_sided: bool) -> Tensor:
     inverse = averages.rsqrt()
     median = inverse.sort().values[(len(inverse) - 1) // 2]
-    return inverse.clamp(median / KAPPA, median * KAPPA)
+    return inverse.clamp(0.0 if one_sided else median / KAPPA, median * KAPPA)
 
 
 def truth(
@@ -84,7 +84,7 @@ def truth(
         rows = BETA * q.double().square() + (1 - BETA) * joint.square().sum(1)
         across = BETA * s.double().square() + (1 - BETA) * joint.square().sum(0)
         scale = ((rows.sum() + across.sum()) / 2 * correction).sqrt()
-        left, right = scale * bounded(rows), bounded_alive(across)
+        left, right = scale * bounded(rows, of_averages), bounded_alive(across, of_averages)
         own |= {"q": rows.sqrt(), "s": across.sqrt()}
         own["w"] = decay * w.double() - rate * left[:, None] * moving[:, :n] * right[:n]
         if b is None:
@@ -95,11 +95,11 @@ def truth(
     return found
 
 
-def bounded_alive(averages: Tensor) -> Tensor:
+def bounded_alive(averages: Tensor, one_sided: bool) -> Tensor:
     alive = averages > 0
     factors = torch.zeros_like(averages)
     damped = (averages + DAMPING * averages.mean()) / (1 + DAMPING)
-    factors[alive] = bounded(damped[alive])
+    factors[alive] = bounded(damped[alive], one_sided)
     return factors
 
 

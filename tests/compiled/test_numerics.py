@@ -103,7 +103,7 @@ CASES: dict[str, Case] = {
             [features(g).double() * magnitude(g) ** 2],
             [like(g, 5, g.shape[0]) * magnitude(g)],
             [like(g, 6, g.shape[1]) * magnitude(g)],
-            *([0.3], 0.9, 1.2, 0.5),
+            *([0.3], 0.9, 1.2, 0.5, True),
         ),
         (1e-30, 1.0, 1e30),
     ),

@@ -18,7 +18,7 @@ extern "C" {
 // `tensors` are eight lists of `count` each, one after the other: weights, their gradients and velocities, biases,
 // theirs, and the roots q (m) and s (n, or n + 1 with a bias). Velocities may all be null pointers; so may what belongs
 // to a bias. `rates` are four lists: the rates of weights, what is kept of those, and the same of biases. Sums are those
-// of the gradients' squares, or, `of_averages`, of what moves the weights. Returns 0 and changes nothing if the squares
+// of the gradients' squares, or, `of_averages`, of what moves the weights, and no factor is raised then. Returns 0 and changes nothing if the squares
 // of a row add up to more than `greatest`, or to NaN.
 int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
                           const int64_t* widths, const double* corrections, const float* rates, double beta,
@@ -58,7 +58,7 @@ int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m
   float* next = factors.data();
   for (int64_t k = 0; k < count; ++k) left[k] = next, right[k] = next + m[k], next += m[k] + widths[k];
   neurms_gradient_factors(count, rows.data(), columns.data(), q, s, m, widths, corrections, beta, kappa, damping,
-                          q, s, left.data(), right.data());
+                          of_averages, q, s, left.data(), right.data());
 
   std::vector<float*> w(weights, weights + count), v(velocities, velocities + count);
   std::vector<const float*> g(gradients, gradients + count), l(left.begin(), left.end()), r(right.begin(), right.end());

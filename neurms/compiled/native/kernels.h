@@ -68,7 +68,8 @@ void neurms_column_squares(int64_t count, const float* const* g, const float* co
 void neurms_gradient_factors(int64_t count, const double* const* rows, const double* const* columns,
                              const float* const* q, const float* const* s, const int64_t* m, const int64_t* n,
                              const double* corrections, double beta, double kappa, double damping,
-                             float* const* new_q, float* const* new_s, float* const* left, float* const* right);
+                             int one_sided, float* const* new_q, float* const* new_s, float* const* left,
+                             float* const* right);
 
 // probes.cpp
 void neurms_probe_products(const float* errors, const float* activations, int64_t rows, int64_t m, int64_t n,

@@ -89,10 +89,10 @@ double move_roots(const float* roots, const double* squares, double beta, int64_
   return total;
 }
 
-// factor_i = scale / root_i within kappa of the lower median of its like; zero where the root is. With damping, of the
-// roots of (root_i^2 + damping mean) / (1 + damping).
+// factor_i = scale / root_i within kappa of the lower median of its like, or, `one_sided`, no more than kappa times it;
+// zero where the root is. With damping, of the roots of (root_i^2 + damping mean) / (1 + damping).
 void bounded_inverses(const float* roots, int64_t count, double kappa, double scale, double damping, double mean,
-                      float* factors) {
+                      int one_sided, float* factors) {
   const auto damped = [&](double root) {
     return damping == 0 ? root : std::sqrt((root * root + damping * mean) / (1.0 + damping));
   };
@@ -105,7 +105,7 @@ void bounded_inverses(const float* roots, int64_t count, double kappa, double sc
     // The lower median of the inverses is the upper one of the roots.
     const auto middle = alive.begin() + alive.size() / 2;
     std::nth_element(alive.begin(), middle, alive.end());
-    low = *middle / kappa, high = *middle * kappa;
+    low = *middle / kappa, high = one_sided ? HUGE_VAL : *middle * kappa;
   }
   for (int64_t i = 0; i < count; ++i) {
     const double root = damped(roots[i]);
@@ -173,13 +173,14 @@ void neurms_column_squares(int64_t count, const float* const* g, const float* co
 void neurms_gradient_factors(int64_t count, const double* const* rows, const double* const* columns,
                              const float* const* q, const float* const* s, const int64_t* m, const int64_t* n,
                              const double* corrections, double beta, double kappa, double damping,
-                             float* const* new_q, float* const* new_s, float* const* left, float* const* right) {
+                             int one_sided, float* const* new_q, float* const* new_s, float* const* left,
+                             float* const* right) {
   for (int64_t k = 0; k < count; ++k) {
     const double by_rows = move_roots(q[k], rows[k], beta, m[k], new_q[k]);
     const double by_columns = move_roots(s[k], columns[k], beta, n[k], new_s[k]);
     const double total = by_rows + by_columns, mean = by_columns / std::max<int64_t>(n[k], 1);
-    bounded_inverses(new_q[k], m[k], kappa, std::sqrt(total / 2 * corrections[k]), 0, 0, left[k]);
-    bounded_inverses(new_s[k], n[k], kappa, 1.0, damping, mean, right[k]);
+    bounded_inverses(new_q[k], m[k], kappa, std::sqrt(total / 2 * corrections[k]), 0, 0, one_sided, left[k]);
+    bounded_inverses(new_s[k], n[k], kappa, 1.0, damping, mean, one_sided, right[k]);
   }
 }
 

@@ -44,7 +44,9 @@ class GradientMoments(Structure):
 
     With ``of="average"`` q and s are of X's squares in the place of G's. Momentum that averages
     much noise away then makes no shorter steps, and a ``beta`` of 0 serves: it is X that is
-    averaged.
+    averaged. Factors are then bounded from above alone: one that is raised makes a step longer.
+    With ``damping``, too, a step has a bound: without a second average the RMS of U is at most
+    sqrt((1 + delta) / delta).
 
     With ``damping`` (s_j + delta mean(s)) / (1 + delta) stands for s_j: columns that seldom have a
     gradient are scaled up less, and in the limit only rows are scaled.
@@ -113,6 +115,11 @@ class GradientMoments(Structure):
     def of_averages(self) -> bool:
         """Whether moments are those of what moves the weight."""
         return self.of == "average"
+
+    @property
+    def bounds(self) -> tuple[float, float, float, bool]:
+        """Decay, kappa, damping and whether factors are bounded from above alone, for kernels."""
+        return self.beta, self.kappa, self.damping, self.of_averages
 
     @property
     def mixture(self) -> tuple[float, float]:
@@ -186,7 +193,7 @@ class GradientMoments(Structure):
             large = rows.dim() == 1 and rows.numel() * columns.numel() >= LEAST_ELEMENTS
             prompt = large and current_backend() == "auto"
             form = gradient_factors.on(PROMPT) if prompt else gradient_factors
-            made = form(*averages, self.beta, self.kappa, self.damping)
+            made = form(*averages, *self.bounds)
             q, s, left, right = (item for (item,) in made)
             state["q"].copy_(q)
             state["s"].copy_(s)
@@ -223,8 +230,9 @@ class GradientMoments(Structure):
         self, q: Tensor, s: Tensor, state: State, context: Context
     ) -> tuple[Tensor, Tensor]:
         """Return the factors of the rows that are here, from q of all rows and s."""
+        _, kappa, damping, one_sided = self.bounds
         correction = scalar(self._correction(context))
-        left, right = factors_of_moments(q, s, correction, self.kappa, self.damping)
+        left, right = factors_of_moments(q, s, correction, kappa, damping, one_sided)
         if context.shard is not None:
             left = left[..., context.shard.slice]
         return left.to(state["q"].dtype), right.to(state["s"].dtype)

@@ -437,8 +437,9 @@ def scales(
     rows, columns = [own[0] for own in sums], [own[1] for own in sums]
     kept = [state["q"] for state in states], [state["s"] for state in states]
     corrections = [1.0 - structure.beta ** state["step"] for state in states]
-    settings = structure.beta, structure.kappa, structure.damping
-    q, s, left, right = gradient_factors.on(backend)(rows, columns, *kept, corrections, *settings)
+    form = gradient_factors.on(backend)
+    beta, kappa, damping, one_sided = structure.bounds
+    q, s, left, right = form(rows, columns, *kept, corrections, beta, kappa, damping, one_sided)
     torch._foreach_copy_([*kept[0], *kept[1]], [*q, *s])
     return list(zip(left, right, strict=True))
 

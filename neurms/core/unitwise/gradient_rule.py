@@ -13,7 +13,7 @@ from neurms.core.ground.errors import check_positive_int
 from neurms.core.optimizers.recipe import Recipe
 from neurms.core.routing import Head, Route, RoutedModel, route_model
 from neurms.core.structures.gradient_moments import OF_AVERAGES, GradientMoments
-from neurms.core.unitwise.rule import STRUCTURE_SETTINGS, beta_of
+from neurms.core.unitwise.rule import STRUCTURE_SETTINGS, beta_of, damping_of
 
 __all__ = ["check_average", "check_probed", "gradient_recipe", "gradient_routes", "partner_of"]
 
@@ -46,7 +46,7 @@ def gradient_recipe(settings: Mapping[str, Any], defaults: Mapping[str, Any]) ->
         settings["momentum"],
         settings["nesterov"],
         settings["moments"],
-        settings["damping"],
+        damping_of(settings),
     )
     return Recipe((structure,), batched=False)
 

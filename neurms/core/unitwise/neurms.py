@@ -83,7 +83,10 @@ class NeuRMS(PreconditionedOptimizer):
     are no taps: ``model`` may also be parameters or parameter groups (matrices get the rule),
     compiled models stay whole, and accumulation, GradScaler, DDP and FSDP2 need nothing. It takes
     what every rule takes: ``nn.MultiheadAttention`` too. ``momentum`` averages G before the
-    factors. Of the settings below it has ``beta``, ``momentum`` and ``kappa``.
+    factors. With ``moments="average"`` q and s are of the squares of what moves W, the averaged
+    gradient, and nothing else is averaged; it goes with ``nesterov=True`` and a momentum of .8, and
+    trained better wherever both were tuned, for one more read of M. Of the settings below P has
+    ``beta``, ``momentum``, ``kappa``, ``nesterov``, ``moments`` and ``damping``.
 
     ``normalize="rms"`` divides what moves a tensor, but for lr, by the average of its own RMS, so
     that the rate is on AdamW's scale: a step of about lr in every entry, and never more than 10 lr
@@ -116,7 +119,8 @@ class NeuRMS(PreconditionedOptimizer):
         lr: Learning rate. P's is on AdamW's scale; deep networks without norms or a warmup want a
             tenth of the default.
         variant: ``"P"``, or the draft's ``"U"``, ``"B"`` and ``"F"``.
-        beta: Decay of the second moments (.99, .995, .999 in the draft); None is .99, .95 for P.
+        beta: Decay of the second moments (.99, .995, .999 in the draft); None is .99, .95 for P,
+            and 0 for P's moments of an average.
         eps: Added to a second moment before its root.
         v_min: Floor of a second moment.
         s_min: Least unit factor; the draft's Theorem 1 wants it positive, and does not hold
@@ -154,6 +158,11 @@ class NeuRMS(PreconditionedOptimizer):
             the draft. ``update="backward"`` without momentum never forms the update: the square of
             its norm is estimated without bias from 4 probes z of random signs, ||S D^T (H C z)||^2,
             the same in a resumed run.
+        nesterov: Whether P's gradient enters what moves W once more: momentum M + (1 - momentum) G.
+        moments: What P's moments are of: the ``"gradient"``, or what moves W, the ``"average"``.
+        damping: delta of P: (s_j + delta mean(s)) / (1 + delta) stands for s_j. The larger, the
+            less features are scaled against each other; units are always. None is 0, and .1 for
+            moments of an average, whose step it bounds: an RMS of sqrt((1 + delta) / delta) lr.
         **common: :class:`~neurms.core.optimizers.settings.CommonSettings`; ``weight_decay`` acts on
             weights, not on biases.
 
@@ -212,7 +221,7 @@ class NeuRMS(PreconditionedOptimizer):
         normalize: Normalize | None = None,
         nesterov: bool = False,
         moments: Measured = "gradient",
-        damping: float = 0.0,
+        damping: float | None = None,
         **common: Unpack[CommonSettings],
     ) -> None:
         if variant != "P" or update != "step":

@@ -174,7 +174,7 @@ class ProbedLayer:
         correction = 1.0 - structure.beta ** (state["step"] + 1)
         (q,), (s,), (left,), (right,) = gradient_factors.on(product.backend)(
             [rows], [columns], [state["q"]], [state["s"]], [correction],
-            structure.beta, structure.kappa, structure.damping,
+            *structure.bounds,
         )  # fmt: skip
         self.foreseen = Foreseen(q, s, left, right)
         rate = float(view.group["lr"]) * (-1.0 if view.group["maximize"] else 1.0)

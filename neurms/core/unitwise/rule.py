@@ -85,8 +85,7 @@ class UnitwiseRule:
         check_choice("normalize", settings["normalize"], (None, "rms"))
         check_choice("nesterov", settings["nesterov"], (False, True))
         check_choice("moments", settings["moments"], ("gradient", "average"))
-        check_real("damping", settings["damping"])
-        for name, plain in {**OF_AVERAGES, "damping": 0.0}.items():
+        for name, plain in {**OF_AVERAGES, "damping": None}.items():
             if settings["variant"] != "P" and settings[name] != plain:
                 raise ValueError(
                     f'{name}={settings[name]!r} has a part in variant="P" alone; leave it at '
@@ -136,6 +135,15 @@ def beta_of(settings: Mapping[str, Any]) -> float:
         return 0.99
     # An average needs no second one.
     return 0.0 if settings["moments"] == "average" else 0.95
+
+
+def damping_of(settings: Mapping[str, Any]) -> float:
+    """Return the damping of P's moments of features: where it is None, what the moments want."""
+    damping: float | None = settings["damping"]
+    if damping is None:
+        # A bound on the step that costs next to nothing.
+        return 0.1 if settings["moments"] == "average" else 0.0
+    return check_real("damping", damping)
 
 
 class Rules:

@@ -41,10 +41,10 @@ class MomentLayer:
         left, right = self.structure.factors(state, Context(step))
         # They come with the bias correction of all moments on the left side.
         root = math.sqrt(1.0 - self.structure.beta**step)
-        kappa = self.structure.kappa
+        kappa, one_sided = self.structure.kappa, self.structure.of_averages
         return (
-            Side(left / root, _at_median_bounds(left, kappa)),
-            Side(right * root, _at_median_bounds(right, kappa)),
+            Side(left / root, _at_median_bounds(left, kappa, one_sided)),
+            Side(right * root, _at_median_bounds(right, kappa, one_sided)),
         )
 
 
@@ -112,12 +112,13 @@ def _tapped_sides(layer: TappedLayer) -> tuple[Side, ...]:
     return units, Side(c, at_bounds(c, structure, (structure.c_min, structure.c_max)))
 
 
-def _at_median_bounds(factors: Tensor, kappa: float) -> Tensor:
-    """Return which factors stand at kappa times the median, or a kappa-th of it.
+def _at_median_bounds(factors: Tensor, kappa: float, one_sided: bool = False) -> Tensor:
+    """Return which factors stand at kappa times the median, or a kappa-th of it if that is a bound.
 
     Zeros are no factors: their units are dead, and have no part in the median.
     """
     alive = factors > 0
     # The median is itself one of the factors and never clipped, so it is the bounds' own median.
     ratio = factors / factors.masked_fill(~alive, float("nan")).nanmedian()
-    return alive & ((ratio >= kappa * (1 - 1e-6)) | (ratio * kappa <= 1 + 1e-6))
+    low = (ratio * kappa <= 1 + 1e-6) & (not one_sided)
+    return alive & ((ratio >= kappa * (1 - 1e-6)) | low)

@@ -67,7 +67,8 @@ def keras_neurms(learning_rate: Any = 1e-2, variant: str = "P", **settings: Any)
         learning_rate: A float, a schedule or a callable.
         variant: ``"P"``, which has no taps, or the draft's ``"U"``, ``"B"`` and ``"F"``.
         **settings: ``beta=None, eps=1e-8, s_max=100., momentum=0., agc=None, clip="absolute",
-            normalize=None, loss_reduction="mean"``, ... as in :class:`neurms.NeuRMS` (but for
+            normalize=None, nesterov=False, moments="gradient", damping=None,
+            loss_reduction="mean"``, ... as in :class:`neurms.NeuRMS` (but for
             ``update``, ``gemm`` and ``loss_scale``, which Keras settles), the common settings and
             Keras's own arguments.
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 
-def _clipped(moments: list[float], kappa: float) -> Tensor:
+def _clipped(moments: list[float], kappa: float, one_sided: bool) -> Tensor:
     factors = [0.0 if x == 0 else x**-0.5 for x in moments]
     alive = sorted(x for x in factors if x)
     if not alive:
         return torch.zeros(len(moments), dtype=torch.float64)
     median = alive[(len(alive) - 1) // 2]
-    bounded = [min(max(x, median / kappa), median * kappa) if x else 0.0 for x in factors]
+    low = 0.0 if one_sided else median / kappa
+    bounded = [min(max(x, low), median * kappa) if x else 0.0 for x in factors]
     return torch.tensor(bounded, dtype=torch.float64)
 
 
@@ -110,7 +111,8 @@ class Truth:
         q, s = (state[key] / (1 - self.beta**self.t) for key in "qs")
         total = (q.sum() + s.sum()) / 2
         damped = (s + self.damping * s.mean()) / (1 + self.damping) * (s > 0)
-        left, right = _clipped(q.tolist(), self.kappa), _clipped(damped.tolist(), self.kappa)
+        how = self.kappa, self.moments == "average"
+        left, right = _clipped(q.tolist(), *how), _clipped(damped.tolist(), *how)
         u = x * torch.outer(left, right) * total**0.5
         n = g.shape[1] - (b is not None)
         w.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * _unmatrix(module, u[:, :n], w))

@@ -50,6 +50,17 @@ def test_at_the_default_rate_it_leaves_the_finite_numbers_and_says_so() -> None:
         trained(model, neurms.NeuRMS(model), 40)
 
 
+@pytest.mark.parametrize(("lr", "damping"), [(3e-3, None), (1e-2, 1.0)])
+def test_by_its_damped_average_it_goes_on(lr: float, damping: float | None) -> None:
+    """A step that has a bound: at the default one to a third of that rate, at 1 all of it."""
+    torch.manual_seed(0)
+    model = plain(11)
+    how = {"momentum": 0.8, "nesterov": True, "moments": "average", "damping": damping}
+    losses = trained(model, neurms.NeuRMS(model, lr=lr, **how), 40)
+    assert max(losses) < 500.0
+    assert losses[-1] < 5.0
+
+
 def test_adamw_goes_on_at_that_rate() -> None:
     torch.manual_seed(0)
     model = plain(11)

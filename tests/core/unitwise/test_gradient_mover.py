@@ -55,9 +55,13 @@ AVERAGE: dict[str, Any] = {"momentum": 0.8, "nesterov": True, "moments": "averag
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all": {"momentum": 0.6, "weight_decay": 0.1, "kappa": 1.5, "beta": 0.8},
+    "average clipped": {
+        **{"momentum": 0.6, "moments": "average", "beta": 0.0},
+        **{"damping": 0.2, "kappa": 1.2, "lr": 0.002},
+    },
     "nesterov": {"momentum": 0.6, "nesterov": True},
     "damped": {"damping": 0.7},
-    "average": {"momentum": 0.6, "moments": "average", "beta": 0.5, "weight_decay": 0.1},
+    "average": {"momentum": 0.6, "moments": "average", "beta": 0.5, "damping": 0.0},
     # Slowly: "wide" would learn its few examples until gradients vanish, but for rounding.
     "both": {**AVERAGE, "beta": 0.0, "weight_decay": 0.1, "damping": 0.3, "lr": 0.002},
 }
@@ -113,7 +117,7 @@ def _leave(optimizer: NeuRMS) -> None:
     assert not [route.name for route in optimizer.routes.values() if route.is_fallback]
 
 
-@pytest.mark.parametrize("how", [{"momentum": 0.5}, {**AVERAGE, "beta": 0.0}])
+@pytest.mark.parametrize("how", [{"momentum": 0.5}, {**AVERAGE, "beta": 0.0, "damping": 0.1}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_are_near_float64(dtype: torch.dtype, how: dict[str, Any]) -> None:
     model = wide().to(dtype)
@@ -140,20 +144,37 @@ def test_the_gradients_scale_has_no_part(how: dict[str, Any]) -> None:
     assert_equal(one, other)
 
 
-def test_an_average_needs_no_second_one() -> None:
+def test_an_average_needs_no_second_one_and_is_damped() -> None:
     one, other = mlp().double(), mlp().double()
     trained(one, vectors(), **AVERAGE)
-    trained(other, vectors(), **AVERAGE, beta=0.0)
+    trained(other, vectors(), **AVERAGE, beta=0.0, damping=0.1)
     assert_equal(one, other, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("damping", [0.1, 1.0])
+def test_a_damped_step_by_an_average_has_a_bound(damping: float) -> None:
+    """Energy that moves to where there was little makes P's other steps many times as long."""
+    linear = nn.Linear(40, 30, bias=False).double()
+    optimizer = NeuRMS(linear, lr=1.0, momentum=0.8, moments="average", damping=damping)
+    for step in range(12):
+        torch.manual_seed(step)
+        gradient = torch.zeros(30, 40, dtype=torch.float64)
+        gradient[step % 30, step % 40] = 10.0 ** (3 * step)
+        linear.weight.grad = gradient + 1e-3 * torch.randn_like(gradient)
+        before = linear.weight.detach().clone()
+        optimizer.step()
+        rows = (linear.weight.detach() - before).square().mean(1)
+        assert float(rows.max()) <= (1 + damping) / damping * (1 + 1e-9)
 
 
 def test_of_a_first_gradient_all_averages_are_alike() -> None:
     """An average of one gradient is that gradient but for its length, which has no part."""
     models = [mlp().double() for _ in range(4)]
+    alike: dict[str, Any] = {"kappa": 1e9, "damping": 0.0}
     for model, how in zip(
         models, ({}, {"momentum": 0.5, "moments": "average"}, AVERAGE, {"beta": 0.0}), strict=True
     ):
-        trained(model, vectors(), steps=1, **how)
+        trained(model, vectors(), steps=1, **how, **alike)
     for model in models[1:]:
         assert_equal(models[0], model)
 
