@@ -43,6 +43,7 @@ OPTIMIZERS: dict[str, Make] = {
     "RMNP backward": _ours("rmnp", head="rule", nesterov=False, update="backward"),
     "RACS": _ours("racs", head="rule"),
     "NeuRMS-P": _ours("neurms", variant="P"),
+    "NeuRMS-P average": _ours("neurms", momentum=0.8, nesterov=True, moments="average"),
     "NeuRMS-U": _ours("neurms", variant="U"),
     "NeuRMS-F": _ours("neurms", variant="F"),
     "NeuRMS-P backward": _ours("neurms", variant="P", update="backward"),

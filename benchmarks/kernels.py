@@ -25,7 +25,12 @@ from benchmarks.peers import GROUPS, against_peers
 SHAPES = ((1024, 1024), (4096, 1024), (4096, 4096))
 OURS = ("rmnp", "racs")
 FITS = ("tracked", "sums")
-MOMENTS = "NeuRMS-P"
+AVERAGE: dict[str, Any] = {"momentum": 0.8, "nesterov": True, "moments": "average"}
+MOMENTS: dict[str, dict[str, Any]] = {
+    "NeuRMS-P": {},
+    "NeuRMS-P momentum": {"momentum": 0.8},
+    "NeuRMS-P average": AVERAGE,
+}
 
 COPY = "copy"
 PASSES = {
@@ -35,11 +40,13 @@ PASSES = {
     "racs": 8,
     "racs tracked": 4,
     "racs sums": 4,
-    MOMENTS: 4,
+    "NeuRMS-P": 4,
+    "NeuRMS-P momentum": 6,
+    "NeuRMS-P average": 7,
     COPY: 2,
 }
 """Reads and writes of a matrix that a step cannot do without: RACS as published reads G five times
-for its fit, and all read G and read and write W to move it."""
+for its fit, and all read G and read and write W to move it; P by averages reads M with G twice."""
 
 
 def turn(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Turn:
@@ -76,13 +83,13 @@ def contenders(shape: tuple[int, int]) -> dict[str, Turn]:
     """Return what is compared at one shape; each has a matrix of its own."""
     made: dict[str, Turn] = {}
     fits, eager = [f"racs {fit}" for fit in FITS], [f"{name} eager" for name in OURS]
-    for name in ("adamw fused", "adamw", "sgd fused", *OURS, *fits, MOMENTS, *eager, COPY):
+    for name in ("adamw fused", "adamw", "sgd fused", *OURS, *fits, *MOMENTS, *eager, COPY):
         parameter = torch.nn.Parameter(0.02 * torch.randn(shape))
         if name == COPY:
             made[name] = copying(parameter)
             continue
-        if name == MOMENTS:
-            made[name] = turn(neurms.NeuRMS([parameter], lr=1e-3), parameter)
+        if name in MOMENTS:
+            made[name] = turn(neurms.NeuRMS([parameter], lr=1e-3, **MOMENTS[name]), parameter)
             continue
         kind, _, form = name.partition(" ")
         ours = kind in OURS

@@ -12,6 +12,7 @@ MOST = {
     "RMNP": 26,
     "RACS": 21,
     "NeuRMS-P": 5,
+    "NeuRMS-P average": 5,
     "NeuRMS-U": 55,
     "NeuRMS-F": 70,
     "NeuRMS-U backward": 110,

@@ -35,8 +35,13 @@ _LATER: Group = {
     "iterations": 1,
     "norm_iterations": 8,
     "precision": "float32",
+    "moments": "gradient",
+    "damping": None,
 }
 """Settings that checkpoints of earlier releases do not have, and what held then."""
+
+_LATER_OF: dict[str, Group] = {"neurms": {"nesterov": False}}
+"""The same of one rule, where others have always had a setting of that name."""
 
 
 class HasState(Protocol):
@@ -182,7 +187,10 @@ def _completed(optimizer: HasState, state_dict: dict[str, Any]) -> dict[str, Any
     """Return ``state_dict`` with the settings that its release did not have yet."""
     own = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
     # A group under another rule than its optimizer's has settings of that rule.
-    groups = [{**{k: v for k, v in _LATER.items() if k in now}, **saved} for now, saved in own]
+    groups = [
+        {**{k: v for k, v in _LATER.items() if k in now}, **_LATER_OF.get(now["rule"], {}), **saved}
+        for now, saved in own
+    ]
     return {**state_dict, "param_groups": groups}
 
 

@@ -221,6 +221,36 @@ def test_a_group_that_gives_its_average_up_is_refused_at_the_step() -> None:
         assert state["step"] == backwards["state"][key]["step"]
 
 
+def test_a_checkpoint_of_before_there_were_averages_is_taken() -> None:
+    model = mlp().double()
+    optimizer = trained(model, vectors(), momentum=0.5)
+    saved, twin = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model)
+    for group in saved["param_groups"]:
+        for name in ("nesterov", "moments", "damping"):
+            del group[name]
+    other = NeuRMS(twin, momentum=0.5)
+    other.load_state_dict(saved)
+    for own, by in ((model, optimizer), (twin, other)):
+        backward(own, vectors())
+        by.step()
+    assert_equal(model, twin, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("damping", [None, 0.5])
+def test_averages_resume_bit_for_bit(damping: float | None) -> None:
+    model = mlp().double()
+    optimizer = trained(model, vectors(), damping=damping, **AVERAGE)
+    twin = copy.deepcopy(model)
+    other = NeuRMS(twin, damping=damping, **AVERAGE)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.state_bytes() == optimizer.state_bytes() == optimizer.plan().state_bytes
+    for own, by in ((model, optimizer), (twin, other)):
+        for _ in range(3):
+            backward(own, vectors())
+            by.step()
+    assert_equal(model, twin, 0.0, 0.0)
+
+
 def test_a_layer_shares_what_its_moments_are_of() -> None:
     model = mlp()
     bias = next(module.bias for module in model.modules() if isinstance(module, nn.Linear))
