@@ -58,6 +58,7 @@ MEASUREMENTS = (
     "step_times",
     "step_zen4",
     "contest_step_zen3",
+    "kernels_zen3",
     "zero_adapter",
 )
 """Files of times, bytes and faults, which compare no losses."""

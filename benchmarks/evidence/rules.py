@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.evidence.design import EDITION, NETWORK_SEEDS, PERCEPTRON_SEEDS
 from benchmarks.evidence.ledger import Row, rows
 
-__all__ = ["SEARCHED", "violations"]
+__all__ = ["searched", "violations"]
 
 FALLBACK = frozenset({"fallback_lr", "fallback_momentum"})
 
@@ -27,6 +27,15 @@ SEARCHED: Mapping[str, frozenset[str]] = {
     "neurms, normalized": frozenset({"lr", "memory"}),
 }
 """What the search of a rule has to vary, by the rule's name."""
+
+
+def searched(rule: str, settings: Mapping[str, Any]) -> frozenset[str]:
+    """Return what the search of a rule has to vary, with what is fixed of it."""
+    required = SEARCHED.get(rule, frozenset({"lr"}))
+    if settings.get("moments") == "average":
+        # Its one average is the momentum's, as RMNP's.
+        required = required - {"memory"} | {"momentum"}
+    return required
 
 
 def violations(content: Mapping[str, Any]) -> list[str]:
@@ -54,7 +63,7 @@ def _design(design: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _row(row: Row) -> Iterator[str]:
-    required = SEARCHED.get(row.about["rule"], frozenset({"lr"}))
+    required = searched(row.about["rule"], row.about["settings"])
     if missing := sorted(required - set(row.about["axes"])):
         yield f"its search leaves out {missing}"
     if row.about["rule"] in ("adamw", "adamw, two rates", "adam", "sgd") and not row.about[

@@ -22,7 +22,15 @@ OTHERS = {
 }
 """Results files of whole steps on other processors, and what tells those apart."""
 
-SHOWN = (*headline.NAMES, *COSTS_OF, *OTHERS, "step_small", "llama_cpu", "llama_cpu_zen4")
+SHOWN = (
+    *headline.NAMES,
+    *COSTS_OF,
+    *OTHERS,
+    "step_small",
+    "kernels_zen3",
+    "llama_cpu",
+    "llama_cpu_zen4",
+)
 """The results files of the page."""
 
 OLDER = (*NAMES, "mnist")
@@ -64,6 +72,7 @@ def page(contents: Mapping[str, Content]) -> str:
             contents["step"],
             {where: contents.get(name) for name, where in OTHERS.items()},
             contents.get("step_small"),
+            contents.get("kernels_zen3"),
         ),
     ]
     return "\n".join([HEAD, *filter(None, sections)])

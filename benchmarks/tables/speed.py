@@ -17,7 +17,7 @@ threads; ratios are medians of paired ratios. Below 1 is faster than the baselin
 AdamW.
 
 {kernels}
-{reach}
+{reach}{kernels_too}
 `neurms bench step`: forward, backward and update of a ReLU network, against torch's fused SGD. In
 rows marked bf16 NeuRMS's own product, which stands for the gradient of the weights, is in bfloat16
 and all others are in float32; in rows marked all in bf16 the model's own are, too
@@ -34,6 +34,14 @@ copy in the same rounds, in percent (over 100: kept in the processor's caches, o
 the fastest that memory allows):
 
 {table}
+"""
+
+KERNELS_TOO = """
+The same on AMD's Zen 3, later, with the forms of NeuRMS-P that keep an average of gradients:
+
+{table}
+
+{made}
 """
 
 ELSEWHERE = """
@@ -59,6 +67,7 @@ def speed(
     step: dict[str, Any],
     elsewhere: Mapping[str, dict[str, Any] | None],
     small: dict[str, Any] | None = None,
+    kernels_too: dict[str, Any] | None = None,
 ) -> str:
     """Return the section on speed.
 
@@ -67,6 +76,7 @@ def speed(
         step: ``step.json``.
         elsewhere: Steps on other processors by what tells those apart, None if not timed there.
         small: Steps of a small network, if they were timed.
+        kernels_too: As ``kernels``, of another machine.
     """
 
     def table(content: dict[str, Any], cell: str) -> str:
@@ -79,10 +89,14 @@ def speed(
         ]
         return markdown(["optimizer", *runs], lines)
 
+    cell = "{ms:.2f} (x{ratio:.2f})"
     return SPEED.format(
         reach=_reach(kernels["runs"]),
         threads=kernels["settings"]["threads"],
-        kernels=table(kernels, "{ms:.2f} (x{ratio:.2f})"),
+        kernels=table(kernels, cell),
+        kernels_too=""
+        if kernels_too is None
+        else KERNELS_TOO.format(table=table(kernels_too, cell), made=made_by(kernels_too)),
         step=table(step, "x{ratio:.3f}"),
         made=made_by(step),
         elsewhere="".join(

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.contest import TASKS, entrants_of
 from benchmarks.evidence.entrants import Entrant
-from benchmarks.evidence.rules import SEARCHED
+from benchmarks.evidence.rules import searched
 from benchmarks.own_rules import TwoRates
 
 CASES = {f"{task}, {name}": e for task in TASKS for name, e in entrants_of(task).items()}
@@ -44,7 +44,7 @@ def test_the_values_of_a_search_arrive(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_search_varies_what_its_rule_has(name: str) -> None:
     entrant = CASES[name]
-    assert SEARCHED[entrant.rule] <= set(entrant.space.axes)
+    assert searched(entrant.rule, entrant.settings) <= set(entrant.space.axes)
     optimizer = entrant.make(network(), entrant.space.values(entrant.space.origin))
     plan = getattr(optimizer, "plan", list)
     outside = [row for row in plan() if row.rule == "fallback"]
