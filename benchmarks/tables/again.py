@@ -7,8 +7,11 @@ from typing import Any
 
 from scipy.stats import kendalltau
 
+from benchmarks.evidence.perceptrons import PLACES
 from benchmarks.language_rows import rows
+from benchmarks.significance import spread
 from benchmarks.tables.accuracy import against_baseline
+from benchmarks.tables.contests import TITLES, judged
 from benchmarks.tables.markdown import markdown, p_value
 from benchmarks.tables.provenance import made_by
 
@@ -61,6 +64,20 @@ ratio is that of {largest}{besides}.
 First: {first} Second: {second}
 """
 
+CONTEST = """## {title}, under the rules
+
+{figure} of the rows that were run on both, less AdamW's, p after Holm's correction.
+
+{table}
+
+{verdict} Kendall's rank correlation of the rows' means is {tau:.2f}.
+
+First: {first} Second: {second}
+"""
+
+CONTESTS = ("text-64", "demo", *(p for p in PLACES if p.endswith("-512-0.3s")))
+"""Comparisons under the rules that are short enough to be run from their beginning again."""
+
 CELL = "steps=300"
 NATIVE_SINCE = "shared_basis"
 SURE = 0.05
@@ -79,6 +96,8 @@ def page(contents: Mapping[str, Content]) -> str:
         "llama_step": _cost,
     }
     pairs = {name: (contents.get(name), contents.get(f"again/{name}")) for name in makers}
+    makers |= dict.fromkeys(CONTESTS, _contest)
+    pairs |= {n: (contents.get(f"contests/{n}"), contents.get(f"again/{n}")) for n in CONTESTS}
     sections = [
         makers[n](first, second) for n, (first, second) in pairs.items() if first and second
     ]
@@ -122,6 +141,34 @@ def _loss(first: Content, second: Content) -> str:
         cell=f"{steps} steps",
         table=markdown(header, lines),
         verdict=agreement(*gaps),
+        **_sources(first, second),
+    )
+
+
+def _contest(first: Content, second: Content) -> str:
+    sides = [
+        ({row.name: row for row in found}, against)
+        for found, against in map(judged, (first, second))
+    ]
+    names = [name for name in sides[0][0] if name in sides[1][0]]
+    gaps = [
+        {name: (v.difference, v.p) for name, v in against.items() if name in names}
+        for _, against in sides
+    ]
+    means = [[spread(rows[name].scores)[0] for name in names] for rows, _ in sides]
+    lines = []
+    for k, name in enumerate(names):
+        cells = [f"{dict(rows[name].chosen)['lr']:g}" for rows, _ in sides]
+        cells += [f"{side[k]:.4f}" for side in means]
+        lines.append([name, *cells, *_gaps(name, gaps, "+.4f")])
+    design = first["settings"]["design"]
+    figure = design["figure"].split(",")[0]
+    return CONTEST.format(
+        title=TITLES.get(design["task"], design["task"]),
+        figure=f"Test {figure}",
+        table=markdown(_header("lr", figure, *_DIFFERENCES), lines),
+        verdict=agreement(*gaps),
+        tau=float(kendalltau(*means).statistic),
         **_sources(first, second),
     )
 
@@ -212,5 +259,5 @@ def _sources(first: Content, second: Content) -> dict[str, str]:
 
 NAMES = tuple(
     f"{side}{name}" for name in ("mnist", "scales", "llama_step") for side in ("", "again/")
-)
+) + tuple(f"{side}/{name}" for name in CONTESTS for side in ("contests", "again"))
 """The results files of the page."""

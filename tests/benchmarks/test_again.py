@@ -43,3 +43,35 @@ def test_costs_stand_side_by_side() -> None:
 @pytest.mark.parametrize("name", again.NAMES)
 def test_a_file_alone_makes_no_section(name: str) -> None:
     assert "\n## " not in again.page({name: steps(racs=8)})
+
+
+def contest(**scores: list[float]) -> dict[str, Any]:
+    """Return a comparison of one trial whose rows have these figures."""
+    runs: dict[str, Any] = {}
+    settings = {"lr": 0.1}
+    for row, figures in scores.items():
+        about = {"row": row, "settings": settings, "state_bytes": 1}
+        runs[f"{row}/t"] = {**about, "kind": "trial", "seed": 0, "validation": figures[0]}
+        for k, figure in enumerate(figures):
+            runs[f"{row}/{k}"] = {**about, "kind": "seed", "seed": 101 + k, "test": figure}
+    design = {
+        **{"task": "text-64", "figure": "loss, nats", "better": "lower", "margin": 0.02},
+        **{"trials": 1, "seeds": [101, 102, 103], "tuning_seeds": [0]},
+        **{"reported_on": "test", "chosen_on": "validation", "details": {}},
+    }
+    rows = {row: {"rule": "sgd", "settings": {}, "axes": {"lr": "rate"}} for row in scores}
+    return {
+        **steps(racs=8),
+        "runs": runs,
+        "settings": {"design": design, "rows": rows},
+    }
+
+
+def test_a_comparison_stands_side_by_side_with_the_rank_correlation() -> None:
+    one = contest(AdamW=[2.0, 2.1, 2.2], A=[1.0, 1.11, 1.2], B=[1.5, 1.61, 1.7], C=[3, 3.1, 3.2])
+    two = contest(AdamW=[2.0, 2.1, 2.2], A=[1.6, 1.71, 1.8], B=[1.5, 1.61, 1.7])
+    page = again.page({"contests/text-64": one, "again/text-64": two})
+    assert "| A | 0.1 | 0.1 | 1.1033 | 1.7033 |" in page
+    # Of three pairs one is the other way round; C was run on one machine alone.
+    assert "rank correlation of the rows' means is 0.33." in page
+    assert "| C |" not in page
