@@ -146,10 +146,8 @@ def _loss(first: Content, second: Content) -> str:
 
 
 def _contest(first: Content, second: Content) -> str:
-    sides = [
-        ({row.name: row for row in found}, against)
-        for found, against in map(judged, (first, second))
-    ]
+    both = judged(first), judged(second)
+    sides = [({row.name: row for row in found}, against) for found, against in both]
     names = [name for name in sides[0][0] if name in sides[1][0]]
     gaps = [
         {name: (v.difference, v.p) for name, v in against.items() if name in names}

@@ -68,8 +68,9 @@ def contest(**scores: list[float]) -> dict[str, Any]:
 
 
 def test_a_comparison_stands_side_by_side_with_the_rank_correlation() -> None:
-    one = contest(AdamW=[2.0, 2.1, 2.2], A=[1.0, 1.11, 1.2], B=[1.5, 1.61, 1.7], C=[3, 3.1, 3.2])
-    two = contest(AdamW=[2.0, 2.1, 2.2], A=[1.6, 1.71, 1.8], B=[1.5, 1.61, 1.7])
+    adamw, a, b = [2.0, 2.1, 2.3], [1.0, 1.11, 1.2], [1.4, 1.61, 1.7]
+    one = contest(AdamW=adamw, A=a, B=b, C=[3.0, 3.15, 3.2])
+    two = contest(AdamW=adamw, A=[1.6, 1.71, 1.8], B=b)
     page = again.page({"contests/text-64": one, "again/text-64": two})
     assert "| A | 0.1 | 0.1 | 1.1033 | 1.7033 |" in page
     # Of three pairs one is the other way round; C was run on one machine alone.
