@@ -23,6 +23,7 @@ ROWS = (
     "RMNP",
     "RACS",
     "P momentum",
+    "P average",
     "NeuRMS-U normalized",
 )
 """The rows that the demo shows."""
