@@ -22,7 +22,6 @@ ROWS = (
     "Muon",
     "RMNP",
     "RACS",
-    "P momentum",
     "P average",
     "NeuRMS-U normalized",
 )

@@ -89,7 +89,7 @@ def _with_fallback(lr: float, momentum: float) -> dict[str, Any]:
 # benchmarks/results/contests/demo.json.
 _TORCH = {"fused": True, "weight_decay": 0.0}
 _NORMALIZED = {"variant": "U", "normalize": "rms", "clip": "relative", "kappa": 10.0}
-_MOMENTS = {"variant": "P", "head": "fallback", "momentum": 0.5}
+_AVERAGE = {"momentum": 0.8, "nesterov": True, "moments": "average"}
 _MANUAL = (
     Method("AdamW", "adamw", 8e-3, {**_TORCH, "betas": (0.6, 0.8)}),
     Method(
@@ -106,10 +106,10 @@ _MANUAL = (
     Method("RMNP", "rmnp", 0.02, {"momentum": 0.8, **_with_fallback(0.032, 0.7)}),
     Method("RACS", "racs", 0.16, {"beta": 0.8, **_with_fallback(0.064, 0.95)}),
     Method(
-        "NeuRMS-P momentum",
+        "NeuRMS-P average",
         "neurms",
-        8e-3,
-        {**_MOMENTS, "beta": 0.99, **_with_fallback(0.032, 0.8)},
+        2e-3,
+        {"variant": "P", "head": "fallback", **_AVERAGE, **_with_fallback(0.032, 0.7)},
     ),
     Method(
         "NeuRMS-U normalized",
