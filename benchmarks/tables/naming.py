@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ CLASSES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "moments": ("neurms.NeuRMS", {"variant": "P", "head": "fallback"}),
 }
 """Rule of an entrant -> class, and the settings that the entrant fixes for it."""
+
+WIDTH = 80
 
 TORCHS = ("fused", "weight_decay")
 
@@ -65,13 +68,16 @@ def constructed(row: Row) -> str:
     inside = f"{first}, {_arguments(settings)}"
     line = f"optimizer = {name}({inside})"
     # Wider lines do not fit beside a page's margins.
-    return line if len(line) <= 80 else f"optimizer = {name}(\n    {inside}\n)"
+    if len(line) <= WIDTH:
+        return line
+    filled = textwrap.fill(inside, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return f"optimizer = {name}(\n{filled}\n)"
 
 
 def _settings(row: Row) -> dict[str, Any]:
     fixed = CLASSES.get(row.about["rule"], ("", {}))[1]
     own = {k: v for k, v in row.about["settings"].items() if k not in TORCHS}
-    return {**own, **fixed}
+    return {**fixed, **own}
 
 
 def _arguments(settings: Mapping[str, Any]) -> str:
