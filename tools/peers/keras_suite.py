@@ -89,6 +89,12 @@ REFUSALS = (
         error="Not equal to tolerance",
     ),
     Refusal(
+        "asks for Nesterov's step of no average, which torch's SGD refuses, too",
+        tests=r"sgd_test\.test_correctness_with_golden",
+        error="nesterov=True needs an average of gradients",
+        rules="neurms",
+    ),
+    Refusal(
         "demands a weight decay, as Keras's AdamW does",
         tests=r"adamw_test\.test_weight_decay_is_none",
         error="ValueError not raised",
