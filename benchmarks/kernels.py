@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import neurms
+from benchmarks.evidence.entrants import AVERAGE
 from benchmarks.harness import RESULTS, Results
 from benchmarks.interleaved import Turn, interleaved, shown
 from benchmarks.peers import GROUPS, against_peers
@@ -25,11 +26,10 @@ from benchmarks.peers import GROUPS, against_peers
 SHAPES = ((1024, 1024), (4096, 1024), (4096, 4096))
 OURS = ("rmnp", "racs")
 FITS = ("tracked", "sums")
-AVERAGE: dict[str, Any] = {"momentum": 0.8, "nesterov": True, "moments": "average"}
 MOMENTS: dict[str, dict[str, Any]] = {
     "NeuRMS-P": {},
     "NeuRMS-P momentum": {"momentum": 0.8},
-    "NeuRMS-P average": AVERAGE,
+    "NeuRMS-P average": {"momentum": 0.8, **AVERAGE},
 }
 
 COPY = "copy"

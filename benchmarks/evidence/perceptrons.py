@@ -42,7 +42,7 @@ OURS = ("P", "P momentum", "P average", "P damped", "NeuRMS-U", "NeuRMS-U normal
 
 LIKE = {"P average": "P momentum", "P damped": "P momentum"}
 """Rows that came later, and whose steps those are of that were timed with all the others. On the
-machine of contest_step_zen3.json the later one takes no longer."""
+machine of contest_step_zen3.json P average takes .97 (512) and 1.02 (1024-1024) of its step."""
 
 ROWS = (BASELINE, "SGD", "RMNP", "RACS", "Muon", *OURS)
 

@@ -18,8 +18,8 @@ extern "C" {
 // `tensors` are eight lists of `count` each, one after the other: weights, their gradients and velocities, biases,
 // theirs, and the roots q (m) and s (n, or n + 1 with a bias). Velocities may all be null pointers; so may what belongs
 // to a bias. `rates` are four lists: the rates of weights, what is kept of those, and the same of biases. Sums are those
-// of the gradients' squares, or, `of_averages`, of what moves the weights, and no factor is raised then. Returns 0 and changes nothing if the squares
-// of a row add up to more than `greatest`, or to NaN.
+// of the gradients' squares, or, `of_averages`, of what moves the weights, and no factor is raised then. Returns 0 and
+// changes nothing if the squares of a row add up to more than `greatest`, or to NaN.
 int neurms_gradient_steps(int64_t count, float* const* tensors, const int64_t* m, const int64_t* n,
                           const int64_t* widths, const double* corrections, const float* rates, double beta,
                           double kappa, double damping, double mu, int nesterov, int of_averages, double greatest,

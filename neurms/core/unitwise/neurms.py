@@ -84,8 +84,8 @@ class NeuRMS(PreconditionedOptimizer):
     compiled models stay whole, and accumulation, GradScaler, DDP and FSDP2 need nothing. It takes
     what every rule takes: ``nn.MultiheadAttention`` too. ``momentum`` averages G before the
     factors. With ``moments="average"`` q and s are of the squares of what moves W, the averaged
-    gradient, and nothing else is averaged; it goes with ``nesterov=True`` and a momentum of .8, and
-    trained better wherever both were tuned, for one more read of M. Of the settings below P has
+    gradient, and nothing else is averaged; it goes with ``nesterov=True`` and a momentum of .8, for
+    one more read of G and of M. Of the settings below P has
     ``beta``, ``momentum``, ``kappa``, ``nesterov``, ``moments`` and ``damping``.
 
     ``normalize="rms"`` divides what moves a tensor, but for lr, by the average of its own RMS, so

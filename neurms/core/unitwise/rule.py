@@ -83,8 +83,6 @@ class UnitwiseRule:
         if settings["agc"] is not None:
             check_real("agc", settings["agc"], strict=True, cure="None switches it off")
         check_choice("normalize", settings["normalize"], (None, "rms"))
-        check_choice("nesterov", settings["nesterov"], (False, True))
-        check_choice("moments", settings["moments"], ("gradient", "average"))
         for name, plain in {**OF_AVERAGES, "damping": None}.items():
             if settings["variant"] != "P" and settings[name] != plain:
                 raise ValueError(
