@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,8 +69,9 @@ def constructed(row: Row) -> str:
     # Wider lines do not fit beside a page's margins.
     if len(line) <= WIDTH:
         return line
-    filled = textwrap.fill(inside, WIDTH, initial_indent="    ", subsequent_indent="    ")
-    return f"optimizer = {name}(\n{filled}\n)"
+    # One argument a line, as the formatter that checks the pages has it.
+    lines = "".join(f"    {argument},\n" for argument in inside.split(", "))
+    return f"optimizer = {name}(\n{lines})"
 
 
 def _settings(row: Row) -> dict[str, Any]:
