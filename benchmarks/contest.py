@@ -40,7 +40,7 @@ def begun(methods: dict[str, entrants.Entrant], smaller: Path) -> dict[str, entr
 
 def entrants_of(task: str) -> dict[str, entrants.Entrant]:
     """Return the methods that a task compares, by the name of their row."""
-    if task == "text-128":
+    if task in ("text-128", "text-64-long"):
         return begun(entrants.text(), RESULTS / "contests" / "text-64.json")
     if task in demo.TASKS:
         known = begun(entrants.text(), RESULTS / "contests" / "text-64.json")

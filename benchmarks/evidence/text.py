@@ -52,13 +52,18 @@ class Text:
     Args:
         name: Of the task.
         scale: The model and how much it sees in a step.
-        steps: Of every run, in searches too.
+        steps: Of every reported run.
         trials: Of every search.
+        search_steps: Of a search's runs, if they are shorter; the schedule is, too.
     """
 
-    def __init__(self, name: str, scale: Scale, steps: int, trials: int) -> None:
-        self.scale, self.steps = scale, steps
+    def __init__(
+        self, name: str, scale: Scale, steps: int, trials: int, search_steps: int | None = None
+    ) -> None:
+        self.scale, self.steps, self.search_steps = scale, steps, search_steps or steps
         details = {**asdict(scale), "steps": steps, "schedule": "warmup of a tenth, cosine to 0"}
+        if search_steps is not None:
+            details["steps of a search's runs"] = search_steps
         self.design = Design(
             name, "loss, nats per byte", "lower", 0.02, trials, NETWORK_SEEDS, details
         )
@@ -72,10 +77,11 @@ class Text:
         part = "test" if reported else "validation"
         model = self.scale.model(seed)
         optimizer = make(model)
-        plan = schedule(optimizer, self.steps)
+        steps = self.steps if reported else self.search_steps
+        plan = schedule(optimizer, steps)
         generator = torch.Generator().manual_seed(10_000 + seed)
         curve = []
-        for step in range(1, self.steps + 1):
+        for step in range(1, steps + 1):
             inputs, targets = batch_of(self._parts["train"], generator, self.scale)
             optimizer.zero_grad()
             loss = loss_of(model, inputs, targets)
@@ -83,7 +89,7 @@ class Text:
             if not math.isfinite(loss.item()) or not _stepped(optimizer):
                 return {part: None, "diverged": step}
             plan.step()
-            if reported and step % (self.steps // CURVE) == 0 and step < self.steps:
+            if reported and step % (steps // CURVE) == 0 and step < steps:
                 curve.append((step, round(self.loss(model, "validation"), 5)))
         found = self.loss(model, part)
         measured: dict[str, Any] = {part: found if math.isfinite(found) else None}
@@ -110,10 +116,11 @@ def _stepped(optimizer: torch.optim.Optimizer) -> bool:
     return True
 
 
+SMALL = Scale(width=64, layers=2, heads=2, batch=8, context=64)
+
 TASKS = {
-    "text-64": lambda: Text(
-        "text-64", Scale(width=64, layers=2, heads=2, batch=8, context=64), 300, 16
-    ),
+    "text-64": lambda: Text("text-64", SMALL, 300, 16),
+    "text-64-long": lambda: Text("text-64-long", SMALL, 5000, 8, search_steps=1000),
     "text-128": lambda: Text("text-128", Scale(), 600, 8),
 }
 """The tasks on text by name."""

@@ -24,7 +24,8 @@ CONTROL = "AdamW, two rates"
 """AdamW with a second rate where the other rules have one for their fallback."""
 
 NAMES = tuple(
-    f"contests/{task}" for task in ("text-64", "text-128", "mnist", "fashion-conv", "resnet20")
+    f"contests/{task}"
+    for task in ("text-64", "text-64-long", "text-128", "mnist", "fashion-conv", "resnet20")
 )
 """The results files of what is compared; the first results page shows them in short."""
 
@@ -57,6 +58,7 @@ SECTION = """## {title}
 
 TITLES = {
     "text-64": "A small LLaMA, width 64",
+    "text-64-long": "A small LLaMA, width 64, 5,000 steps",
     "text-128": "A small LLaMA, width 128",
     "mnist": "MNIST, a perceptron, two epochs",
     "fashion-conv": "Fashion-MNIST, a small convolutional network",

@@ -1,0 +1,53 @@
+"""The task on text: how long its runs are, searches and reported ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.contest import entrants_of
+from benchmarks.evidence import text
+from benchmarks.language import Scale
+
+TINY = Scale(width=8, layers=1, heads=1, batch=2, context=8)
+
+
+class Counted(torch.optim.SGD):
+    """Plain SGD that keeps the rates of its steps."""
+
+    def __init__(self, model: nn.Module, rates: list[float]) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+        self.rates = rates
+
+    def step(self, closure: Any = None) -> Any:
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(("search_steps", "expected"), [(None, 12), (6, 6)])
+def test_a_search_may_have_shorter_runs_with_the_whole_schedule(
+    monkeypatch: pytest.MonkeyPatch, search_steps: int | None, expected: int
+) -> None:
+    parts = text.split(bytes(range(256)) * 40)
+    monkeypatch.setattr(text, "prose", lambda: parts)
+    monkeypatch.setattr(text, "BATCHES", {"validation": 1, "test": 1})
+    task = text.Text("text-64-long", TINY, 12, 8, search_steps)
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for reported in (False, True):
+        run = task.train(lambda m, r=rates[reported]: Counted(m, r), 0, reported=reported)
+        assert set(run) & {"validation", "test"} == {"test" if reported else "validation"}
+    assert {k: len(v) for k, v in rates.items()} == {True: 12, False: expected}
+    # Both end near a rate of zero.
+    assert all(found[-1] < 0.1 * max(found) for found in rates.values())
+    said = task.design.details.get("steps of a search's runs")
+    assert said == search_steps
+
+
+def test_long_runs_begin_their_search_where_short_ones_ended() -> None:
+    short, long = entrants_of("text-64"), entrants_of("text-64-long")
+    # RMNP's tuned rate of its AdamW is not the one that its first search began at.
+    assert long["RMNP"].space.axes["fallback_lr"].start == 0.032
+    assert short["RMNP"].space.axes["fallback_lr"].start != 0.032
