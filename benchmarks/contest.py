@@ -22,7 +22,13 @@ from benchmarks.evidence.ledger import rows
 from benchmarks.harness import RESULTS
 
 TASKS: dict[str, Callable[[], contest.Task]] = {**text.TASKS, **images.TASKS, **demo.TASKS}
-"""Tasks whose runs are equally long in steps, by name; perceptrons' are in time."""
+"""Tasks whose runs are equally long in steps, by name; the others' are in time."""
+
+TIMED: dict[str, Callable[[str, str], contest.Task]] = {
+    **dict.fromkeys(text.TIMED, text.timed),
+    **dict.fromkeys(perceptrons.PLACES, perceptrons.task),
+}
+"""Tasks whose runs take as many steps as each row's step time allows, from task and row."""
 
 
 def begun(methods: dict[str, entrants.Entrant], smaller: Path) -> dict[str, entrants.Entrant]:
@@ -40,13 +46,15 @@ def begun(methods: dict[str, entrants.Entrant], smaller: Path) -> dict[str, entr
 
 def entrants_of(task: str) -> dict[str, entrants.Entrant]:
     """Return the methods that a task compares, by the name of their row."""
-    if task in ("text-128", "text-64-long"):
-        return begun(entrants.text(), RESULTS / "contests" / "text-64.json")
-    if task in demo.TASKS:
-        known = begun(entrants.text(), RESULTS / "contests" / "text-64.json")
-        return {name: known[name] for name in demo.ROWS}
-    if task in text.TASKS:
+    if task == "text-64":
         return entrants.text()
+    if task in (*text.TASKS, *text.TIMED, *demo.TASKS):
+        known = begun(entrants.text(), RESULTS / "contests" / "text-64.json")
+        some = {
+            **dict.fromkeys(text.TIMED, text.TIMED_ROWS),
+            **dict.fromkeys(demo.TASKS, demo.ROWS),
+        }
+        return {name: known[name] for name in some.get(task, known)}
     if task in perceptrons.PLACES:
         return perceptrons.rows()
     return entrants.images(norms=task != "mnist")
@@ -63,7 +71,7 @@ def main(
         threads: Of the process.
         out: Where results are kept; by default benchmarks/results/contests/TASK.json.
     """
-    if task not in (names := [*TASKS, *perceptrons.PLACES]):
+    if task not in (names := [*TASKS, *TIMED]):
         raise SystemExit(f"error: --task {task} not known; choose from {names}")
     known = entrants_of(task)
     if unknown := sorted(set(methods) - set(known)):
@@ -74,7 +82,7 @@ def main(
     if task in TASKS:
         tasks: contest.Task | dict[str, contest.Task] = TASKS[task]()
     else:
-        tasks = {name: perceptrons.task(task, name) for name in chosen}
+        tasks = {name: TIMED[task](task, name) for name in chosen}
     if not contest.run(tasks, chosen, path):
         print("the rest is being worked on by another process")
 

@@ -1,17 +1,16 @@
 """A whole training step of a comparison's rows, side by side in one process.
 
 Batch, forward, backward, update and schedule, as in training; the rows take turns of ten steps, so
-that a drift of the machine hits all alike. On text each row has the settings that its search chose,
-and the chart on the first page turns steps into seconds by this file. On perceptrons it has those
-that its search begins at, and the comparisons at equal time turn seconds into steps.
+that a drift of the machine hits all alike. Each row has the settings that its search begins at. The
+comparisons at equal time turn seconds into steps by these files, the chart on the first page steps
+into seconds.
 
-    neurms bench contest_step --task text-64
+    neurms bench contest_step --task text
     neurms bench contest_step --task perceptrons
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,28 +18,30 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.evidence import entrants, perceptrons
-from benchmarks.evidence.ledger import Row, rows
-from benchmarks.harness import RESULTS, Results
+from benchmarks.evidence import entrants, perceptrons, text
+from benchmarks.harness import Results
 from benchmarks.interleaved import Turn, interleaved, shown
 from benchmarks.language import Scale, batch_of, loss_of
 from benchmarks.vision import batches, perceptron, schedule
 
-TASK: Literal["text-64"] = "text-64"
-ROWS = ("AdamW", "AdamW, two rates", "RACS", "P", "P momentum", "P average")
 TURN = 10
 EXAMPLES = 10_000
 
 
-def turn(optimizer: torch.optim.Optimizer, gradients: Callable[[], None]) -> Turn:
+def turn(entrant: entrants.Entrant, model: nn.Module, gradients: Callable[[], None]) -> Turn:
     """Return a turn of ten training steps.
 
     Args:
-        optimizer: Of a model of its own.
+        entrant: The row.
+        model: Of its own.
         gradients: Takes a batch and goes forward and backward.
     """
+    # A rate at which nothing leaves the finite numbers, however many steps there are.
+    values = {**entrant.space.values(entrant.space.origin), "lr": 1e-5}
+    optimizer = entrant.make(model, values)
     plan = schedule(optimizer, 1_000_000)
 
     def steps() -> None:
@@ -56,7 +57,7 @@ def turn(optimizer: torch.optim.Optimizer, gradients: Callable[[], None]) -> Tur
     return prepare
 
 
-def on_text(row: Row, scale: Scale) -> Turn:
+def on_text(entrant: entrants.Entrant, scale: Scale) -> Turn:
     """Return a row's turn on random bytes."""
     model = scale.model(0)
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +66,7 @@ def on_text(row: Row, scale: Scale) -> Turn:
     def gradients() -> None:
         loss_of(model, *batch_of(tokens, generator, scale)).backward()
 
-    return turn(entrants.text()[row.name].make(model, dict(row.chosen)), gradients)
+    return turn(entrant, model, gradients)
 
 
 def on_digits(entrant: entrants.Entrant, sizes: tuple[int, ...]) -> Turn:
@@ -79,18 +80,13 @@ def on_digits(entrant: entrants.Entrant, sizes: tuple[int, ...]) -> Turn:
         index = next(order)
         cross_entropy(model(inputs[index]), labels[index]).backward()
 
-    # A rate at which nothing leaves the finite numbers, however many steps there are.
-    values = {**entrant.space.values(entrant.space.origin), "lr": 1e-5}
-    return turn(entrant.make(model, values), gradients)
+    return turn(entrant, model, gradients)
 
 
-def text(names: tuple[str, ...]) -> dict[str, Turn]:
-    """Return the turns of the text comparison's complete rows."""
-    content = json.loads((RESULTS / "contests" / f"{TASK}.json").read_text())
-    found = {row.name: row for row in rows(content) if row.complete and row.name in names}
-    details = content["settings"]["design"]["details"]
-    scale = Scale(**{name: details[name] for name in Scale.__dataclass_fields__})
-    return {name: on_text(row, scale) for name, row in found.items()}
+def words(scale: Scale) -> dict[str, Turn]:
+    """Return the turns of the rows that text is compared by at equal time."""
+    known = entrants.text()
+    return {name: on_text(known[name], scale) for name in text.TIMED_ROWS}
 
 
 def digits(sizes: tuple[int, ...]) -> dict[str, Turn]:
@@ -107,11 +103,10 @@ def measured(turns: dict[str, Turn], rounds: int) -> dict[str, dict[str, float]]
 
 
 def main(
-    task: Literal["text-64", "perceptrons"] = TASK,
+    task: Literal["text", "perceptrons"] = "text",
     threads: int = 1,
     rounds: int = 15,
-    methods: tuple[str, ...] = ROWS,
-    out: Path = RESULTS / "contest_step.json",
+    out: Path | None = None,
 ) -> None:
     """Measure and keep.
 
@@ -119,16 +114,18 @@ def main(
         task: What is trained.
         threads: Of the process.
         rounds: Turns of ten steps of every row.
-        methods: The rows on text; on perceptrons all are measured.
-        out: The results file; times that it holds already are measured again.
+        out: The results file, by default the one that the comparison reads; times that it holds
+            already are measured again.
     """
     torch.set_num_threads(threads)
-    record = Results(out, {"threads": threads, "rounds": rounds, "turn": TURN})
-    made: dict[str, Callable[[], dict[str, Turn]]] = {TASK: partial(text, methods)}
-    if task == "perceptrons":
-        # One after the other: all models at once would push each other out of the caches.
-        nets = perceptrons.NETS.items()
-        made = {f"perceptron {net}": partial(digits, sizes) for net, sizes in nets}
+    # One model's rows after the other's: all at once would push each other out of the caches.
+    if task == "text":
+        path = text.TIMES
+        made = {name: partial(words, scale) for name, scale in text.SCALES.items()}
+    else:
+        path = perceptrons.TIMES
+        made = {f"perceptron {n}": partial(digits, sizes) for n, sizes in perceptrons.NETS.items()}
+    record = Results(out or path, {"threads": threads, "rounds": rounds, "turn": TURN})
     for name, turns in made.items():
         record.runs[name] = measured(turns(), rounds)
         record.save()

@@ -57,6 +57,7 @@ MEASUREMENTS = (
     "step_small",
     "step_times",
     "step_zen4",
+    "contest_step_text",
     "contest_step_zen3",
     "kernels_zen3",
     "zero_adapter",

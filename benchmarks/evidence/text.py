@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 import math
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.evidence.design import NETWORK_SEEDS, Design
+from benchmarks.harness import RESULTS
 from benchmarks.language import BOOKS, Scale, batch_of, loss_of
 from benchmarks.vision import schedule
 from neurms.core.ground.errors import NonFiniteError
 from neurms.core.optimizers.plan import tensor_bytes
 
-__all__ = ["TASKS", "Text", "split"]
+__all__ = [
+    "SCALES",
+    "TASKS",
+    "TIMED",
+    "TIMED_ROWS",
+    "TIMES",
+    "Text",
+    "split",
+    "timed",
+]
 
 PARTS = ("train", "validation", "test")
 BATCHES = {"validation": 24, "test": 72}
@@ -93,9 +104,10 @@ class Text:
                 curve.append((step, round(self.loss(model, "validation"), 5)))
         found = self.loss(model, part)
         measured: dict[str, Any] = {part: found if math.isfinite(found) else None}
-        return measured | (
-            {"curve": curve, "state_bytes": tensor_bytes(dict(optimizer.state))} if reported else {}
-        )
+        if reported:
+            state = tensor_bytes(dict(optimizer.state))
+            measured |= {"curve": curve, "state_bytes": state, "steps": steps}
+        return measured
 
     @torch.no_grad()
     def loss(self, model: nn.Module, part: str) -> float:
@@ -116,11 +128,56 @@ def _stepped(optimizer: torch.optim.Optimizer) -> bool:
     return True
 
 
-SMALL = Scale(width=64, layers=2, heads=2, batch=8, context=64)
+SCALES = {
+    "text-64": Scale(width=64, layers=2, heads=2, batch=8, context=64),
+    "text-128": Scale(),
+}
+"""The models."""
+
+STEPS = {"text-64": 300, "text-128": 600}
 
 TASKS = {
-    "text-64": lambda: Text("text-64", SMALL, 300, 16),
-    "text-64-long": lambda: Text("text-64-long", SMALL, 5000, 8, search_steps=1000),
-    "text-128": lambda: Text("text-128", Scale(), 600, 8),
+    "text-64": lambda: Text("text-64", SCALES["text-64"], STEPS["text-64"], 16),
+    "text-64-long": lambda: Text("text-64-long", SCALES["text-64"], 5000, 8, search_steps=1000),
+    "text-128": lambda: Text("text-128", SCALES["text-128"], STEPS["text-128"], 8),
 }
-"""The tasks on text by name."""
+"""The tasks on text by name, equally long in steps."""
+
+TIMED = {f"{name}-timed": name for name in SCALES}
+"""The tasks in which every row trains for the time that AdamW's steps take: name -> the other's."""
+
+TIMED_ROWS = (
+    "AdamW",
+    "AdamW, two rates",
+    "RACS",
+    "P",
+    "P momentum",
+    "P average",
+    "RMNP",
+    "Muon",
+)
+
+TIMES = RESULTS / "contest_step_text.json"
+"""What a step of each takes, from ``neurms bench contest_step --task text``."""
+
+
+def timed(task: str, row: str) -> Text:
+    """Return what a row trains where all train for the same time.
+
+    Args:
+        task: One of :data:`TIMED`.
+        row: One of :data:`TIMED_ROWS`.
+    """
+    name = TIMED[task]
+    runs = json.loads(TIMES.read_text())["runs"] if TIMES.is_file() else {}
+    if row not in runs.get(name, {}):
+        raise SystemExit(
+            f"error: {TIMES} has no time of {row!r} on {name}; run neurms bench contest_step "
+            "--task text first"
+        )
+    steps = round(STEPS[name] / runs[name][row]["ratio"])
+    made = Text(task, SCALES[name], steps, 8)
+    rest = {key: value for key, value in made.design.details.items() if key != "steps"}
+    details = {**rest, "time": f"of AdamW's {STEPS[name]} steps"}
+    made.design = replace(made.design, details=details)
+    return made
