@@ -121,7 +121,7 @@ def main(
     # One model's rows after the other's: all at once would push each other out of the caches.
     if task == "text":
         path = text.TIMES
-        made = {name: partial(words, scale) for name, scale in text.SCALES.items()}
+        made = {name: partial(words, text.SCALES[name]) for name in text.TIMED.values()}
     else:
         path = perceptrons.TIMES
         made = {f"perceptron {n}": partial(digits, sizes) for n, sizes in perceptrons.NETS.items()}

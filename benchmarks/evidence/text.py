@@ -143,7 +143,7 @@ TASKS = {
 }
 """The tasks on text by name, equally long in steps."""
 
-TIMED = {f"{name}-timed": name for name in SCALES}
+TIMED = {"text-64-timed": "text-64"}
 """The tasks in which every row trains for the time that AdamW's steps take: name -> the other's."""
 
 TIMED_ROWS = (
