@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from neurms.compiled.gradient_steps import are_good, gradient_steps_
 from neurms.compiled.square_sums import average_square_sums, joint_square_sums, with_bias
 from neurms.compiled.update import apply_updates_
 from neurms.core.ground.precision import compute_dtype
-from neurms.core.ground.shards import local, own_part, wrapped_rows
+from neurms.core.ground.shards import local, wrapped_rows
 from neurms.core.ground.spans import is_observed, span
 from neurms.core.ground.sums import together
 from neurms.core.optimizers.by_recipe import RecipeMover, are_many
@@ -29,12 +29,12 @@ from neurms.core.unitwise.gradient_layers import (
     Layer,
     are_direct,
     check_bias,
-    vector,
 )
+from neurms.core.unitwise.gradient_moves import Target, apply_, moves_of
 from neurms.core.unitwise.gradient_rule import partner_of
 from neurms.core.unitwise.mover import velocity_like
 
-__all__ = ["Factors", "GradientMover", "Holder", "Target", "scales", "structure_of"]
+__all__ = ["Factors", "GradientMover", "Holder", "scales", "structure_of"]
 
 State = dict[str, Any]
 Factors = tuple[Tensor, Tensor]
@@ -270,12 +270,10 @@ class GradientMover(RecipeMover):
                 move
                 for layer, made, plain in each
                 if not plain
-                for move in _moves_of(layer, *made, self._target, bool(structure.momentum))
+                for move in moves_of(layer, *made, self._target, bool(structure.momentum))
             ]
-            _apply_([move for move in moves if not move.formed], structure, backend)
+            apply_(moves, structure, backend)
             for move in moves:
-                if move.formed:
-                    _apply_formed_(move, structure)
                 self._written(move.view, move.target)
 
     def _write_direct(
@@ -442,123 +440,3 @@ def scales(
     q, s, left, right = form(rows, columns, *kept, corrections, beta, kappa, damping, one_sided)
     torch._foreach_copy_([*kept[0], *kept[1]], [*q, *s])
     return list(zip(left, right, strict=True))
-
-
-# -------------------------------------------------------------------- moves
-
-
-class Target(NamedTuple):
-    """What a scaled gradient enters: T <- decay T - rate U."""
-
-    tensor: Tensor
-    rate: float
-    decay: float
-
-
-@dataclass(slots=True, eq=False)
-class _Move:
-    """One tensor's part: T <- decay T - rate left X right, X the gradient or its average.
-
-    ``formed`` ones are stored in a way that the list kernel does not know as a matrix, or are cut
-    otherwise than by rows.
-    """
-
-    view: View
-    target: Tensor
-    rows: bool
-    left: Tensor
-    right: Tensor | None
-    rate: float
-    decay: float
-    matrix: Tensor
-    gradient: Tensor
-    velocity: Tensor | None
-    formed: bool
-
-
-def _moves_of(
-    layer: Layer,
-    left: Tensor,
-    right: Tensor,
-    target_of: Callable[[View, float], Target],
-    averages: bool,
-) -> list[_Move]:
-    weight, bias = layer.weight, layer.bias
-    rows = weight.shard is not None
-    moves = []
-    if layer.moves:
-        target = target_of(weight, weight.decay)
-        moves.append(_move_of(weight, target, rows, left, right[: layer.columns], averages))
-    if bias is not None:
-        # Weight decay is for weights.
-        target = target_of(bias, 1.0)
-        moves.append(_move_of(bias, target, rows, left * right[-1], None, averages))
-    return moves
-
-
-def _move_of(
-    view: View, into: Target, rows: bool, left: Tensor, right: Tensor | None, averages: bool
-) -> _Move:
-    target, rate, decay = into
-    velocity = local(view.state["momentum"]) if averages else None
-    if view.sharded and not rows:
-        return _Move(
-            view, target, rows, left, right, rate, decay, target, view.gradient, velocity, True
-        )
-    gradient = local(view.gradient)
-    if right is None:
-        gradient = gradient.to(view.dtype)
-        return _Move(
-            view, target, rows, left, right, rate, decay, target, gradient, velocity, False
-        )
-    matrix, gradient = view.matrix(target), view.matrix(gradient)
-    formed = matrix.data_ptr() != target.data_ptr()
-    if velocity is not None:
-        seen = view.matrix(velocity)
-        formed = formed or seen.data_ptr() != velocity.data_ptr()
-        velocity = velocity if formed else seen
-    if formed:
-        gradient = view.gradient
-    return _Move(view, target, rows, left, right, rate, decay, matrix, gradient, velocity, formed)
-
-
-def _apply_(moves: Sequence[_Move], structure: GradientMoments, backend: str) -> None:
-    moves = [move for move in moves if move.matrix.numel()]
-    if not moves:
-        return
-    momentum = structure.momentum
-    apply_updates_.on(backend)(
-        [move.matrix for move in moves],
-        [move.gradient for move in moves],
-        [move.velocity for move in moves],
-        [move.left for move in moves],
-        [move.right for move in moves],
-        [move.rate for move in moves],
-        [move.decay for move in moves],
-        momentum=momentum,
-        fresh=1.0 - momentum,
-        scale_gradient=not momentum,
-        scale_velocity=bool(momentum),
-        nesterov=structure.nesterov,
-    )
-
-
-def _apply_formed_(move: _Move, structure: GradientMoments) -> None:
-    view, x = move.view, move.gradient
-    here = move.rows or not view.sharded
-    if move.velocity is not None:
-        own = (local(x) if here else own_part(x, view.parameter)).to(view.dtype)
-        move.velocity.lerp_(own, 1.0 - structure.momentum)
-        average = view.state["momentum"]
-        if structure.nesterov:
-            x = structure.moving(view.seen(x).to(view.dtype), view.seen(average))
-        else:
-            x = average
-    if move.right is None:
-        step = vector(view, x, move.rows) * move.left
-    else:
-        update = view.matrix(view.seen(x)) * move.left[:, None] * move.right
-        step = view.layout.from_matrix(update)
-    if move.decay != 1.0:
-        move.target.mul_(move.decay)
-    move.target.add_(step if here else own_part(step, view.parameter), alpha=-move.rate)

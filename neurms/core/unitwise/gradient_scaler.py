@@ -12,7 +12,8 @@ from neurms.core.optimizers.recipe import Recipe
 from neurms.core.optimizers.view import View
 from neurms.core.routing import FALLBACK, Route
 from neurms.core.structures.gradient_moments import GradientMoments
-from neurms.core.unitwise.gradient_mover import GradientMover, Target, structure_of
+from neurms.core.unitwise.gradient_mover import GradientMover, structure_of
+from neurms.core.unitwise.gradient_moves import Target
 from neurms.core.unitwise.gradient_rule import gradient_recipe
 from neurms.core.unitwise.mover import velocity_like
 
