@@ -17,11 +17,16 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks.evidence import contest, demo, entrants, images, perceptrons, text
+from benchmarks.evidence import contest, demo, entrants, images, perceptrons, tags, text
 from benchmarks.evidence.ledger import rows
 from benchmarks.harness import RESULTS
 
-TASKS: dict[str, Callable[[], contest.Task]] = {**text.TASKS, **images.TASKS, **demo.TASKS}
+TASKS: dict[str, Callable[[], contest.Task]] = {
+    **text.TASKS,
+    **images.TASKS,
+    **demo.TASKS,
+    **tags.TASKS,
+}
 """Tasks whose runs are equally long in steps, by name; the others' are in time."""
 
 TIMED: dict[str, Callable[[str, str], contest.Task]] = {
@@ -55,6 +60,8 @@ def entrants_of(task: str) -> dict[str, entrants.Entrant]:
             **dict.fromkeys(demo.TASKS, demo.ROWS),
         }
         return {name: known[name] for name in some.get(task, known)}
+    if task in tags.TASKS:
+        return entrants.tags()
     if task in perceptrons.PLACES:
         return perceptrons.rows()
     return entrants.images(norms=task != "mnist")

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.evidence.space import Space, levels, rate
 from benchmarks.own_rules import create
 
-__all__ = ["Entrant", "images", "text"]
+__all__ = ["Entrant", "images", "tags", "text"]
 
 PLAIN = ("sgd", "adamw", "adamw, two rates")
 """Torch's rules, whose fused kernels are used."""
@@ -43,8 +43,11 @@ class Entrant:
     def make(self, model: nn.Module, values: Mapping[str, float]) -> torch.optim.Optimizer:
         """Return the optimizer with the values that a search chose."""
         chosen: dict[str, Any] = {"lr": values["lr"], **self.settings}
-        if self.rule.startswith("adamw"):
+        if self.rule.startswith("adamw") or self.rule == "block_adam":
             chosen["betas"] = (values["momentum"], values["memory"])
+        elif self.rule == "sketchy":
+            # Its first beta is the gradient's own weight in a sketch, not the momentum's.
+            chosen |= {"betas": (0.0, values["memory"]), "momentum": values["momentum"]}
         else:
             chosen |= {
                 name: values[own]
@@ -169,4 +172,23 @@ def images(fallback: float = 3e-3, *, norms: bool = False) -> dict[str, Entrant]
             "neurms, normalized", 2e-3, memory=0.99, variant="U", **own
         ),
         "NeuRMS-F": _entrant("neurms", 3e-3, momentum=0.9, memory=0.99, variant="F", **own),
+    }
+
+
+def tags(fallback: float = 4e-3) -> dict[str, Entrant]:
+    """Return the methods on tags: some of those on text, and the shared-basis paper's.
+
+    Args:
+        fallback: Where the search for the fallback's rate begins.
+    """
+    rest: dict[str, Any] = {"fallback": fallback}
+    roots: dict[str, Any] = {"grafting": "rmsprop_normalized"}
+    names = ("AdamW", "AdamW, two rates", "RACS", "P", "P momentum", "P average", "RMNP", "Muon")
+    known = text(fallback)
+    return {name: known[name] for name in names} | {
+        "NeuRMS-U normalized": known["NeuRMS-U normalized"],
+        "Block Adam": _entrant("block_adam", 4e-3, momentum=0.9, memory=0.95, **rest),
+        "Shampoo": _entrant("shampoo", 1e-3, momentum=0.9, interval=20, **roots, **rest),
+        "Sketchy": _entrant("sketchy", 1e-3, momentum=0.9, memory=0.999, rank=16, **roots, **rest),
+        "SharedBasis": _entrant("shared_basis", 1e-3, momentum=0.9, rank=16, **rest),
     }

@@ -23,7 +23,6 @@ OLD = {
     "llama": "AdamW's betas not searched, chosen on the reported text, unequal seeds",
     "mnist": "no momenta searched, seed 0 both tunes and counts",
     "perceptrons": "no momenta searched, bfloat16 beside float32, five seeds",
-    "pos": "no momenta searched",
     "scales": "AdamW's betas not searched, chosen on the reported text, two or three seeds",
 }
 """Comparisons of losses or accuracies under the old rules, with what they break."""

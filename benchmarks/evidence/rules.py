@@ -23,6 +23,10 @@ SEARCHED: Mapping[str, frozenset[str]] = {
     "racs": frozenset({"lr", "memory"}) | FALLBACK,
     "rmnp": frozenset({"lr", "momentum"}) | FALLBACK,
     "muon": frozenset({"lr", "momentum"}) | FALLBACK,
+    "block_adam": frozenset({"lr", "momentum", "memory"}) | FALLBACK,
+    "shampoo": frozenset({"lr", "momentum"}) | FALLBACK,
+    "sketchy": frozenset({"lr", "momentum", "memory"}) | FALLBACK,
+    "shared_basis": frozenset({"lr", "momentum"}) | FALLBACK,
     "neurms": frozenset({"lr", "memory"}),
     "neurms, normalized": frozenset({"lr", "memory"}),
 }

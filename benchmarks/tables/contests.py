@@ -25,7 +25,16 @@ CONTROL = "AdamW, two rates"
 
 NAMES = tuple(
     f"contests/{task}"
-    for task in ("text-64", "text-64-long", "text-128", "mnist", "fashion-conv", "resnet20")
+    for task in (
+        "text-64",
+        "text-64-timed",
+        "text-64-long",
+        "text-128",
+        "tags",
+        "mnist",
+        "fashion-conv",
+        "resnet20",
+    )
 )
 """The results files of what is compared; the first results page shows them in short."""
 
@@ -58,8 +67,10 @@ SECTION = """## {title}
 
 TITLES = {
     "text-64": "A small LLaMA, width 64",
+    "text-64-timed": "A small LLaMA, width 64, at equal time",
     "text-64-long": "A small LLaMA, width 64, 5,000 steps",
     "text-128": "A small LLaMA, width 128",
+    "tags": "Tags of ancient Greek",
     "mnist": "MNIST, a perceptron, two epochs",
     "fashion-conv": "Fashion-MNIST, a small convolutional network",
     "resnet20": "CIFAR-10 (JPEG), ResNet-20",

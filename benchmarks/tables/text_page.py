@@ -9,7 +9,7 @@ from benchmarks.tables.provenance import made_by
 from benchmarks.tables.text import Content
 from benchmarks.tables.text_words import FINDINGS, HEAD, LEADS, SUMMARY
 
-NAMES = ("llama", "llama_step", "leads", "scales", "gpt2", "shapes", "pos")
+NAMES = ("llama", "llama_step", "leads", "scales", "gpt2", "shapes")
 
 
 def page(contents: Mapping[str, Content]) -> str:
@@ -35,7 +35,6 @@ def page(contents: Mapping[str, Content]) -> str:
     for name, section in (
         ("gpt2", text_tasks.gpt2),
         ("shapes", text_tasks.shapes),
-        ("pos", text_tasks.pos),
     ):
         if name in contents:
             sections.append(section(contents[name]))

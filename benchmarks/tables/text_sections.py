@@ -76,20 +76,3 @@ products cheap. On a CPU they are not, and the gap is wider.
 
 {made}
 """
-
-POS = """## Tags of ancient Greek
-
-AGDT's nine-place tags, each of the {tags} whole tags a class; {layers} layers, {width}/{hidden},
-words by hashed embeddings of themselves and their endings, windows of {window} words, batch
-{batch}, {steps} steps{share}. Rates were chosen after {tune_steps} steps: three, and up to three
-more while the best was the outermost. Embedding and head go to AdamW for all but Adam, at Adam's
-best rate, so that the others have a second rate for the blocks; in a run this short embedding and
-head do most of the work, and the gaps say more about that than about the rules. A tag that training
-lacks counts as missed. Seconds are the processor's for the whole run.
-The paper, with 6 layers trained to the end: Adam 67.36, Block Adam 70.43, Shampoo 68.8, Sketchy
-68.32, shared basis 70.63.
-
-{table}
-
-{made}
-"""

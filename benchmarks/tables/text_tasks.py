@@ -1,16 +1,14 @@
-"""Sections of the page on text beside the LLaMAs: GPT-2 and dominance, shapes, tags."""
+"""Sections of the page on text beside the LLaMAs: GPT-2 and dominance, shapes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from benchmarks.language_rows import finals, rows
 from benchmarks.tables.markdown import markdown
 from benchmarks.tables.provenance import made_by
 from benchmarks.tables.text import Content, compared, number
-from benchmarks.tables.text_sections import GPT2, POS, SHAPES
+from benchmarks.tables.text_sections import GPT2, SHAPES
 
 
 def gpt2(content: Content) -> str:
@@ -80,50 +78,3 @@ def shapes(content: Content) -> str:
         table=markdown(header, lines),
         made=made_by(content),
     )
-
-
-def pos(content: Content) -> str:
-    """Return the section on tags."""
-    settings, runs = content["settings"], content["runs"]
-    lines = []
-    for name in dict.fromkeys(key.split()[1] for key in runs):
-        tried = {k: r["accuracy"] for k, r in runs.items() if k.startswith(f"tune {name} ")}
-        tuned = max(tried, key=tried.__getitem__)
-        lr = tuned.split("lr=")[1].split()[0]
-        own = [r for k, r in runs.items() if k.startswith(f"final {name} lr={lr} ")]
-        lines.append([name, lr, f"{len(tried)}", f"{100 * tried[tuned]:.2f}", *_tagged(own)])
-    header = ["method", "lr", "rates", f"after {settings['tune_steps']} steps, %", "seeds"]
-    header += [f"after {settings['steps']} steps, %", "range", "training loss", "CPU s"]
-    model = settings["model"]
-    return POS.format(
-        tags=settings["tags"],
-        layers=model["layers"],
-        width=model["width"],
-        hidden=model["hidden"],
-        window=settings["window"],
-        batch=settings["batch"],
-        steps=settings["steps"],
-        tune_steps=settings["tune_steps"],
-        share=_share(settings),
-        table=markdown(header, sorted(lines, key=lambda line: line[5], reverse=True)),
-        made=made_by(content),
-    )
-
-
-def _tagged(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return how a method's further seeds did, dashes where there are none."""
-    if not runs:
-        return ["0", "-", "-", "-", "-"]
-    scores = [100 * run["accuracy"] for run in runs]
-    loss, seconds = (sum(run[k] for run in runs) / len(runs) for k in ("loss", "cpu_seconds"))
-    mean = f"{sum(scores) / len(scores):.2f}"
-    span = f"{min(scores):.2f} .. {max(scores):.2f}"
-    return [str(len(scores)), mean, span, f"{loss:.3f}", f"{seconds:.0f}"]
-
-
-def _share(settings: Mapping[str, Any]) -> str:
-    """Return how much of the treebank a run sees, as an aside; nothing where it is not known."""
-    if "train_words" not in settings:
-        return ""
-    seen = settings["steps"] * settings["batch"] * settings["window"]
-    return f" ({seen / settings['train_words']:.0%} of the training words)"

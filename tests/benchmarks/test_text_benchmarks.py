@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 import neurms
-from benchmarks import gpt2, leads, llama, pos, scales, shapes
+from benchmarks import gpt2, leads, llama, scales, shapes, tagger
 from benchmarks.language import Scale
 from benchmarks.llama_step import Runner
 
 
 def test_tags_that_training_lacks_are_never_right() -> None:
-    pairs = [("λόγος", "n"), ("ἦν", "v")] * pos.WINDOW
-    words, labels = pos.encode(pairs, {"n": 0})
-    assert words.shape == (2, pos.WINDOW, 3)
+    pairs = [("λόγος", "n"), ("ἦν", "v")] * tagger.WINDOW
+    words, labels = tagger.encode(pairs, {"n": 0})
+    assert words.shape == (2, tagger.WINDOW, 3)
     assert set(labels.unique().tolist()) == {0, -1}
     assert torch.equal(words[0, 0], words[0, 2])
     assert not torch.equal(words[0, 0], words[0, 1])
@@ -21,7 +21,7 @@ def test_tags_that_training_lacks_are_never_right() -> None:
     def always_n(words: torch.Tensor) -> torch.Tensor:
         return torch.tensor([1.0, 0.0]).expand(*words.shape[:2], 2)
 
-    assert pos.accuracy(always_n, (words, labels)) == 0.5
+    assert tagger.accuracy(always_n, (words, labels)) == 0.5
 
 
 def test_dominance_is_watched_on_the_hidden_matrices_of_every_method() -> None:

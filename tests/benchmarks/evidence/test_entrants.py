@@ -26,8 +26,10 @@ def test_the_values_of_a_search_arrive(name: str) -> None:
     values = entrant.space.values(entrant.space.origin)
     optimizer = entrant.make(network(), values)
     asked: dict[str, Any] = {"lr": values["lr"]}
-    if entrant.rule.startswith("adamw"):
+    if entrant.rule.startswith("adamw") or entrant.rule == "block_adam":
         asked["betas"] = (values["momentum"], values["memory"])
+    elif entrant.rule == "sketchy":
+        asked |= {"betas": (0.0, values["memory"]), "momentum": values["momentum"]}
     else:
         asked |= {"momentum": values["momentum"]} if "momentum" in values else {}
         asked |= {"beta": values["memory"]} if "memory" in values else {}
