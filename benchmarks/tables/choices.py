@@ -20,11 +20,13 @@ __all__ = ["Choice", "choice", "lines"]
 Content = Mapping[str, Any]
 
 LANGUAGE = ("text-128", "text-64")
+TIMED = "text-64-timed"
 IMAGES = ("fashion-conv", "resnet20", "mnist")
 """Comparisons by what they are about, the one that counts first."""
 
 PLACES = {
     "text-64": "a small LLaMA, width 64",
+    "text-64-timed": "width 64",
     "text-128": "a small LLaMA, width 128",
     "mnist": "MNIST, a perceptron",
     "fashion-conv": "Fashion-MNIST, a small convolutional network",
@@ -93,10 +95,10 @@ def lines(contents: Mapping[str, Content], steps: Content | None = None) -> list
 
     Args:
         contents: Results files of comparisons by name, those that there are.
-        steps: ``contest_step.json``, for what a step takes, or None.
+        steps: ``contest_step_text.json``, for what a step takes, or None.
     """
     return [
-        f"**For language models on a CPU:** {_line(contents, LANGUAGE, steps)}",
+        f"**For language models on a CPU:** {_line(contents, LANGUAGE, steps)}{_timed(contents)}",
         f"**For images:** {_line(contents, IMAGES, steps)}",
         f"**When memory is short:** {_memory(contents)}",
     ]
@@ -105,6 +107,23 @@ def lines(contents: Mapping[str, Content], steps: Content | None = None) -> list
 def _line(contents: Mapping[str, Content], tasks: Sequence[str], steps: Content | None) -> str:
     best = choice(contents, tasks)
     return NOTHING if best is None else said(best, _cost(best, steps))
+
+
+def _timed(contents: Mapping[str, Content]) -> str:
+    """Say what comes out where all rows train for the same time, empty if nobody has looked."""
+    content, led = contents.get(f"contests/{TIMED}"), choice(contents, LANGUAGE)
+    found = choices(content) if content is not None else []
+    if not found or led is None:
+        return ""
+    best, same = found[0], [one for one in found if one.row.name == led.row.name]
+    where = f"In the time of AdamW's steps ({PLACES[TIMED]})"
+    base = f"AdamW has {figure(best.base)}"
+    if best.row.name == led.row.name:
+        return f" {where} it has {figure(best.row)}, {_word(best.verdict)}; {base}."
+    own = f"this {figure(same[0].row)}, " if same else ""
+    return (
+        f" {where} {called(best.row)} has {figure(best.row)}, {_word(best.verdict)}; {own}{base}."
+    )
 
 
 def said(one: Choice, cost: str = "") -> str:

@@ -13,7 +13,7 @@ from benchmarks.tables.naming import constructed
 
 __all__ = ["NAMES", "block", "replaced"]
 
-NAMES = (*contests.NAMES, "contest_step")
+NAMES = (*contests.NAMES, "contest_step_text")
 """The results files that it reads."""
 
 BEGIN = "<!-- begin: written by python -m benchmarks.tables -->"
@@ -55,7 +55,7 @@ def block(contents: Mapping[str, Any], path: str) -> str:
         begin=BEGIN,
         end=END,
         chart=CHART.format(described=described(contents[TASK]), path=path) if drawn else "",
-        lines="\n".join(f"- {line}" for line in lines(contents, contents.get("contest_step"))),
+        lines="\n".join(f"- {line}" for line in lines(contents, contents.get("contest_step_text"))),
         optimizer=PLAIN if best is None else constructed(best.row),
     )
 

@@ -16,7 +16,17 @@ from neurms.report.svg import Axis, Line, colour, lines
 __all__ = ["TASK", "chart", "described"]
 
 TASK = "contests/text-64"
-SHOWN = ("AdamW", "AdamW, two rates", "RACS", "P", "P momentum", "P average")
+SHOWN = (
+    "P momentum",
+    "P",
+    "RACS",
+    "AdamW, two rates",
+    "P average",
+    "Muon",
+    "AdamW",
+    "RMNP",
+)
+"""The rows, in the order of the palette: AdamW takes its grey, as what all are compared with."""
 
 WIDTH, PANEL, HEIGHT = 800, 400, 250
 HEAD, LEGEND_ROW = 36, 25
@@ -38,14 +48,14 @@ def chart(contents: Mapping[str, Any]) -> str:
     """Return the chart as an SVG file's text, empty where there are no curves.
 
     Args:
-        contents: Results files by name; without ``contest_step`` there is no panel of seconds.
+        contents: Results files by name; without ``contest_step_text`` there is no panel of seconds.
     """
     if TASK not in contents:
         return ""
     found = _curved(contents[TASK])
     if not found:
         return ""
-    times = contents.get("contest_step", {}).get("runs", {}).get(TASK.rpartition("/")[2], {})
+    times = contents.get("contest_step_text", {}).get("runs", {}).get(TASK.rpartition("/")[2], {})
     panels = [_panel(found, "step", {})]
     if timed := [row for row in found if row.name in times]:
         panels.append(_panel(timed, "seconds", {row.name: times[row.name]["ms"] for row in timed}))
@@ -81,9 +91,7 @@ def _panel(found: Sequence[Row], unit: str, milliseconds: Mapping[str, float]) -
 
 
 def _colour(name: str) -> str:
-    # AdamW takes the palette's grey: it is what the others are compared with.
-    order = ("P momentum", "P", "RACS", "AdamW, two rates", "P average", "", "AdamW", "")
-    return colour(order.index(name), len(order))
+    return colour(SHOWN.index(name), len(SHOWN))
 
 
 def _file(found: Sequence[Row], panels: Sequence[str], design: Mapping[str, Any]) -> str:

@@ -74,6 +74,23 @@ def test_a_row_ahead_is_recommended_with_its_cost_and_the_control_that_it_does_n
     assert "; behind AdamW with two rates" in memory
 
 
+@pytest.mark.parametrize(
+    ("timed", "said"),
+    [
+        ({"AdamW": 2.5, "RACS": 2.2, "P": 2.4}, "it has 2.200, ahead"),
+        (
+            {"AdamW": 2.5, "RACS": 2.4, "P": 2.2},
+            '`NeuRMS(variant="P")` has 2.200, ahead, p < .001; this 2.400, AdamW has 2.500.',
+        ),
+    ],
+)
+def test_equal_time_has_a_sentence_of_its_own(timed: dict[str, float], said: str) -> None:
+    found = text({"AdamW": 2.5, "RACS": 2.2, "P": 2.3})
+    assert "In the time" not in lines(found)[0]
+    found["contests/text-64-timed"] = comparison("text-64-timed", timed)
+    assert said in lines(found)[0]
+
+
 def test_a_control_that_is_ahead_of_the_best_row_is_what_is_recommended() -> None:
     means = {"AdamW": 2.5, "P": 2.3, "AdamW, two rates": 2.1}
     line = lines(text(means, {"AdamW": 1000, "P": 250}))[0]
@@ -134,7 +151,7 @@ def test_rows_that_are_missing_unfinished_or_diverged_are_left_out() -> None:
 def test_the_chart_has_every_row_its_state_and_its_seconds() -> None:
     found = text({"AdamW": 2.5, "P": 2.3, "SGD": 2.9}, {"AdamW": 1_040_000, "P": 274_000})
     assert chart(found).count("<polyline") == 2
-    found["contest_step"] = {"runs": {"text-64": {n: {"ms": 10.0} for n in ("AdamW", "P")}}}
+    found["contest_step_text"] = {"runs": {"text-64": {n: {"ms": 10.0} for n in ("AdamW", "P")}}}
     drawn = chart(found)
     ET.fromstring(drawn)
     assert drawn.count("<polyline") == 4
