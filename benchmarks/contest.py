@@ -36,16 +36,19 @@ TIMED: dict[str, Callable[[str, str], contest.Task]] = {
 """Tasks whose runs take as many steps as each row's step time allows, from task and row."""
 
 
+LIKE = {"Muon 3 rounds": "Muon"}
+"""Rows that the smaller scale does not have, and whose settings there they begin at."""
+
+
 def begun(methods: dict[str, entrants.Entrant], smaller: Path) -> dict[str, entrants.Entrant]:
     """Return methods whose searches begin where those of a smaller scale ended."""
     if not smaller.is_file():
         return methods
     ended = {row.name: dict(row.chosen) for row in rows(json.loads(smaller.read_text()))}
+    known = {name: ended.get(name, ended.get(LIKE.get(name, ""))) for name in methods}
     return {
-        name: replace(entrant, space=entrant.space.begun_at(ended[name]))
-        if name in ended
-        else entrant
-        for name, entrant in methods.items()
+        name: entrant if at is None else replace(entrant, space=entrant.space.begun_at(at))
+        for (name, entrant), at in zip(methods.items(), known.values(), strict=True)
     }
 
 

@@ -118,6 +118,7 @@ def text(fallback: float = 8e-3) -> dict[str, Entrant]:
         "P backward": _entrant("moments", 8e-3, memory=0.95, update="backward", probes=4, **rest),
         "RMNP": _entrant("rmnp", 0.02, momentum=0.8, **rest),
         "Muon": _entrant("muon", 0.04, momentum=0.8, weight_decay=0.0, **rest),
+        "Muon 3 rounds": _entrant("muon", 0.04, momentum=0.8, weight_decay=0.0, steps=3, **rest),
         "NeuRMS-U": _entrant("neurms", 4e-3, momentum=0.8, memory=0.99, variant="U", **rest),
         "NeuRMS-U relative": _entrant(
             "neurms", 8e-3, momentum=0.8, memory=0.99, variant="U", **relative, **rest

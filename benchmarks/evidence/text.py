@@ -155,6 +155,7 @@ TIMED_ROWS = (
     "P average",
     "RMNP",
     "Muon",
+    "Muon 3 rounds",
 )
 
 TIMES = RESULTS / "contest_step_text.json"
