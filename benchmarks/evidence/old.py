@@ -36,6 +36,7 @@ MEASUREMENTS = (
     "kernels",
     "kill_resume",
     "llama_cpu",
+    "llama_cpu_zen3",
     "llama_cpu_zen4",
     "llama_step",
     "memory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.tables.markdown import markdown
@@ -31,7 +32,7 @@ leaves sides of 1,376 alone), Shampoo interval 20.
 {elsewhere}"""
 
 ELSEWHERE = """
-The same model on AMD's Zen 4, later:
+The same model {where}:
 
 {tables}
 
@@ -39,12 +40,14 @@ The same model on AMD's Zen 4, later:
 """
 
 
-def llama_cpu(content: dict[str, Any], elsewhere: dict[str, Any] | None = None) -> str:
+def llama_cpu(
+    content: dict[str, Any], elsewhere: Mapping[str, dict[str, Any] | None] | None = None
+) -> str:
     """Return the section, a table for each kind of training that was timed.
 
     Args:
         content: ``llama_cpu.json``.
-        elsewhere: The same of another machine, if it was timed there.
+        elsewhere: The same of other machines, by where that was; None where it was not timed.
     """
     settings = content["settings"]
     return SECTION.format(
@@ -52,9 +55,11 @@ def llama_cpu(content: dict[str, Any], elsewhere: dict[str, Any] | None = None) 
         interval=settings["interval"],
         tables=_tables(content),
         made=made_by(content),
-        elsewhere=""
-        if elsewhere is None
-        else ELSEWHERE.format(tables=_tables(elsewhere), made=made_by(elsewhere)),
+        elsewhere="".join(
+            ELSEWHERE.format(where=where, tables=_tables(other), made=made_by(other))
+            for where, other in (elsewhere or {}).items()
+            if other is not None
+        ),
     )
 
 

@@ -22,6 +22,13 @@ OTHERS = {
 }
 """Results files of whole steps on other processors, and what tells those apart."""
 
+LLAMAS = {
+    "llama_cpu_zen4": "on AMD's Zen 4, later",
+    "llama_cpu_zen3": "on AMD's Zen 3: P by averages, and Muon with three rounds in the place of "
+    "five",
+}
+"""Results files of the larger LLaMA on other processors, and what tells those apart."""
+
 SHOWN = (
     *headline.NAMES,
     *COSTS_OF,
@@ -29,7 +36,7 @@ SHOWN = (
     "step_small",
     "kernels_zen3",
     "llama_cpu",
-    "llama_cpu_zen4",
+    *LLAMAS,
 )
 """The results files of the page."""
 
@@ -63,7 +70,7 @@ def page(contents: Mapping[str, Content]) -> str:
         if drawn
         else "",
         contests.summary(judged),
-        llama_cpu(contents["llama_cpu"], contents.get("llama_cpu_zen4"))
+        llama_cpu(contents["llama_cpu"], {w: contents.get(name) for name, w in LLAMAS.items()})
         if "llama_cpu" in contents
         else "",
         costs(contents),
