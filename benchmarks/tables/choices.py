@@ -21,6 +21,17 @@ Content = Mapping[str, Any]
 
 LANGUAGE = ("text-128", "text-64")
 TIMED = "text-64-timed"
+LARGER = ("llama_cpu", "llama_cpu_zen3")
+"""What a step of the larger LLaMA takes, on which machines."""
+
+METHODS = {
+    "Muon": "Muon",
+    "P average": "NeuRMS-P average",
+    "P": "NeuRMS-P",
+    "RACS": "RACS",
+    "RMNP": "RMNP",
+}
+"""A row's name -> its method's there."""
 IMAGES = ("fashion-conv", "resnet20", "mnist")
 """Comparisons by what they are about, the one that counts first."""
 
@@ -106,7 +117,18 @@ def lines(contents: Mapping[str, Content], steps: Content | None = None) -> list
 
 def _line(contents: Mapping[str, Content], tasks: Sequence[str], steps: Content | None) -> str:
     best = choice(contents, tasks)
-    return NOTHING if best is None else said(best, _cost(best, steps))
+    if best is None:
+        return NOTHING
+    price = _price(contents, best.row) if best.task in LANGUAGE else ""
+    return said(best, _cost(best, steps) + price)
+
+
+def _price(contents: Mapping[str, Content], row: Row) -> str:
+    """Say what a row's step takes of AdamW's on the larger LLaMA, empty where nobody has looked."""
+    key = f"float32 {METHODS.get(row.name)}"
+    ratios = [contents[n]["runs"].get(key, {}).get("ratio") for n in LARGER if n in contents]
+    found = [f"{ratio:.2f}" for ratio in ratios if ratio is not None]
+    return f"; a step with 19 M parameters takes {' or '.join(found)} of AdamW's" if found else ""
 
 
 def _timed(contents: Mapping[str, Content]) -> str:

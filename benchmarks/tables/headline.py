@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.tables import contests
-from benchmarks.tables.choices import IMAGES, LANGUAGE, choice, lines
+from benchmarks.tables.choices import IMAGES, LANGUAGE, LARGER, choice, lines
 from benchmarks.tables.headline_chart import TASK, chart, described
 from benchmarks.tables.naming import constructed
 
 __all__ = ["NAMES", "block", "replaced"]
 
-NAMES = (*contests.NAMES, "contest_step_text")
+NAMES = (*contests.NAMES, "contest_step_text", *LARGER)
 """The results files that it reads."""
 
 BEGIN = "<!-- begin: written by python -m benchmarks.tables -->"

@@ -91,6 +91,12 @@ def test_equal_time_has_a_sentence_of_its_own(timed: dict[str, float], said: str
     assert said in lines(found)[0]
 
 
+def test_what_a_step_of_a_larger_model_takes_is_said_where_it_was_timed() -> None:
+    found = text({"AdamW": 2.5, "RACS": 2.2})
+    found["llama_cpu"] = {"runs": {"float32 RACS": {"ratio": 1.01}, "float32 Muon": {"ratio": 2}}}
+    assert "a step with 19 M parameters takes 1.01 of AdamW's." in lines(found)[0]
+
+
 def test_a_control_that_is_ahead_of_the_best_row_is_what_is_recommended() -> None:
     means = {"AdamW": 2.5, "P": 2.3, "AdamW, two rates": 2.1}
     line = lines(text(means, {"AdamW": 1000, "P": 250}))[0]
