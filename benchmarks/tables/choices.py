@@ -128,7 +128,7 @@ def _price(contents: Mapping[str, Content], row: Row) -> str:
     key = f"float32 {METHODS.get(row.name)}"
     ratios = [contents[n]["runs"].get(key, {}).get("ratio") for n in LARGER if n in contents]
     found = [f"{ratio:.2f}" for ratio in ratios if ratio is not None]
-    return f"; a step with 19 M parameters takes {' or '.join(found)} of AdamW's" if found else ""
+    return f"; {' or '.join(found)} times AdamW's step with 19 M parameters" if found else ""
 
 
 def _timed(contents: Mapping[str, Content]) -> str:
@@ -137,15 +137,10 @@ def _timed(contents: Mapping[str, Content]) -> str:
     found = choices(content) if content is not None else []
     if not found or led is None:
         return ""
-    best, same = found[0], [one for one in found if one.row.name == led.row.name]
-    where = f"In the time of AdamW's steps ({PLACES[TIMED]})"
-    base = f"AdamW has {figure(best.base)}"
-    if best.row.name == led.row.name:
-        return f" {where} it has {figure(best.row)}, {_word(best.verdict)}; {base}."
-    own = f"this {figure(same[0].row)}, " if same else ""
-    return (
-        f" {where} {called(best.row)} has {figure(best.row)}, {_word(best.verdict)}; {own}{base}."
-    )
+    best = found[0]
+    name = "it" if best.row.name == led.row.name else called(best.row)
+    how = f"{figure(best.row)}, AdamW {figure(best.base)} ({_word(best.verdict)})"
+    return f" In equal time ({PLACES[TIMED]}) {name} has {how}."
 
 
 def said(one: Choice, cost: str = "") -> str:

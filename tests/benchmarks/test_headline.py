@@ -77,16 +77,16 @@ def test_a_row_ahead_is_recommended_with_its_cost_and_the_control_that_it_does_n
 @pytest.mark.parametrize(
     ("timed", "said"),
     [
-        ({"AdamW": 2.5, "RACS": 2.2, "P": 2.4}, "it has 2.200, ahead"),
+        ({"AdamW": 2.5, "RACS": 2.2, "P": 2.4}, "it has 2.200, AdamW 2.500 (ahead, p < .001)."),
         (
             {"AdamW": 2.5, "RACS": 2.4, "P": 2.2},
-            '`NeuRMS(variant="P")` has 2.200, ahead, p < .001; this 2.400, AdamW has 2.500.',
+            '`NeuRMS(variant="P")` has 2.200, AdamW 2.500 (ahead, p < .001).',
         ),
     ],
 )
 def test_equal_time_has_a_sentence_of_its_own(timed: dict[str, float], said: str) -> None:
     found = text({"AdamW": 2.5, "RACS": 2.2, "P": 2.3})
-    assert "In the time" not in lines(found)[0]
+    assert "equal time" not in lines(found)[0]
     found["contests/text-64-timed"] = comparison("text-64-timed", timed)
     assert said in lines(found)[0]
 
@@ -94,7 +94,7 @@ def test_equal_time_has_a_sentence_of_its_own(timed: dict[str, float], said: str
 def test_what_a_step_of_a_larger_model_takes_is_said_where_it_was_timed() -> None:
     found = text({"AdamW": 2.5, "RACS": 2.2})
     found["llama_cpu"] = {"runs": {"float32 RACS": {"ratio": 1.01}, "float32 Muon": {"ratio": 2}}}
-    assert "a step with 19 M parameters takes 1.01 of AdamW's." in lines(found)[0]
+    assert "; 1.01 times AdamW's step with 19 M parameters." in lines(found)[0]
 
 
 def test_a_control_that_is_ahead_of_the_best_row_is_what_is_recommended() -> None:
