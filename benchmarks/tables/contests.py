@@ -208,7 +208,8 @@ def table(
         [row.name, _figure(row), *(_word(v.get(row.name)) for v in (against, control)), _state(row)]
         for row in found
     ]
-    if len({row.steps for row in found}) > 1:
+    # Of rows from before steps were kept, the design says how many they took.
+    if len({row.steps for row in found} - {None}) > 1:
         first.append("steps")
         for row, line in zip(found, short, strict=True):
             line.append("" if row.steps is None else f"{row.steps:,}")

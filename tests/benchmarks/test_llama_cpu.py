@@ -94,4 +94,7 @@ def test_the_section_has_a_table_for_each_kind() -> None:
     assert "| SOAP | 1,234 | 1.25 | 900 | 25.0 | 300 | 5.0 | 700 |" in text
     assert "Fine-tuning adapters of rank 16" in text
     assert "autocast" not in text
-    assert section(content, content).count("| SOAP | 1,234 ") == 2
+    both = section(content, {"on another machine": content, "on a third": None})
+    assert both.count("| SOAP | 1,234 ") == 2
+    assert "The same model on another machine:" in both
+    assert "on a third" not in both

@@ -72,7 +72,9 @@ ELSEWHERE = {
         *("core/ground/warn", "core/unitwise/layers", "core/unitwise/mover"),
     ],
     "core/unitwise/test_neurms_errors.py": ["core/unitwise/checks", "core/unitwise/rule"],
-    "core/unitwise/test_gradient_mover.py": ["core/unitwise/gradient_rule"],
+    "core/unitwise/test_gradient_mover.py": [
+        *("core/unitwise/gradient_moves", "core/unitwise/gradient_rule"),
+    ],
     "core/unitwise/test_probed.py": ["core/unitwise/probed_mover"],
     "release/test_distribution.py": ["version"],
     "faults/test_changed_layers.py": ["core/taps/copies", "core/taps/weights"],

@@ -84,6 +84,17 @@ def test_a_contest_holds_to_the_rules_and_makes_its_table(content: dict[str, Any
     assert "lower" not in text
 
 
+@pytest.mark.parametrize(
+    ("steps", "shown"), [((6, 5), True), ((5, 5), False), ((None, 5), False), ((None, None), False)]
+)
+def test_steps_are_shown_where_rows_took_different_ones(
+    content: dict[str, Any], steps: tuple[int | None, ...], shown: bool
+) -> None:
+    for run_ in content["runs"].values():
+        run_["steps"] = dict(zip(METHODS, steps, strict=True))[run_["row"]]
+    assert ("| steps |" in section(content)) == shown
+
+
 def test_a_second_call_trains_nothing(tmp_path: Path, clean: None) -> None:
     first, second = Lines(), Lines()
     assert run(first, METHODS, tmp_path / "lines.json")

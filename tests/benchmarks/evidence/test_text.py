@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,3 +53,23 @@ def test_long_runs_begin_their_search_where_short_ones_ended() -> None:
     # RMNP's tuned rate of its AdamW is not the one that its first search began at.
     assert long["RMNP"].space.axes["fallback_lr"].start == 0.032
     assert short["RMNP"].space.axes["fallback_lr"].start != 0.032
+
+
+def test_at_equal_time_a_row_takes_the_steps_that_its_own_step_time_allows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "times.json"
+    monkeypatch.setattr(text, "TIMES", path)
+    with pytest.raises(SystemExit, match="contest_step --task text first"):
+        text.timed("text-64-timed", "Muon")
+    path.write_text(json.dumps({"runs": {"text-64": {"Muon": {"ratio": 1.5}, "P": {"ratio": 1}}}}))
+    tasks = {row: text.timed("text-64-timed", row) for row in ("Muon", "P")}
+    assert {row: task.steps for row, task in tasks.items()} == {"Muon": 200, "P": 300}
+    # One design for all rows: what differs by row is no part of it.
+    assert tasks["Muon"].design == tasks["P"].design
+    assert tasks["P"].design.details["time"] == "of AdamW's 300 steps"
+
+
+def test_every_row_at_equal_time_has_its_time() -> None:
+    kept = json.loads(text.TIMES.read_text())["runs"]["text-64"]
+    assert set(kept) == set(text.TIMED_ROWS)
