@@ -35,9 +35,14 @@ TIMED: dict[str, Callable[[str, str], contest.Task]] = {
 }
 """Tasks whose runs take as many steps as each row's step time allows, from task and row."""
 
+FEWER: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(text.TIMED, text.TIMED_ROWS),
+    **dict.fromkeys(demo.TASKS, demo.ROWS),
+}
+"""Tasks on text that compare some rows alone, and which."""
 
-LIKE = {"Muon 3 rounds": "Muon"}
-"""Rows that the smaller scale does not have, and whose settings there they begin at."""
+BEGINS_AS = {"Muon 3 rounds": "Muon"}
+"""Rows that the smaller scale does not have -> whose settings there they begin at."""
 
 
 def begun(methods: dict[str, entrants.Entrant], smaller: Path) -> dict[str, entrants.Entrant]:
@@ -45,10 +50,12 @@ def begun(methods: dict[str, entrants.Entrant], smaller: Path) -> dict[str, entr
     if not smaller.is_file():
         return methods
     ended = {row.name: dict(row.chosen) for row in rows(json.loads(smaller.read_text()))}
-    known = {name: ended.get(name, ended.get(LIKE.get(name, ""))) for name in methods}
+    ended = {name: ended[own] for name, own in BEGINS_AS.items() if own in ended} | ended
     return {
-        name: entrant if at is None else replace(entrant, space=entrant.space.begun_at(at))
-        for (name, entrant), at in zip(methods.items(), known.values(), strict=True)
+        name: replace(entrant, space=entrant.space.begun_at(ended[name]))
+        if name in ended
+        else entrant
+        for name, entrant in methods.items()
     }
 
 
@@ -58,11 +65,7 @@ def entrants_of(task: str) -> dict[str, entrants.Entrant]:
         return entrants.text()
     if task in (*text.TASKS, *text.TIMED, *demo.TASKS):
         known = begun(entrants.text(), RESULTS / "contests" / "text-64.json")
-        some = {
-            **dict.fromkeys(text.TIMED, text.TIMED_ROWS),
-            **dict.fromkeys(demo.TASKS, demo.ROWS),
-        }
-        return {name: known[name] for name in some.get(task, known)}
+        return {name: known[name] for name in FEWER.get(task, known)}
     if task in tags.TASKS:
         return entrants.tags()
     if task in perceptrons.PLACES:

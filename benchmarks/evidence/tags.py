@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.evidence.design import NETWORK_SEEDS, Design
+from benchmarks.evidence.text import stepped
 from benchmarks.tagger import BUCKETS, LAYERS, WIDTH, WINDOW, Tagger, Text, accuracy, encode, read
 from benchmarks.vision import schedule
-from neurms.core.ground.errors import NonFiniteError
 from neurms.core.optimizers.plan import tensor_bytes
 
 __all__ = ["TASKS", "Tags"]
@@ -57,12 +57,7 @@ class Tags:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(words[chosen]).flatten(0, 1), labels[chosen].flatten())
             loss.backward()
-            try:
-                finite = math.isfinite(loss.item())
-                optimizer.step()
-            except NonFiniteError:
-                finite = False
-            if not finite:
+            if not math.isfinite(loss.item()) or not stepped(optimizer):
                 return {part: accuracy(model, judging) if reported else None, "diverged": step}
             plan.step()
         state = {"state_bytes": tensor_bytes(dict(optimizer.state))} if reported else {}

@@ -30,6 +30,7 @@ __all__ = [
     "TIMES",
     "Text",
     "split",
+    "stepped",
     "timed",
 ]
 
@@ -97,7 +98,7 @@ class Text:
             optimizer.zero_grad()
             loss = loss_of(model, inputs, targets)
             loss.backward()
-            if not math.isfinite(loss.item()) or not _stepped(optimizer):
+            if not math.isfinite(loss.item()) or not stepped(optimizer):
                 return {part: None, "diverged": step}
             plan.step()
             if reported and step % (steps // CURVE) == 0 and step < steps:
@@ -120,7 +121,8 @@ class Text:
         )
 
 
-def _stepped(optimizer: torch.optim.Optimizer) -> bool:
+def stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Take a step; return False where the optimizer has found a gradient that is not finite."""
     try:
         optimizer.step()
     except NonFiniteError:

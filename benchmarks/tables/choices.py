@@ -20,7 +20,12 @@ __all__ = ["Choice", "choice", "lines"]
 Content = Mapping[str, Any]
 
 LANGUAGE = ("text-128", "text-64")
+IMAGES = ("fashion-conv", "resnet20", "mnist")
+"""Comparisons by what they are about, the one that counts first."""
+
 TIMED = "text-64-timed"
+"""The comparison on text in which all rows train for the same time."""
+
 LARGER = ("llama_cpu", "llama_cpu_zen3")
 """What a step of the larger LLaMA takes, on which machines."""
 
@@ -32,12 +37,9 @@ METHODS = {
     "RMNP": "RMNP",
 }
 """A row's name -> its method's there."""
-IMAGES = ("fashion-conv", "resnet20", "mnist")
-"""Comparisons by what they are about, the one that counts first."""
 
 PLACES = {
     "text-64": "a small LLaMA, width 64",
-    "text-64-timed": "width 64",
     "text-128": "a small LLaMA, width 128",
     "mnist": "MNIST, a perceptron",
     "fashion-conv": "Fashion-MNIST, a small convolutional network",
@@ -140,7 +142,7 @@ def _timed(contents: Mapping[str, Content]) -> str:
     best = found[0]
     name = "it" if best.row.name == led.row.name else called(best.row)
     how = f"{figure(best.row)}, AdamW {figure(best.base)} ({_word(best.verdict)})"
-    return f" In equal time ({PLACES[TIMED]}) {name} has {how}."
+    return f" In equal time (width 64) {name} has {how}."
 
 
 def said(one: Choice, cost: str = "") -> str:

@@ -12,6 +12,8 @@ from torch import nn
 
 from benchmarks.contest import entrants_of
 from benchmarks.evidence import text
+from benchmarks.evidence.ledger import rows
+from benchmarks.harness import RESULTS
 from benchmarks.language import Scale
 
 TINY = Scale(width=8, layers=1, heads=1, batch=2, context=8)
@@ -48,11 +50,16 @@ def test_a_search_may_have_shorter_runs_with_the_whole_schedule(
     assert said == search_steps
 
 
-def test_long_runs_begin_their_search_where_short_ones_ended() -> None:
-    short, long = entrants_of("text-64"), entrants_of("text-64-long")
-    # RMNP's tuned rate of its AdamW is not the one that its first search began at.
-    assert long["RMNP"].space.axes["fallback_lr"].start == 0.032
-    assert short["RMNP"].space.axes["fallback_lr"].start != 0.032
+def test_long_and_timed_runs_begin_their_search_where_short_ones_ended() -> None:
+    content = json.loads((RESULTS / "contests" / "text-64.json").read_text())
+    ended = {row.name: dict(row.chosen) for row in rows(content)}
+    for task in ("text-64-long", "text-64-timed"):
+        found = entrants_of(task)
+        for name, other in (("RMNP", "RMNP"), ("Muon", "Muon"), ("Muon 3 rounds", "Muon")):
+            axes = found[name].space.axes
+            assert {axis: own.start for axis, own in axes.items()} == ended[other], (task, name)
+    first = entrants_of("text-64")["RMNP"].space.axes
+    assert {axis: own.start for axis, own in first.items()} != ended["RMNP"]
 
 
 def test_at_equal_time_a_row_takes_the_steps_that_its_own_step_time_allows(
